@@ -1,0 +1,142 @@
+"""What the training loop asks of an algorithm, and the settings that all algorithms share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.load import Record
+from ..errors import DPAlignError
+from ..models.policy import AdapterConfig, Policy
+from ..privacy.mechanism import Clipping, MetricRange
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Settings of one private stage.
+
+    Args:
+        expected_batch_size: units expected in a Poisson sample; sampling rate = this / units of the stage.
+        max_steps: number of samples drawn; default: from num_train_epochs.
+        num_train_epochs: expected number of times a unit is drawn.
+        micro_batch_size: units per forward and backward pass; memory only, no effect on the result.
+        learning_rate: peak learning rate of AdamW.
+        lr_scheduler_type: `constant`, `linear` or `cosine` (the last two decay to 0).
+        warmup_steps: steps of linear warm-up.
+        weight_decay: AdamW's.
+        adam_beta1: AdamW's.
+        adam_beta2: AdamW's.
+        adam_epsilon: AdamW's.
+        max_grad_norm: C, the bound on one unit's gradient.
+        clipping: `automatic` scales every unit's gradient to nearly C, `flat` scales only larger ones down,
+            `none` is for runs without privacy.
+        clipping_gamma: constant of automatic clipping: g -> C g / (|g| + gamma).
+        target_epsilon: epsilon of the stage, or inf for no privacy; default: the recipe's.
+        target_delta: delta of the stage; default: the recipe's, else min(1e-5, 1/(10 units)).
+        noise_multiplier: sigma instead of target_epsilon; the epsilon that follows is reported.
+        metrics_noise_ratio: noise on the training metrics as a multiple of sigma; 0 releases no metrics.
+        max_length: most tokens of one record.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        save_steps: steps between checkpoints.
+        logging_steps: steps between progress updates of the logs.
+        seed: seed of the initial weights; sampling and noise never use it.
+        insecure_seed: makes sampling, noise and rollouts reproducible for debugging. NOT PRIVATE.
+        adapter: the LoRA adapter that the stage trains.
+    """
+
+    expected_batch_size: int = 512
+    max_steps: int | None = None
+    num_train_epochs: float = 1.0
+    micro_batch_size: int = 32
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    clipping: Clipping = "automatic"
+    clipping_gamma: float = 0.01
+    target_epsilon: float | None = None
+    target_delta: float | None = None
+    noise_multiplier: float | None = None
+    metrics_noise_ratio: float = 10.0
+    max_length: int = 128
+    gradient_checkpointing: bool = False
+    save_steps: int = 1
+    logging_steps: int = 1
+    seed: int = 0
+    insecure_seed: int | None = None
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def validate(self) -> None:
+        """Raises DPAlignError for a setting that cannot be."""
+        for name in ("expected_batch_size", "micro_batch_size", "max_length", "save_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise DPAlignError(f"{name} {getattr(self, name)} must be at least 1.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise DPAlignError(f"max_steps {self.max_steps} must be at least 1.")
+        if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
+            raise DPAlignError(f"lr_scheduler_type {self.lr_scheduler_type!r} is not constant, linear or cosine.")
+        if self.clipping not in ("automatic", "flat", "none"):
+            raise DPAlignError(f"clipping {self.clipping!r} is not automatic, flat or none.")
+
+
+@dataclass
+class Batch:
+    """Rows of some units, ready for the loss.
+
+    row_unit: `(rows,)` int64, the unit of each row, counted within this batch.
+    tensors: whatever the algorithm needs, first dimension rows.
+    """
+
+    row_unit: Tensor
+    tensors: Any
+
+
+class Algorithm(Protocol):
+    """A loss per row; the loop averages a unit's rows, clips once per unit and never looks inside.
+
+    No method may compute anything across units: not a mean, a maximum length or a running statistic.
+    """
+
+    name: str
+    config: TrainingConfig
+    metrics: tuple[MetricRange, ...]
+    passes: int
+    minibatches: int
+
+    def setup(self, policy: Policy) -> None:
+        """Adds what the stage trains to the policy."""
+
+    def encode(self, policy: Policy, units: list[list[Record]]) -> None:
+        """Tokenises all units of the stage, each by itself; called once, before the first draw."""
+
+    def collect(self, policy: Policy, units: list[int]) -> Any:
+        """The data of one phase for the sampled `units` (rollouts, say), made with the current policy."""
+
+    def batch(self, phase: Any, positions: list[int]) -> Batch:
+        """Rows of the units at `positions` within the phase."""
+
+    def row_losses(self, policy: Policy, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
+        """Loss `(rows,)` and raw metrics `(rows, len(self.metrics))` of each row."""
+
+    def after_step(self, released: dict[str, float] | None) -> None:
+        """Told the noised metrics of a step; may adapt (a KL coefficient), for they are private."""
+
+    def state(self) -> dict[str, float]:
+        """What `after_step` changed, for the checkpoint."""
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Puts a checkpoint's state back."""
+
+
+def unit_means(row_values: Tensor, row_unit: Tensor, units: int) -> Tensor:
+    """`(units, ...)` mean over each unit's rows of `(rows, ...)`; 0 for a unit without rows."""
+    counts = torch.bincount(row_unit, minlength=units).clamp(min=1).to(row_values)
+    sums = row_values.new_zeros(units, *row_values.shape[1:]).index_add_(0, row_unit, row_values)
+    return sums / counts.view(-1, *[1] * (row_values.dim() - 1))

@@ -1,0 +1,105 @@
+"""Private supervised fine-tuning: language modelling on texts, or on the completions of prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.load import Record, require_columns
+from ..data.text import render, tokens
+from ..models.policy import Policy
+from ..privacy.mechanism import MetricRange
+from .base import Batch, TrainingConfig
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainingConfig):
+    """Settings of DP-SFT. Records have `text`, or `prompt` and `completion` (loss on the completion).
+
+    Args:
+        prepend_bos: put the tokenizer's BOS in front of every text.
+        append_eos: end every text that is not cut with EOS.
+        loss_range: declared upper end of the noised loss metric, in nats per token.
+    """
+
+    learning_rate: float = 3e-4
+    prepend_bos: bool = False
+    append_eos: bool = True
+    loss_range: float = 10.0
+
+
+class SFT:
+    """Mean negative log-likelihood per token, the mean taken inside the record."""
+
+    name = "sft"
+    passes = 1
+    minibatches = 1
+
+    def __init__(self, config: SFTConfig) -> None:
+        self.config = config
+        self.metrics = (MetricRange("loss", 0.0, config.loss_range),)
+
+    def setup(self, policy: Policy) -> None:
+        policy.add_adapter(self.name, self.config.adapter)
+
+    def encode(self, policy: Policy, units: list[list[Record]]) -> None:
+        self.rows = [[self._encode(policy, record) for record in unit] for unit in units]
+        self.pad = policy.tokenizer.pad_token_id
+        self.device = policy.device
+
+    def _encode(self, policy: Policy, record: Record) -> tuple[list[int], int]:
+        # Token ids and the index of the first one that is learned.
+        tokenizer, config = policy.tokenizer, self.config
+        learn_from = 1
+        if "text" in record:
+            ids = tokens(tokenizer, render(tokenizer, record["text"]), prepend_bos=config.prepend_bos)
+        else:
+            ids = tokens(tokenizer, render(tokenizer, record["prompt"], is_prompt=True), prepend_bos=config.prepend_bos)
+            learn_from = max(1, len(ids))
+            completion = record["completion"]
+            if isinstance(completion, list):
+                completion = "".join(str(message.get("content", "")) for message in completion)
+            ids = ids + tokenizer(completion, add_special_tokens=False).input_ids
+        if config.append_eos and tokenizer.eos_token_id is not None:
+            ids = [*ids, tokenizer.eos_token_id]
+        return ids[: config.max_length], learn_from
+
+    def collect(self, policy: Policy, units: list[int]) -> list[list[tuple[list[int], int]]]:
+        return [self.rows[u] for u in units]
+
+    def batch(self, phase: list[list[tuple[list[int], int]]], positions: list[int]) -> Batch:
+        rows = [(unit, *row) for unit, position in enumerate(positions) for row in phase[position]]
+        ids = torch.full((len(rows), self.config.max_length), self.pad)
+        attention = torch.zeros_like(ids)
+        learned = torch.zeros(ids.shape)
+        for i, (_, row, learn_from) in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            attention[i, : len(row)] = 1
+            learned[i, learn_from : len(row)] = 1
+        row_unit = torch.tensor([unit for unit, _, _ in rows], dtype=torch.int64)
+        tensors = tuple(t.to(self.device) for t in (ids, attention, learned))
+        return Batch(row_unit.to(self.device), tensors)
+
+    def row_losses(self, policy: Policy, batch: Batch, phase) -> tuple[Tensor, Tensor]:
+        ids, attention, learned = batch.tensors
+        logits, _ = policy(ids, attention, ids.shape[1])  # (rows, length, vocabulary)
+        chosen = logits[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+        nll = (logits[:, :-1].logsumexp(2) - chosen) * learned[:, 1:]  # the first token has no prediction
+        loss = nll.sum(1) / learned[:, 1:].sum(1).clamp(min=1)  # the mean stays inside the record
+        return loss, loss.detach().unsqueeze(1)
+
+    def after_step(self, released: dict[str, float] | None) -> None:
+        pass
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        pass
+
+
+def check_sft_columns(records: list[Record], path: str) -> None:
+    """Raises DPAlignError unless every record has `text`, or `prompt` and `completion`."""
+    require_columns(records, [("text",), ("prompt", "completion")], path)

@@ -1,0 +1,164 @@
+"""Reading private files. Nothing is cached outside the run, and no message quotes a record."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DPAlignError
+
+Record = dict[str, Any]
+
+
+@dataclass
+class DataConfig:
+    """The private data.
+
+    Args:
+        name: declared name of the dataset, the ledger's key; every run on one name adds up.
+        path: .jsonl, .csv or .parquet file (.gz allowed), a folder written by `datasets`, or a hub name.
+        split: split of a `datasets` folder or hub dataset.
+        unit: column that names the privacy unit (a person, say); without one each record is a unit.
+        max_records_per_unit: records of a unit beyond this many are left out, by keyed hash.
+        declared_units: public number of units; q, steps and delta use it. Default: the number in the file,
+            which thereby counts as public.
+        eval_path: held-out records of the same columns, for evaluation.
+        eval_is_public: declares the held-out records public; only then are exact metrics and samples shown.
+        is_demo: public data playing private; what tuning on it has cost is not counted.
+    """
+
+    name: str = ""
+    path: str = ""
+    split: str = "train"
+    unit: str | None = None
+    max_records_per_unit: int = 1
+    declared_units: int | None = None
+    eval_path: str | None = None
+    eval_is_public: bool = False
+    is_demo: bool = False
+
+
+def read_records(path: str, split: str = "train", cache_dir: Path | None = None) -> list[Record]:
+    """Records of a file, a `datasets` folder or a hub dataset, as dicts.
+
+    Args:
+        cache_dir: where a hub dataset may be cached; give a private folder.
+
+    Raises:
+        DPAlignError: missing, empty, not UTF-8, or not what its ending says; the line is named, never quoted.
+    """
+    file = Path(path)
+    kind = file.name.removesuffix(".gz").rpartition(".")[2]
+    try:
+        if file.is_dir():
+            records = _read_folder(file, split)
+        elif kind in ("jsonl", "json", "ndjson", "csv", "parquet"):
+            if not file.is_file():
+                raise DPAlignError(f"data file {path} does not exist.")
+            reader = {"csv": _read_csv, "parquet": _read_parquet}.get(kind, _read_jsonl)
+            records = reader(file)
+        elif file.exists():
+            raise DPAlignError(f"data file {path} has an unknown ending: use .jsonl, .csv or .parquet (.gz allowed).")
+        else:
+            records = _read_hub(path, split, cache_dir)
+    except UnicodeDecodeError as error:
+        raise DPAlignError(f"data file {path} is not UTF-8 text (byte {error.start}): convert it first.") from None
+    except (OSError, EOFError) as error:
+        raise DPAlignError(f"data file {path} cannot be read: {type(error).__name__}.") from None
+    if not records:
+        raise DPAlignError(f"data file {path} is empty: there is nothing to train on.")
+    return records
+
+
+def require_columns(records: list[Record], alternatives: list[tuple[str, ...]], path: str) -> tuple[str, ...]:
+    """The first of `alternatives` whose columns every record has.
+
+    Raises:
+        DPAlignError: none fits; names the columns expected and found.
+    """
+    for columns in alternatives:
+        if all(c in records[0] for c in columns):
+            for number, record in enumerate(records, 1):
+                for c in columns:
+                    if not isinstance(record.get(c), str | list) or not record[c]:
+                        raise DPAlignError(
+                            f"record {number} of {path} has no text in column {c!r}: give a non-empty string "
+                            "(or a list of chat messages) in every record."
+                        )
+            return columns
+    expected = " or ".join(" + ".join(repr(c) for c in a) for a in alternatives)
+    found = ", ".join(repr(c) for c in records[0])
+    raise DPAlignError(f"{path} has the columns {found}; expected {expected}.")
+
+
+def _open(file: Path):
+    return gzip.open(file, "rt", encoding="utf-8", newline="") if file.suffix == ".gz" else open(
+        file, encoding="utf-8", newline=""
+    )
+
+
+def _read_jsonl(file: Path) -> list[Record]:
+    records = []
+    with _open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                raise DPAlignError(f"line {number} of {file} is not JSON: expected one object per line.") from None
+            if not isinstance(record, dict):
+                raise DPAlignError(f"line {number} of {file} is not a JSON object.")
+            records.append(record)
+    return records
+
+
+def _read_csv(file: Path) -> list[Record]:
+    csv.field_size_limit(2**31 - 1)
+    with _open(file) as lines:
+        reader = csv.DictReader(lines)
+        try:
+            records = [dict(row) for row in reader]
+        except csv.Error:
+            raise DPAlignError(f"line {reader.line_num} of {file} is not valid CSV.") from None
+    if any(None in row or None in row.values() for row in records):
+        raise DPAlignError(f"{file} has rows with more or fewer fields than its header.")
+    return records
+
+
+def _read_parquet(file: Path) -> list[Record]:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowInvalid:
+        raise DPAlignError(f"{file} is not a Parquet file.") from None
+
+
+def _read_folder(folder: Path, split: str) -> list[Record]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError):
+        raise DPAlignError(f"{folder} is not a folder written by datasets' save_to_disk.") from None
+    if isinstance(loaded, DatasetDict):
+        if split not in loaded:
+            raise DPAlignError(f"{folder} has no split {split!r}; it has {', '.join(loaded)}.")
+        loaded = loaded[split]
+    return loaded.to_list()
+
+
+def _read_hub(name: str, split: str, cache_dir: Path | None) -> list[Record]:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split, cache_dir=str(cache_dir) if cache_dir else None).to_list()
+    except Exception as error:
+        raise DPAlignError(
+            f"{name!r} is neither a file here nor a dataset that the hub gave ({type(error).__name__})."
+        ) from None

@@ -1,0 +1,125 @@
+"""Records become privacy units, and one dataset becomes disjoint parts, by keyed hash.
+
+The key is secret and fixed for the dataset's name, so a unit lands in the same part in every run,
+and nobody without the ledger can tell in which. Each unit's place is independent of all others.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from ..errors import DPAlignError
+from ..privacy.ledger import Ledger
+from .load import DataConfig, Record
+
+
+@dataclass(frozen=True)
+class UnitDataset:
+    """The units that one stage may sample.
+
+    units: records of each unit (at least one, at most max_records_per_unit).
+    ids: keyed hash of each unit's identity, in the order of `units`.
+    low, high: the part of the hash range [0, 1) that the units come from.
+    declared_units: public number of units that q and the divisor use: the declared total times high - low.
+    fingerprint: keyed hash of the contents.
+    """
+
+    name: str
+    units: list[list[Record]]
+    ids: list[bytes]
+    low: float
+    high: float
+    declared_units: float
+    unit: str
+    fingerprint: str
+
+
+def build_units(records: list[Record], config: DataConfig, ledger: Ledger, low: float = 0.0, high: float = 1.0):
+    """Groups records by unit, keeps the units whose hash falls into [low, high), bounds each unit.
+
+    Returns:
+        UnitDataset
+
+    Raises:
+        DPAlignError: no name, a missing unit column, or an empty part.
+    """
+    if not config.name:
+        raise DPAlignError("the data needs a declared name (data.name): the ledger adds up all runs on that name.")
+    if config.max_records_per_unit < 1:
+        raise DPAlignError(f"max_records_per_unit {config.max_records_per_unit} must be at least 1.")
+    grouped: dict[bytes, list[tuple[bytes, Record]]] = {}
+    for number, record in enumerate(records, 1):
+        content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode()
+        if config.unit is None:
+            # Equal records are different units: the second copy's identity counts it.
+            identity = ledger.keyed_hash(config.name, b"record", content)
+            copies = 0
+            while identity in grouped:
+                copies += 1
+                identity = ledger.keyed_hash(config.name, b"record", content, copies.to_bytes(4, "little"))
+        else:
+            if record.get(config.unit) in (None, ""):
+                raise DPAlignError(f"record {number} of {config.path or config.name} has no unit column {config.unit!r}.")
+            identity = ledger.keyed_hash(config.name, b"unit", str(record[config.unit]).encode())
+        grouped.setdefault(identity, []).append((ledger.keyed_hash(config.name, b"order", content), record))
+    total = config.declared_units if config.declared_units is not None else len(grouped)
+    if total < 1:
+        raise DPAlignError(f"declared_units {total} must be positive.")
+    kept = {i: rows for i, rows in sorted(grouped.items()) if low <= _fraction(i) < high}
+    if not kept:
+        raise DPAlignError(f"no unit of {config.name!r} falls into the part [{low:g}, {high:g}): add data or widen it.")
+    units, content_hashes = [], []
+    for rows in kept.values():
+        rows = sorted(rows, key=lambda row: row[0])[: config.max_records_per_unit]
+        units.append([record for _, record in rows])
+        content_hashes += [order for order, _ in rows]
+    fingerprint = ledger.keyed_hash(config.name, b"fingerprint", *kept, *content_hashes).hex()
+    return UnitDataset(
+        name=config.name,
+        units=units,
+        ids=list(kept),
+        low=low,
+        high=high,
+        declared_units=total * (high - low),
+        unit="record" if config.unit is None else config.unit,
+        fingerprint=fingerprint,
+    )
+
+
+def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: bool) -> list[str]:
+    """Checks that separate datasets share no unit; returns the assumptions that remain.
+
+    Args:
+        parts: records and settings by stage.
+        declared: the user declares the units of different datasets disjoint.
+
+    Raises:
+        DPAlignError: an overlap (it says of how many units), or nothing to check and nothing declared.
+    """
+    assumptions = []
+    stages = list(parts)
+    for i, a in enumerate(stages):
+        for b in stages[i + 1 :]:
+            (records_a, config_a), (records_b, config_b) = parts[a], parts[b]
+            if config_a.name == config_b.name:
+                continue  # one name is one account: the ledger composes it
+            if config_a.unit and config_b.unit:
+                shared = {str(r.get(config_a.unit)) for r in records_a} & {str(r.get(config_b.unit)) for r in records_b}
+                if shared:
+                    raise DPAlignError(
+                        f"{len(shared)} units are in both {config_a.name!r} ({a}) and {config_b.name!r} ({b}): the "
+                        "stages would spend on them twice; make the datasets disjoint."
+                    )
+            elif not declared:
+                raise DPAlignError(
+                    f"whether {config_a.name!r} ({a}) and {config_b.name!r} ({b}) share units cannot be checked without "
+                    "a unit column in both: name one, or declare units_disjoint: declared."
+                )
+            else:
+                assumptions.append(f"the units of {config_a.name!r} and {config_b.name!r} are disjoint (declared)")
+    return assumptions
+
+
+def _fraction(identity: bytes) -> float:
+    return int.from_bytes(identity[:6], "big") / 2.0**48  # exact in float64, below 1

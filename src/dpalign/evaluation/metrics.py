@@ -1,0 +1,116 @@
+"""Reward, KL, perplexity and distinct-n of sampled completions of public prompts.
+
+Everything here is exact, so it is for prompts that are declared public only.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ..algorithms.ppo import PPOConfig, encode_prompt, sample
+from ..data.load import Record
+from ..models.policy import Policy, Rollouts
+from ..rewards import Reward
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over prompts, with the half-width of a 95% interval where it makes sense.
+
+    reward: mean reward of the completions. kl: nats per completion against the reference model.
+    perplexity: of the completions under the frozen base model. distinct_2: distinct over all token
+    bigrams. completion_length: tokens.
+    """
+
+    reward: float
+    reward_ci95: float
+    kl: float
+    perplexity: float
+    distinct_2: float
+    completion_length: float
+    prompts: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def public_prompts(policy: Policy, records: list[Record], config: PPOConfig) -> list[list[int]]:
+    """Token ids of the records' prompts; texts too short for one are left out."""
+    encoded = [encode_prompt(policy, record, config) for record in records]
+    return [ids for ids in encoded if ids is not None]
+
+
+@torch.no_grad()
+def evaluate_policy(
+    policy: Policy,
+    prompts: list[list[int]],
+    reward: Reward,
+    config: PPOConfig,
+    *,
+    reference: str = "base",
+    seed: int = 0,
+) -> tuple[Evaluation, list[tuple[str, str]]]:
+    """Samples one completion per prompt from the policy and measures it.
+
+    Args:
+        reference: what KL is measured against: `base` (all adapters off) or `previous` (newest off).
+        seed: of the sampling; the same for every model that is compared.
+
+    Returns:
+        The means, and (prompt, completion) texts.
+    """
+    ids, mask = policy.encode_prompts(prompts, max(len(p) for p in prompts))
+    torch.manual_seed(seed)
+    rollouts = sample(policy, ids, mask, config)
+    logprobs = logprobs_under(policy, rollouts, config)
+    with policy.reference() if reference == "previous" else _base(policy):
+        reference_logprobs = logprobs_under(policy, rollouts, config)
+    with _base(policy):
+        base_logprobs = logprobs_under(policy, rollouts, config)
+    texts = policy.decode(rollouts)
+    prompt_texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    scores = reward(prompt_texts, texts)
+    scored = scores[~scores.isnan()]
+    lengths = rollouts.completion_mask.sum(1)
+    return Evaluation(
+        reward=float(scored.mean()),
+        reward_ci95=1.96 * float(scored.std()) / math.sqrt(len(scored)),
+        kl=float((logprobs - reference_logprobs).sum(1).mean()),
+        perplexity=float(torch.exp(-base_logprobs.sum() / lengths.sum())),
+        distinct_2=distinct(rollouts.completion_ids, rollouts.completion_mask, 2),
+        completion_length=float(lengths.mean()),
+        prompts=len(prompts),
+    ), list(zip(prompt_texts, texts, strict=True))
+
+
+def logprobs_under(policy: Policy, rollouts: Rollouts, config: PPOConfig) -> Tensor:
+    """`(rows, completion)` log-probabilities of the completions under the policy as it is switched now."""
+    head, policy.value_head = policy.value_head, None
+    try:
+        return torch.cat(
+            [
+                policy.completion_logprobs(rollouts[start : start + 64], config.min_completion_length)[0]
+                for start in range(0, len(rollouts.input_ids), 64)
+            ]
+        )
+    finally:
+        policy.value_head = head
+
+
+def distinct(ids: Tensor, mask: Tensor, n: int) -> float:
+    """Distinct n-grams over all n-grams of the completions' tokens (Li et al. 2016)."""
+    grams = [
+        tuple(row[i : i + n])
+        for row, length in zip(ids.tolist(), mask.sum(1).int().tolist(), strict=True)
+        for i in range(length - n + 1)
+    ]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def _base(policy: Policy):
+    return policy.model.disable_adapter() if policy.adapters else nullcontext()

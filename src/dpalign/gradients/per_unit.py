@@ -1,0 +1,136 @@
+"""Per-unit gradients from an ordinary backward pass, without hooks.
+
+Every trainable `nn.Linear` computes with its own view of the weight for each unit: a leaf
+`weight.expand(units, ...)`, indexed by row -> unit and used through `bmm`. Backward then leaves one
+gradient per unit in the leaf, with the rows of one unit already summed and reused or tied layers
+added up, and no aggregate gradient exists at all. The leaves are made before the forward pass and
+read after the backward pass, so both kinds of activation checkpointing are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DPAlignError
+
+
+class UnitLinear(nn.Linear):
+    """`nn.Linear` that, inside `PerUnitGradients.collect`, uses one weight view per unit."""
+
+    _collector: PerUnitGradients | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        collector = self._collector
+        if collector is None or collector.row_unit is None:
+            return super().forward(x)
+        if x.dim() < 2 or x.shape[0] != collector.row_unit.shape[0]:
+            raise DPAlignError(
+                f"a trainable layer received {tuple(x.shape)} where the first dimension must be the "
+                f"{collector.row_unit.shape[0]} rows of the micro-batch: layers that mix rows (packing, experts) "
+                "have no per-unit gradient."
+            )
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])  # (rows, positions, in)
+        weight = collector.rows_of(self.weight).transpose(1, 2)  # (rows, in, out)
+        if self.bias is None:
+            out = torch.bmm(rows, weight)
+        else:
+            out = torch.baddbmm(collector.rows_of(self.bias).unsqueeze(1), rows, weight)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+class PerUnitGradients:
+    """Collects one gradient per unit for every trainable parameter of `model`.
+
+    Trainable `nn.Linear` modules are replaced by `UnitLinear` in place (same parameters, same names).
+
+    Raises:
+        DPAlignError: a trainable parameter belongs to any other kind of module; it is named.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        replaced: dict[int, UnitLinear] = {}
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if type(module) is nn.Linear and any(p.requires_grad for p in module.parameters(recurse=False)):
+                replaced.setdefault(id(module), _as_unit_linear(module))
+                model.set_submodule(name, replaced[id(module)])
+        covered: set[int] = set()
+        for module in model.modules():
+            if isinstance(module, UnitLinear):
+                module._collector = self
+                covered |= {id(p) for p in module.parameters(recurse=False)}
+        self.names: list[str] = []
+        self.parameters: list[nn.Parameter] = []
+        owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        for module_name, module in model.named_modules():
+            for name, p in module.named_parameters(recurse=False):
+                owners.setdefault(id(p), []).append((f"{module_name}.{name}", module))
+        for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
+            strangers = [(n, m) for n, m in owners[id(p)] if not isinstance(m, UnitLinear)]
+            if strangers:
+                raise DPAlignError(
+                    f"trainable parameter {strangers[0][0]} of a {type(strangers[0][1]).__name__} has no per-unit "
+                    "gradient here: train only linear layers (LoRA, heads), or freeze it with requires_grad_(False)."
+                )
+            self.names.append(name)
+            self.parameters.append(p)
+        if not self.parameters:
+            raise DPAlignError("the model has no trainable parameters: give it a LoRA adapter or a head.")
+        self.row_unit: Tensor | None = None
+        self._identity = False
+        self._leaves: dict[int, Tensor] = {}
+
+    @contextmanager
+    def collect(self, row_unit: Tensor, units: int) -> Iterator[None]:
+        """Within the block, run forward and backward of one micro-batch; then call `grads`.
+
+        Args:
+            row_unit: `(rows,)` int64, the unit (0 <= unit < units) that each row belongs to.
+            units: number of units in the micro-batch.
+        """
+        self._leaves = {id(p): p.detach().expand(units, *p.shape).requires_grad_() for p in self.parameters}
+        self._identity = row_unit.shape[0] == units and bool((row_unit.cpu() == torch.arange(units)).all())
+        self.row_unit = row_unit
+        try:
+            yield
+        finally:
+            self.row_unit = None
+
+    def rows_of(self, parameter: Tensor) -> Tensor:
+        """`(rows, *shape)`: each row's view of the parameter."""
+        leaf = self._leaves.get(id(parameter))
+        if leaf is None:  # a frozen bias beside a trainable weight
+            return parameter.expand(self.row_unit.shape[0], *parameter.shape)
+        return leaf if self._identity else leaf.index_select(0, self.row_unit)
+
+    def grads(self) -> list[Tensor]:
+        """One `(units, *shape)` tensor per trainable parameter, in the order of `self.parameters`.
+
+        Raises:
+            DPAlignError: a parameter took no part in the loss, or was used outside its layer.
+        """
+        grads = []
+        for name, p in zip(self.names, self.parameters, strict=True):
+            if p.grad is not None:
+                p.grad = None
+                raise DPAlignError(
+                    f"{name} was used outside its layer's forward, so part of its gradient is not per unit: "
+                    "this model cannot be trained privately with that layer trainable."
+                )
+            grad = self._leaves[id(p)].grad
+            if grad is None:
+                raise DPAlignError(f"{name} took no part in the loss: freeze it, or use it.")
+            grads.append(grad)
+        self._leaves = {}
+        return grads
+
+
+def _as_unit_linear(linear: nn.Linear) -> UnitLinear:
+    out = UnitLinear.__new__(UnitLinear)
+    out.__dict__ = linear.__dict__
+    return out

@@ -1,0 +1,365 @@
+"""A causal language model whose stages are LoRA adapters on one frozen base.
+
+Every stage adds one adapter. Adapters of earlier stages stay unmerged, active and frozen; the
+reference model is the policy with its newest adapter off; the release is one LoRA that concatenates
+all ranks on the original base, which is exact.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import DPAlignError
+from . import embedded
+
+RELEASE_ADAPTER = "default"
+
+
+@dataclass
+class ModelConfig:
+    """The model to align.
+
+    Args:
+        name_or_path: folder or hub name of a causal LM, a dpalign release (its stages then count towards the
+            budget), or `tiny-review-lm`, a 5M-parameter review model that ships with dpalign.
+        is_public: declares that the weights and tokenizer were made without the private data. Training refuses
+            a model for which nobody says so.
+        dtype: dtype of the frozen base: float32, bfloat16 or float16. Adapters and heads are always float32.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    name_or_path: str = embedded.TINY_REVIEW_LM
+    is_public: bool = False
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class AdapterConfig:
+    """The LoRA adapter that a stage trains.
+
+    Args:
+        r: rank. The noise of a private step grows with the square root of the number of trained weights.
+        lora_alpha: scale of the update is lora_alpha / r; default 2 r.
+        target_modules: layers to adapt by name ending, or `all-linear`; default: query and value projections
+            (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn).
+        layers: adapt only these layer indices; default all.
+        freeze_a: train only the B matrices; halves the trained dimension.
+    """
+
+    r: int = 4
+    lora_alpha: int | None = None
+    target_modules: list[str] | str | None = None
+    layers: list[int] | None = None
+    freeze_a: bool = False
+
+
+@dataclass
+class Rollouts:
+    """Prompts and sampled completions of some rows, padded to fixed widths.
+
+    input_ids: `(rows, prompt + completion)` int64, prompts left-padded.
+    attention_mask: the same shape, 1 where there is a token.
+    completion_mask: `(rows, completion)` float, 1 up to and including the first EOS.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+
+    @property
+    def completion_ids(self) -> Tensor:
+        return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+    def __getitem__(self, rows) -> Rollouts:
+        return Rollouts(self.input_ids[rows], self.attention_mask[rows], self.completion_mask[rows])
+
+    @staticmethod
+    def cat(parts: list[Rollouts]) -> Rollouts:
+        return Rollouts(
+            torch.cat([p.input_ids for p in parts]),
+            torch.cat([p.attention_mask for p in parts]),
+            torch.cat([p.completion_mask for p in parts]),
+        )
+
+
+class Policy(nn.Module):
+    """See the module's docstring. `adapters` lists the stages' names, oldest first."""
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        base.requires_grad_(False)
+        base.eval()
+        _refuse_coupling(base)
+        self.model: PreTrainedModel | PeftModel = base
+        self.tokenizer = tokenizer
+        self.adapters: list[str] = []
+        self.value_head: nn.Linear | None = None
+        accepted = inspect.signature(base.forward).parameters
+        self._accepts_positions = "position_ids" in accepted
+        self._accepts_keep = "logits_to_keep" in accepted
+
+    @classmethod
+    def load(cls, config: ModelConfig, device: str | torch.device = "cpu") -> Policy:
+        """Loads a base model, or the base and adapter of a release.
+
+        Raises:
+            DPAlignError: the folder or dtype is wrong.
+        """
+        path = embedded.resolve(config.name_or_path)
+        dtype = getattr(torch, config.dtype, None)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise DPAlignError(f"dtype {config.dtype!r} is not one of float32, bfloat16, float16.")
+        adapter = None
+        if (Path(path) / "adapter_config.json").exists():
+            adapter = path
+            path = embedded.resolve(LoraConfig.from_pretrained(path).base_model_name_or_path)
+        options = {"trust_remote_code": config.trust_remote_code}
+        try:
+            base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(adapter or path, **options)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DPAlignError(f"cannot load a causal LM and tokenizer from {config.name_or_path!r}: {reason}") from None
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        policy = cls(base.to(device), tokenizer)
+        if adapter:
+            policy.model = PeftModel.from_pretrained(base, adapter, adapter_name="earlier", is_trainable=False)
+            policy.adapters.append("earlier")
+            policy.eval()
+        return policy
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    # Stages ------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: AdapterConfig) -> None:
+        """Adds a trainable adapter on top of the frozen earlier ones; B is zero, so nothing changes yet."""
+        lora = LoraConfig(
+            r=config.r,
+            lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * config.r,
+            target_modules=config.target_modules,
+            layers_to_transform=config.layers,
+            lora_dropout=0.0,
+            bias="none",
+            fan_in_fan_out=_fan_in_fan_out(self.model),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            if isinstance(self.model, PeftModel):
+                self.model.add_adapter(name, lora)
+            else:
+                self.model = get_peft_model(self.model, lora, adapter_name=name)
+        except ValueError as error:
+            raise DPAlignError(f"the adapter cannot be added: {str(error).splitlines()[0]}") from None
+        self.adapters.append(name)
+        self._freeze_a = config.freeze_a
+        self._activate(self.adapters)
+        self.eval()
+
+    def add_value_head(self) -> None:
+        """A linear layer from the body's last hidden state to one value, float32, zero at first."""
+        hidden_size = self.model.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(hidden_size, 1, device=self.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def finish_stage(self) -> None:
+        """Freezes what the stage trained and drops the value head."""
+        self.value_head = None
+        self.requires_grad_(False)
+
+    def stage_state(self) -> dict[str, Tensor]:
+        """The tensors of the newest adapter and the value head by name, frozen A matrices included."""
+        newest = f".{self.adapters[-1]}."
+        return {n: p.detach() for n, p in self.named_parameters() if newest in n or n.startswith("value_head.")}
+
+    def _activate(self, adapters: list[str], trainable: bool = True) -> None:
+        # peft turns gradients on for everything it activates: freeze all but the newest again.
+        self.model.base_model.set_adapter(adapters, inference_mode=True)
+        if trainable and adapters:
+            newest = adapters[-1]
+            for name, p in self.model.named_parameters():
+                if f".{newest}." in name and not (self._freeze_a and "lora_A" in name):
+                    p.requires_grad_(True)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within the block the newest adapter is off: the model that the stage started from."""
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        earlier = self.adapters[:-1]
+        try:
+            if earlier:
+                self.model.base_model.set_adapter(earlier, inference_mode=True)
+                yield
+            else:
+                with self.model.disable_adapter():
+                    yield
+        finally:
+            self.model.base_model.set_adapter(self.adapters, inference_mode=True)
+            for name, p in self.named_parameters():
+                p.requires_grad_(name in trained)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within the block a float32 base carries its adapters merged (generation is then plain and fast).
+
+        The original weights are put back, not recomputed, so nothing drifts. A half-precision base stays
+        unmerged: rounding would lose part of a small adapter.
+        """
+        layers = [m for m in self.modules() if isinstance(m, LoraLayer)]
+        if not layers or any(m.get_base_layer().weight.dtype != torch.float32 for m in layers):
+            yield
+            return
+        originals = [m.get_base_layer().weight.data for m in layers]
+        try:
+            with torch.no_grad(), self.model.disable_adapter():
+                for layer, original in zip(layers, originals, strict=True):
+                    delta = sum(layer.get_delta_weight(a) for a in self.adapters if a in layer.lora_A)
+                    layer.get_base_layer().weight.data = original + delta
+                yield
+        finally:
+            for layer, original in zip(layers, originals, strict=True):
+                layer.get_base_layer().weight.data = original
+
+    # Computation -------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Logits and last hidden states of the last `keep` positions, both float32.
+
+        Args:
+            input_ids, attention_mask: `(rows, length)`; either side may be padded.
+        Returns:
+            `(rows, keep, vocabulary)` and `(rows, keep, hidden)`.
+        """
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self._accepts_positions:
+            arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        if self._accepts_keep:
+            arguments["logits_to_keep"] = keep
+        out = self.model(**arguments, output_hidden_states=self.value_head is not None)
+        logits = out.logits[:, -keep:].float()
+        hidden = out.hidden_states[-1][:, -keep:].float() if self.value_head is not None else logits.new_empty(0)
+        return logits, hidden
+
+    def completion_logprobs(self, rollouts: Rollouts, min_new_tokens: int = 0) -> tuple[Tensor, Tensor]:
+        """Log-probability and value of every completion token, under the law that sampled it.
+
+        Returns:
+            logprobs, values: `(rows, completion)` float32; both are 0 beyond the completion's end. Values
+            are of the state before the token, and 0 without a value head.
+        """
+        width = rollouts.completion_mask.shape[1]
+        logits, hidden = self(rollouts.input_ids, rollouts.attention_mask, width + 1)
+        logits = logits[:, :-1]  # the logits at position t are for the token at t + 1
+        if min_new_tokens and self.tokenizer.eos_token_id is not None:
+            early = torch.zeros_like(logits[0], dtype=torch.bool)
+            early[:min_new_tokens, self.tokenizer.eos_token_id] = True
+            logits = logits.masked_fill(early, -torch.inf)
+        chosen = logits.gather(2, rollouts.completion_ids.unsqueeze(2)).squeeze(2)
+        inside = rollouts.completion_mask > 0
+        logprobs = torch.where(inside, chosen - logits.logsumexp(2), 0.0)
+        if self.value_head is None:
+            return logprobs, torch.zeros_like(logprobs)
+        values = self.value_head(hidden[:, :-1]).squeeze(2)
+        return logprobs, torch.where(inside, values, 0.0)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        max_new_tokens: int,
+        *,
+        min_new_tokens: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Rollouts:
+        """Samples one completion per left-padded prompt with the global torch generator.
+
+        By default the law is exactly the policy's own (no top-k, no penalties), which PPO needs.
+        """
+        tokenizer = self.tokenizer
+        sampling = self.model.generation_config.__class__(
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens or None,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        sequences = self.model.generate(
+            input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=sampling
+        )
+        completions = sequences[:, prompt_ids.shape[1] :]
+        missing = max_new_tokens - completions.shape[1]  # generation stops early once every row has ended
+        completions = nn.functional.pad(completions, (0, missing), value=tokenizer.pad_token_id)
+        ended = completions == tokenizer.eos_token_id if tokenizer.eos_token_id is not None else completions < 0
+        mask = (ended.long().cumsum(1) - ended.long() == 0).float()  # 1 up to and including the first EOS
+        if missing and not ended.any(1).all():
+            raise DPAlignError("generation stopped before the completions ended; the model's stop rules are not EOS.")
+        return Rollouts(
+            torch.cat([prompt_ids, completions], 1), torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1), mask
+        )
+
+    def decode(self, rollouts: Rollouts) -> list[str]:
+        """Text of the completions, without special tokens."""
+        rows = zip(rollouts.completion_ids.tolist(), rollouts.completion_mask.sum(1).int().tolist(), strict=True)
+        return self.tokenizer.batch_decode([ids[:length] for ids, length in rows], skip_special_tokens=True)
+
+    def encode_prompts(self, prompts: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
+        """Left-pads token lists to `(rows, width)` ids and mask."""
+        ids = torch.full((len(prompts), width), self.tokenizer.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+        for row, tokens in enumerate(prompts):
+            if tokens:
+                ids[row, -len(tokens) :] = torch.tensor(tokens)
+                mask[row, -len(tokens) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    # Release -----------------------------------------------------------------------------------------
+
+    def save_adapter(self, folder: Path, base_model: str) -> None:
+        """Writes all stages as one LoRA (safetensors) that plain peft loads on the original base."""
+        self.model.base_model.add_weighted_adapter(
+            self.adapters, [1.0] * len(self.adapters), RELEASE_ADAPTER, combination_type="cat"
+        )
+        try:
+            self.model.peft_config[RELEASE_ADAPTER].base_model_name_or_path = base_model
+            self.model.save_pretrained(folder, selected_adapters=[RELEASE_ADAPTER], safe_serialization=True)
+        finally:
+            self.model.delete_adapter(RELEASE_ADAPTER)
+            self._activate(self.adapters, trainable=False)
+        (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's template; the release writes its own card
+        self.tokenizer.save_pretrained(folder)
+
+
+def _fan_in_fan_out(model: nn.Module) -> bool:
+    return any(type(m).__name__ == "Conv1D" for m in model.modules())
+
+
+def _refuse_coupling(model: nn.Module) -> None:
+    """Refuses layers through which one record changes another's gradient."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise DPAlignError(f"{name} is a {kind}: batch statistics mix records, so no per-unit guarantee is possible.")
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        raise DPAlignError("the model's load-balancing loss mixes records: set output_router_logits to false.")

@@ -1,0 +1,166 @@
+"""Durable record of every spending, written before it is spent.
+
+The ledger belongs to the user, not to a run: it is keyed by the dataset's declared name, and every
+run on that name adds up, whatever became of the run. Epsilon is the replay of intents, so a crash
+can overstate it and never understate it. Contents are kept as keyed hashes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..errors import DPAlignError
+from .accountant import SampledGaussian, epsilon
+
+
+@dataclass(frozen=True)
+class Intent:
+    """One Poisson sample about to be drawn and answered; the fields are those of one ledger row.
+
+    `low` and `high` name the part of the dataset that may be sampled: the units whose keyed hash,
+    a number in [0, 1), falls into [low, high). Disjoint parts do not add up; overlapping ones do.
+    """
+
+    dataset: str
+    run: str
+    stage: str
+    step: int
+    attempt: int
+    low: float
+    high: float
+    sampling_rate: float
+    noise_multiplier: float
+    metrics_noise_multiplier: float
+    passes: int
+    max_grad_norm: float
+    unit: str
+    units: float
+    fingerprint: str
+    config_hash: str
+    private: bool
+
+    @property
+    def mechanism(self) -> SampledGaussian:
+        sigma = self.noise_multiplier if self.private else 0.0
+        return SampledGaussian(self.sampling_rate, sigma, 1, self.passes, self.metrics_noise_multiplier)
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Equal intents of one stage, counted: the part of the dataset and the mechanism that ran on it."""
+
+    dataset: str
+    run: str
+    stage: str
+    low: float
+    high: float
+    mechanism: SampledGaussian
+
+
+def composed_epsilon(spendings: Iterable[Spending], delta: float) -> float:
+    """Epsilon of all spendings on ONE dataset: the worst over its units.
+
+    A unit pays for the stages whose part [low, high) contains its hash: parallel composition where
+    parts are disjoint, sequential where they overlap, mixed where some do.
+    """
+    spendings = list(spendings)
+    starts = sorted({s.low for s in spendings})
+    return max(
+        (epsilon([s.mechanism for s in spendings if s.low <= start < s.high], delta) for start in starts), default=0.0
+    )
+
+
+class Ledger:
+    """SQLite file, synchronous, mode 0600. `path` may be ':memory:' for a run without a record (tests)."""
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = Path(path) if path is not None else default_path()
+        try:
+            if str(self.path) != ":memory:":
+                self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self.path.touch(mode=0o600, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            self._db.execute("PRAGMA synchronous=EXTRA")
+            self._db.execute("CREATE TABLE IF NOT EXISTS datasets (name TEXT PRIMARY KEY, secret BLOB NOT NULL)")
+            columns = ", ".join(f"{f.name}" for f in fields(Intent))
+            self._db.execute(
+                f"CREATE TABLE IF NOT EXISTS intents (id INTEGER PRIMARY KEY, written TEXT NOT NULL, {columns})"
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise DPAlignError(
+                f"the ledger {self.path} cannot be opened or written ({error}): nothing was drawn from the data; "
+                "give another path with --ledger."
+            ) from None
+
+    def secret(self, dataset: str) -> bytes:
+        """The dataset's secret key: fixed for its name, so that splits and hashes agree across runs."""
+        self._db.execute("INSERT OR IGNORE INTO datasets VALUES (?, ?)", (dataset, secrets.token_bytes(32)))
+        return self._db.execute("SELECT secret FROM datasets WHERE name = ?", (dataset,)).fetchone()[0]
+
+    def keyed_hash(self, dataset: str, *parts: bytes) -> bytes:
+        """HMAC-SHA256 under the dataset's secret: confirms nothing to somebody without the ledger."""
+        mac = hmac.new(self.secret(dataset), digestmod=hashlib.sha256)
+        for part in parts:
+            mac.update(len(part).to_bytes(8, "little") + part)
+        return mac.digest()
+
+    def write(self, intents: list[Intent]) -> None:
+        """Puts the intents on disk, all or none; returns only when they are durable."""
+        names = ", ".join(f.name for f in fields(Intent))
+        marks = ", ".join("?" for _ in fields(Intent))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for intent in intents:
+                row = (now, *asdict(intent).values())
+                self._db.execute(f"INSERT INTO intents (written, {names}) VALUES (?, {marks})", row)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise DPAlignError(
+                f"the ledger {self.path} cannot be written ({error}): the next step was not started, "
+                "and the run resumes from its last checkpoint once there is room."
+            ) from None
+
+    def intents(self, *, dataset: str | None = None, run: str | None = None, stage: str | None = None) -> list[Intent]:
+        """Intents in the order they were written, filtered by equality."""
+        given = {"dataset": dataset, "run": run, "stage": stage}
+        given = {k: v for k, v in given.items() if v is not None}
+        where = " AND ".join(f"{k} = ?" for k in given) or "1"
+        names = ", ".join(f.name for f in fields(Intent))
+        rows = self._db.execute(f"SELECT {names} FROM intents WHERE {where} ORDER BY id", tuple(given.values()))
+        return [Intent(*row[:-1], private=bool(row[-1])) for row in rows]
+
+    def spendings(self, **where: str | None) -> list[Spending]:
+        """Intents counted into mechanisms; see `intents` for the filters."""
+        counted: dict[tuple, int] = {}
+        for i in self.intents(**where):
+            key = (i.dataset, i.run, i.stage, i.low, i.high, i.mechanism)
+            counted[key] = counted.get(key, 0) + 1
+        return [
+            Spending(*key[:-1], mechanism=SampledGaussian(**{**asdict(key[-1]), "steps": count}))
+            for key, count in counted.items()
+        ]
+
+    def datasets(self) -> list[str]:
+        return [row[0] for row in self._db.execute("SELECT name FROM datasets ORDER BY name")]
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def default_path() -> Path:
+    """$DPALIGN_LEDGER, else ~/.local/share/dpalign/ledger.sqlite (XDG_DATA_HOME is respected)."""
+    if os.environ.get("DPALIGN_LEDGER"):
+        return Path(os.environ["DPALIGN_LEDGER"])
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "dpalign" / "ledger.sqlite"

@@ -1,0 +1,1 @@
+"""The release and its privacy statement, progress, tables and plots."""

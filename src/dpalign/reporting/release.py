@@ -1,0 +1,71 @@
+"""The release folder: adapter, tokenizer, card and privacy statement. Nothing else is for sharing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..files import replace_folder, write_json, write_text
+from ..models.policy import Policy
+from .statement import PrivacyStatement
+
+CARD = """\
+---
+library_name: peft
+base_model: "{{ base_model }}"
+tags: [differential-privacy, dpalign, lora]
+---
+# {{ title }}
+
+{% if statement.private -%}
+This adapter was trained with dpalign under **({{ "%.4g"|format(statement.epsilon) }}, {{ "%.3g"|format(statement.delta) }})
+differential privacy**: adding or removing all data of any one {{ units }} changes the probability of any outcome, this
+adapter included, by at most a factor e^epsilon, except for a delta.
+{%- else -%}
+**NOT PRIVATE.** At least one stage of this adapter was trained without a guarantee (no noise, or a known seed).
+{%- endif %}
+
+| stage | dataset | unit | units (declared) | epsilon alone | sampling rate | noise multiplier | steps | passes | C |
+|---|---|---|---|---|---|---|---|---|---|
+{% for stage in statement.stages %}{% for m in stage.mechanisms -%}
+| {{ stage.stage }} | {{ stage.dataset }} | {{ stage.unit }} | {{ "%g"|format(stage.declared_units) }} | \
+{{ "%.3f"|format(stage.epsilon_alone) }} | {{ "%.5f"|format(m.sampling_rate) }} | {{ "%.4f"|format(m.noise_multiplier) }} \
+| {{ m.steps }} | {{ m.passes }} | {{ stage.max_grad_norm }} |
+{% endfor %}{% endfor %}
+Accountant: {{ statement.accountant }}; numbers to recompute it are in `privacy.json`.
+
+{% for entry in statement.ledger -%}
+The ledger knows {{ entry.runs }} run(s) on `{{ entry.dataset }}`, together epsilon \
+{{ "%.3f"|format(entry.epsilon_of_all_private_runs) }} at delta {{ "%.3g"|format(entry.delta) }}\
+{% if entry.runs_without_privacy %}; {{ entry.runs_without_privacy }} of them ran WITHOUT privacy, and whatever was \
+published from those is not covered{% endif %}{% if entry.demo_data %} (demo data: public text playing private){% endif %}.
+{% endfor %}
+{% if statement.assumptions %}Assumptions: {{ statement.assumptions | join("; ") }}.
+{% endif %}
+## What the guarantee does not cover
+{% for line in statement.not_covered %}- {{ line }}
+{% endfor %}
+## Use
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({{ base_model | tojson }})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def write_release(folder: Path, policy: Policy, statement: PrivacyStatement, base_model: str, title: str) -> None:
+    """Writes the release folder in one move: the old one or the whole new one."""
+    with replace_folder(folder) as temporary:
+        policy.save_adapter(temporary, base_model)
+        write_json(temporary / "privacy.json", statement.as_dict())
+        environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
+        units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
+        fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
+        write_text(temporary / "README.md", environment.from_string(CARD).render(fields))
+        temporary.chmod(0o755)

@@ -1,0 +1,136 @@
+"""The privacy statement: what was spent on whom, in numbers that a reviewer can recompute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from ..privacy.accountant import ACCOUNTANT, SampledGaussian, epsilon
+from ..privacy.ledger import Intent, Ledger, Spending, composed_epsilon
+
+NOT_COVERED = [
+    "facts about a unit that other units, the public model or the public reward also reveal",
+    "units that share text with each other (the guarantee is per unit as declared)",
+    "the number of units, which is declared public",
+    "hyperparameters chosen by looking at private results; the ledger says which other runs there were",
+    "everything under private/, and timing of the training process",
+]
+
+
+@dataclass(frozen=True)
+class StageStatement:
+    """One stage's mechanism. `part` is the range of the secret keyed hash that its units come from."""
+
+    stage: str
+    dataset: str
+    part: tuple[float, float]
+    split_key: str
+    unit: str
+    declared_units: float
+    max_grad_norm: float
+    epsilon_alone: float
+    mechanisms: list[dict[str, Any]]
+    private: bool
+
+    def spendings(self, split_key: str) -> list[Spending]:
+        # Under another secret the parts mean other units: then they must be taken to overlap.
+        low, high = self.part if self.split_key == split_key else (0.0, 1.0)
+        return [
+            Spending(self.dataset, "", self.stage, low, high, SampledGaussian(**_numbers(m))) for m in self.mechanisms
+        ]
+
+
+@dataclass
+class PrivacyStatement:
+    """What privacy.json holds."""
+
+    private: bool
+    epsilon: float
+    delta: float
+    stages: list[StageStatement]
+    adjacency: str = "add or remove one unit"
+    accountant: str = ACCOUNTANT
+    versions: dict[str, str] = field(default_factory=dict)
+    assumptions: list[str] = field(default_factory=list)
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    not_covered: list[str] = field(default_factory=lambda: list(NOT_COVERED))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"format": 1, **asdict(self)}
+
+    @staticmethod
+    def stages_from(value: dict[str, Any]) -> list[StageStatement]:
+        """Stages of a privacy.json."""
+        return [StageStatement(**{**stage, "part": tuple(stage["part"])}) for stage in value["stages"]]
+
+
+def split_key_id(ledger: Ledger, dataset: str) -> str:
+    """Public name of a dataset's split key: equal only for equal keys, and says nothing about them."""
+    return ledger.keyed_hash(dataset, b"split key").hex()[:16]
+
+
+def state_privacy(
+    run: str, ledger: Ledger, delta: float, earlier: list[StageStatement], assumptions: list[str], demo: set[str]
+) -> PrivacyStatement:
+    """Replays the ledger's intents of `run`, with those of an earlier release, into one statement.
+
+    Epsilon is the largest over datasets of the worst over units: datasets are disjoint by check or declaration.
+    """
+    stages = list(earlier)
+    by_stage: dict[tuple[str, str], list[Intent]] = {}
+    for intent in ledger.intents(run=run):
+        by_stage.setdefault((intent.dataset, intent.stage), []).append(intent)
+    for (dataset, stage), intents in by_stage.items():
+        first = intents[0]
+        mechanisms = [s.mechanism for s in ledger.spendings(run=run, dataset=dataset, stage=stage)]
+        stages.append(
+            StageStatement(
+                stage=stage, dataset=dataset, part=(first.low, first.high), split_key=split_key_id(ledger, dataset),
+                unit=first.unit, declared_units=first.units, max_grad_norm=first.max_grad_norm,
+                epsilon_alone=epsilon(mechanisms, delta), mechanisms=[asdict(m) for m in mechanisms],
+                private=all(i.private for i in intents),
+            )
+        )  # fmt: skip
+    names = sorted({s.dataset for s in stages})
+    epsilons = [
+        composed_epsilon(
+            [sp for s in stages if s.dataset == name for sp in s.spendings(split_key_id(ledger, name))], delta
+        )
+        for name in names
+    ]
+    private = all(s.private for s in stages)
+    return PrivacyStatement(
+        private=private,
+        epsilon=max(epsilons, default=0.0) if private else math.inf,
+        delta=delta,
+        stages=stages,
+        versions={name: version(name) for name in ("dpalign", "dp-accounting", "torch", "transformers", "peft")},
+        assumptions=assumptions,
+        ledger=[account(ledger, name, delta, demo=name in demo) for name in names],
+    )
+
+
+def account(ledger: Ledger, dataset: str, delta: float, *, demo: bool = False) -> dict[str, Any]:
+    """What the ledger knows of all runs on one dataset together."""
+    spendings = ledger.spendings(dataset=dataset)
+    private = [s for s in spendings if s.mechanism.noise_multiplier > 0]
+    return {
+        "dataset": dataset,
+        "runs": len({s.run for s in spendings}),
+        "runs_without_privacy": len({s.run for s in spendings if s.mechanism.noise_multiplier == 0}),
+        "epsilon_of_all_private_runs": composed_epsilon(private, delta),
+        "delta": delta,
+        "demo_data": demo,
+    }
+
+
+def _numbers(mechanism: dict[str, Any]) -> dict[str, Any]:
+    return {k: math.inf if v == "inf" else v for k, v in mechanism.items()}
+
+
+def mechanisms_of(stages: Iterable[StageStatement]) -> list[SampledGaussian]:
+    """All mechanisms of `stages`, flat."""
+    return [SampledGaussian(**_numbers(m)) for stage in stages for m in stage.mechanisms]

@@ -1,0 +1,181 @@
+"""Loading, checking and safely calling a reward function.
+
+A reward must score every row by itself. One that whitens, ranks or remembers lets one person's text
+change another's score, which no clip bounds: `check_reward` looks for that on public probe texts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import DPAlignError
+
+RewardFunction = Callable[..., list[float]]
+
+PROBES = [
+    ("The film", " was a delight from start to finish, warm and funny."),
+    ("I expected", " little, and even that was too much: dull, loud and far too long."),
+    ("Acting aside,", " the script has nothing to say."),
+    ("My sister", " loved it; I fell asleep twice."),
+    ("What a", " wonderful, generous, beautiful piece of work!"),
+    ("Terrible.", " Avoid at all costs, the worst thing I have ever seen."),
+    ("Two hours", ""),
+    ("It is", " a film about trains."),
+]
+
+
+@dataclass
+class RewardConfig:
+    """The public reward function.
+
+    Args:
+        source: `vader` (sentiment lexicon, -1 to 1), `classifier:PATH` (a Hugging Face text-classification
+            model), or `module:function` with the signature f(prompts, completions, **columns) -> list[float].
+        is_public: declares that the reward was made without the private data; `vader` is public by itself.
+        text: what a lexicon or classifier reads: `completion`, or `prompt+completion`.
+        label: classifier label whose score is the reward; default: the last label.
+        use_logit: the label's logit instead of its probability.
+        scale, shift: the reward is scale * score + shift; constants, never statistics of private data.
+        low, high: declared range of the reward; clipped to it for training and for the noised metric. Needed
+            for callables and logits.
+    """
+
+    source: str = "vader"
+    is_public: bool = False
+    text: str = "completion"
+    label: str | None = None
+    use_logit: bool = False
+    scale: float = 1.0
+    shift: float = 0.0
+    low: float | None = None
+    high: float | None = None
+
+
+class Reward:
+    """A reward function with its declared range, called so that no row can disturb another."""
+
+    def __init__(self, function: RewardFunction, low: float, high: float, scale: float = 1.0, shift: float = 0.0):
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise DPAlignError(f"the reward's range [{low}, {high}] must be finite and not empty.")
+        self.function, self.low, self.high, self.scale, self.shift = function, low, high, scale, shift
+
+    def __call__(self, prompts: list[str], completions: list[str], columns: dict[str, list] | None = None):
+        """`(rows,)` float32 rewards in [low, high]; NaN for a row that cannot be scored.
+
+        A row that makes the function raise is scored alone, so that it cannot fail the others; what was
+        raised is never shown, because it may quote the row.
+        """
+        columns = columns or {}
+        try:
+            scores = [float(s) for s in self.function(prompts, completions, **columns)]
+            if len(scores) != len(completions):
+                raise ValueError
+        except Exception:
+            scores = [
+                self._score_alone(p, c, {k: v[i : i + 1] for k, v in columns.items()})
+                for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
+            ]
+        raw = torch.tensor(scores, dtype=torch.float32) * self.scale + self.shift
+        return torch.where(torch.isfinite(raw), raw.clamp(self.low, self.high), torch.nan)
+
+    def _score_alone(self, prompt: str, completion: str, columns: dict[str, list]) -> float:
+        try:
+            (score,) = self.function([prompt], [completion], **columns)
+            return float(score)
+        except Exception:
+            return math.nan
+
+
+def load_reward(config: RewardConfig, device: str | torch.device = "cpu") -> Reward:
+    """Builds the reward that `config` names and checks it.
+
+    Raises:
+        DPAlignError: unknown source, not declared public, no range, or `check_reward` refuses it.
+    """
+    low, high = config.low, config.high
+    if config.source == "vader":
+        from .lexicon import vader
+
+        function: RewardFunction = vader(config.text)
+        low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
+    else:
+        if not config.is_public:
+            raise DPAlignError(
+                f"reward {config.source!r} must be declared public (reward.is_public: true): a reward made from "
+                "private data without a guarantee would void the one printed here."
+            )
+        if config.source.startswith("classifier:"):
+            from .classifier import classifier
+
+            function = classifier(config.source.removeprefix("classifier:"), config, device)
+            if not config.use_logit:
+                low, high = (0.0 if low is None else low), (1.0 if high is None else high)
+        else:
+            function = _import_function(config.source)
+    if low is None or high is None:
+        raise DPAlignError(f"reward {config.source!r} needs its declared range: set reward.low and reward.high.")
+    reward = Reward(function, low, high, config.scale, config.shift)
+    check_reward(function, config.source)
+    return reward
+
+
+def check_reward(function: RewardFunction, name: str = "reward", columns: dict[str, list] | None = None) -> None:
+    """Refuses a reward whose score for a row depends on other rows or on earlier calls.
+
+    Scores public probe texts; swaps one of them; reverses them; and repeats the first call after that
+    different history. Every other row must keep its score.
+
+    Raises:
+        DPAlignError: the reward fails on the probe, returns NaN, the wrong length, or couples rows.
+    """
+    prompts, completions = [p for p, _ in PROBES], [c for _, c in PROBES]
+    columns = columns or {}
+
+    def score(p: list[str], c: list[str]) -> list[float]:
+        try:
+            scores = list(function(p, c, **columns))
+        except Exception as error:
+            raise DPAlignError(
+                f"reward {name!r} raised {type(error).__name__} on the public probe texts: {error}"
+            ) from None
+        if len(scores) != len(c):
+            raise DPAlignError(f"reward {name!r} returned {len(scores)} scores for {len(c)} completions.")
+        try:
+            values = [float(s) for s in scores]
+        except (TypeError, ValueError):
+            raise DPAlignError(f"reward {name!r} must return numbers, one per completion.") from None
+        if not all(math.isfinite(v) for v in values):
+            raise DPAlignError(f"reward {name!r} returned NaN or infinity on the public probe texts.")
+        return values
+
+    first = score(prompts, completions)
+    extreme = " awful" * 40
+    swapped = score(["X", *prompts[1:]], [extreme, *completions[1:]])
+    backwards = score(prompts[::-1], completions[::-1])[::-1]
+    alone = [score([p], [c])[0] for p, c in PROBES]
+    again = score(prompts, completions)
+    tolerance = 1e-3 * max(1.0, max(abs(v) for v in first))
+    for other in (swapped[1:], backwards[1:], alone[1:], again[1:]):
+        if any(abs(a - b) > tolerance for a, b in zip(first[1:], other, strict=True)):
+            raise DPAlignError(
+                f"reward {name!r} scores a completion differently when other completions or earlier calls change "
+                "(whitening, ranking, running statistics or randomness): score every completion by itself."
+            )
+
+
+def _import_function(source: str) -> RewardFunction:
+    module, _, name = source.partition(":")
+    if not name:
+        raise DPAlignError(f"reward {source!r} is not known: use vader, classifier:PATH or module:function.")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DPAlignError(f"reward {source!r} cannot be imported: {error}") from None
+    if not callable(function):
+        raise DPAlignError(f"reward {source!r} is not a function.")
+    return function

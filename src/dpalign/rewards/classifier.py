@@ -1,0 +1,45 @@
+"""Any Hugging Face text-classification model as a reward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ..errors import DPAlignError
+
+if TYPE_CHECKING:
+    from .base import RewardConfig, RewardFunction
+
+
+def classifier(path: str, config: RewardConfig, device: str | torch.device = "cpu") -> RewardFunction:
+    """Probability (or logit) of one label; text is re-tokenised, so any tokenizer will do."""
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise DPAlignError(f"cannot load a text classifier from {path!r}: {str(error).splitlines()[0]}") from None
+    model.to(device).eval()
+    labels = {str(name): index for index, name in model.config.id2label.items()}
+    if config.label is not None and config.label not in labels:
+        raise DPAlignError(f"classifier {path!r} has no label {config.label!r}; it has {', '.join(labels)}.")
+    index = labels[config.label] if config.label is not None else model.config.num_labels - 1
+    length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) or 512, 512)
+
+    @torch.no_grad()
+    def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
+        texts = completions
+        if config.text != "completion":
+            texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(texts), 32):
+            batch = tokenizer(
+                texts[start : start + 32],
+                return_tensors="pt", truncation=True, max_length=length, padding="max_length",
+            )  # fmt: skip
+            logits = model(**batch.to(device)).logits
+            scores += (logits if config.use_logit else logits.softmax(-1))[:, index].tolist()
+        return scores
+
+    return score

@@ -1,0 +1,74 @@
+"""Checkpoints: safetensors and JSON with checksums, written to a new folder and renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import DPAlignError
+from ..files import dumps, replace_folder
+
+KEEP = 2
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes `folder/step-<step>` and removes all but the newest checkpoints."""
+    target = folder / f"step-{step:08d}"
+    with replace_folder(target) as temporary:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"safetensors: {error}") from None
+        digest = hashlib.sha256((temporary / "tensors.safetensors").read_bytes()).hexdigest()
+        (temporary / "state.json").write_text(dumps({**state, "step": step, "sha256": digest}), encoding="utf-8")
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and state of the newest checkpoint, or None if there is none.
+
+    Raises:
+        DPAlignError: it is corrupt; falling back to an older one is left to the user, because the steps
+            since then have been spent.
+    """
+    found = sorted(folder.glob("step-*"))
+    if not found:
+        return None
+    newest = found[-1]
+    try:
+        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        data = (newest / "tensors.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != state["sha256"]:
+            raise ValueError("checksum")
+        return load_file(newest / "tensors.safetensors"), state
+    except (OSError, ValueError, KeyError, SafetensorError):
+        raise DPAlignError(
+            f"checkpoint {newest} is corrupt: delete that folder to go on from the one before it; the steps since "
+            "then stay spent and are counted again."
+        ) from None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """Adam's state as named tensors."""
+    out = {}
+    for name, p in zip(names, optimizer.param_groups[0]["params"], strict=True):
+        for key, value in optimizer.state.get(p, {}).items():
+            out[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+    return out
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """Puts `optimizer_tensors` back."""
+    for name, p in zip(names, optimizer.param_groups[0]["params"], strict=True):
+        prefix = f"optimizer/{name}/"
+        state = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
