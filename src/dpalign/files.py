@@ -66,7 +66,9 @@ def replace_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise DPAlignError(f"{path} cannot be written ({error.strerror or error}); what was there before is intact.") from None
+        raise DPAlignError(
+            f"{path} cannot be written ({error.strerror or error}); what was there before is intact."
+        ) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -151,7 +151,9 @@ def split_parts(
     fractions = dict(split) if split else {}
     unknown = set(fractions) - set(STAGES)
     if unknown or any(f <= 0 for f in fractions.values()) or sum(fractions.values()) > 1 + 1e-9:
-        raise DPAlignError(f"split {split} must give {' and '.join(STAGES)} positive fractions that add up to at most 1.")
+        raise DPAlignError(
+            f"split {split} must give {' and '.join(STAGES)} positive fractions that add up to at most 1."
+        )
     parts: dict[str, tuple[float, float]] = {}
     for dataset in {c.name for c in configs.values()}:
         sharing = [n for n in names if configs[n].name == dataset]
@@ -301,5 +303,7 @@ def _locked(private: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DPAlignError(f"another process is running in {private.parent}: wait for it, or choose another folder.") from None
+            raise DPAlignError(
+                f"another process is running in {private.parent}: wait for it, or choose another folder."
+            ) from None
         yield

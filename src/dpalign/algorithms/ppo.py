@@ -76,7 +76,9 @@ class PPOConfig(TrainingConfig):
             if getattr(self, name) < 1:
                 raise DPAlignError(f"{name} {getattr(self, name)} must be at least 1.")
         if (self.adaptive_kl_target is not None or self.noised_baseline) and self.metrics_noise_ratio == 0:
-            raise DPAlignError("adaptive_kl_target and noised_baseline need the noised metrics: metrics_noise_ratio > 0.")
+            raise DPAlignError(
+                "adaptive_kl_target and noised_baseline need the noised metrics: metrics_noise_ratio > 0."
+            )
 
 
 @dataclass

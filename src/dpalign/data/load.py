@@ -96,8 +96,10 @@ def require_columns(records: list[Record], alternatives: list[tuple[str, ...]], 
 
 
 def _open(file: Path):
-    return gzip.open(file, "rt", encoding="utf-8", newline="") if file.suffix == ".gz" else open(
-        file, encoding="utf-8", newline=""
+    return (
+        gzip.open(file, "rt", encoding="utf-8", newline="")
+        if file.suffix == ".gz"
+        else open(file, encoding="utf-8", newline="")
     )
 
 

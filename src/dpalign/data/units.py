@@ -60,7 +60,9 @@ def build_units(records: list[Record], config: DataConfig, ledger: Ledger, low: 
                 identity = ledger.keyed_hash(config.name, b"record", content, copies.to_bytes(4, "little"))
         else:
             if record.get(config.unit) in (None, ""):
-                raise DPAlignError(f"record {number} of {config.path or config.name} has no unit column {config.unit!r}.")
+                raise DPAlignError(
+                    f"record {number} of {config.path or config.name} has no unit column {config.unit!r}."
+                )
             identity = ledger.keyed_hash(config.name, b"unit", str(record[config.unit]).encode())
         grouped.setdefault(identity, []).append((ledger.keyed_hash(config.name, b"order", content), record))
     total = config.declared_units if config.declared_units is not None else len(grouped)

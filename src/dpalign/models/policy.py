@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -130,7 +130,9 @@ class Policy(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(adapter or path, **options)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise DPAlignError(f"cannot load a causal LM and tokenizer from {config.name_or_path!r}: {reason}") from None
+            raise DPAlignError(
+                f"cannot load a causal LM and tokenizer from {config.name_or_path!r}: {reason}"
+            ) from None
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         policy = cls(base.to(device), tokenizer)
@@ -304,9 +306,7 @@ class Policy(nn.Module):
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=tokenizer.bos_token_id,
         )
-        sequences = self.model.generate(
-            input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=sampling
-        )
+        sequences = self.model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=sampling)
         completions = sequences[:, prompt_ids.shape[1] :]
         missing = max_new_tokens - completions.shape[1]  # generation stops early once every row has ended
         completions = nn.functional.pad(completions, (0, missing), value=tokenizer.pad_token_id)
@@ -359,7 +359,9 @@ def _refuse_coupling(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise DPAlignError(f"{name} is a {kind}: batch statistics mix records, so no per-unit guarantee is possible.")
+            raise DPAlignError(
+                f"{name} is a {kind}: batch statistics mix records, so no per-unit guarantee is possible."
+            )
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise DPAlignError("the model's load-balancing loss mixes records: set output_router_logits to false.")

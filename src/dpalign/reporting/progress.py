@@ -61,7 +61,9 @@ class Reporter:
                 accelerator = Accelerator(cpu=True, log_with=report_to, project_dir=str(folder))
                 accelerator.init_trackers(stage)
             except (ImportError, ValueError):
-                raise DPAlignError(f"report_to {report_to} needs its package: pip install 'dpalign[{report_to}]'.") from None
+                raise DPAlignError(
+                    f"report_to {report_to} needs its package: pip install 'dpalign[{report_to}]'."
+                ) from None
             self._tracker = accelerator
         columns = (
             TextColumn("[bold]{task.description}"),
