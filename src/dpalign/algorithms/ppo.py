@@ -181,7 +181,7 @@ class PPO:
         config = self.config
         rewards = -self.beta * (logprobs - ref_logprobs) * mask  # per-token KL penalty, estimator k1
         last = mask.sum(1).long().clamp(min=1) - 1  # the score falls on the last token (EOS, or the cut)
-        rewards = rewards.scatter_add(1, last.unsqueeze(1), (scores - self.baseline).unsqueeze(1))
+        rewards = rewards.scatter_add(1, last.unsqueeze(1), (scores - self.baseline).to(rewards.dtype).unsqueeze(1))
         advantage = torch.zeros_like(scores)
         advantages = torch.zeros_like(rewards)
         next_value = torch.zeros_like(scores)  # beyond the last token there is nothing to come

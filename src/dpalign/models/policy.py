@@ -240,7 +240,7 @@ class Policy(nn.Module):
     # Computation -------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Logits and last hidden states of the last `keep` positions, both float32.
+        """Logits and last hidden states of the last `keep` positions, in float32 (float64 of a float64 model).
 
         Args:
             input_ids, attention_mask: `(rows, length)`; either side may be padded.
@@ -253,8 +253,9 @@ class Policy(nn.Module):
         if self._accepts_keep:
             arguments["logits_to_keep"] = keep
         out = self.model(**arguments, output_hidden_states=self.value_head is not None)
-        logits = out.logits[:, -keep:].float()
-        hidden = out.hidden_states[-1][:, -keep:].float() if self.value_head is not None else logits.new_empty(0)
+        wide = torch.promote_types(out.logits.dtype, torch.float32)
+        logits = out.logits[:, -keep:].to(wide)
+        hidden = out.hidden_states[-1][:, -keep:].to(wide) if self.value_head is not None else logits.new_empty(0)
         return logits, hidden
 
     def completion_logprobs(self, rollouts: Rollouts, min_new_tokens: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,15 @@
+"""Arguments of the commands that take no recipe; imports nothing heavy, so that `plan` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from ..errors import DPAlignError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DPAlignError(f"{message} (see {self.prog} --help).")

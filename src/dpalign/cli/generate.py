@@ -1,0 +1,57 @@
+"""`dpalign generate`: completions from a base model or a release."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from ..data.load import read_records, require_columns
+from ..data.text import render, tokens
+from ..errors import DPAlignError
+from ..models import ModelConfig, Policy
+from .arguments import Parser
+
+DESCRIPTION = (
+    "Samples completions of prompts from a model or a release. Sampling from a release is free of privacy cost."
+)
+
+
+def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
+    """Returns the prompts with their completions."""
+    parser = Parser(prog="dpalign generate", description=DESCRIPTION)
+    parser.add_argument("model", help="folder of a release, folder or hub name of a base model, or tiny-review-lm")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    parser.add_argument("--prompts", help="file with a column `prompt` (.jsonl, .csv, .parquet)")
+    parser.add_argument("--max_completion_length", type=int, default=32)
+    parser.add_argument("--num_generations", type=int, default=1, help="completions per prompt")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--prepend_bos", action="store_true", help="put BOS in front, as the recipes here do")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    prompts = list(given.prompt)
+    if given.prompts:
+        records = read_records(given.prompts)
+        require_columns(records, [("prompt",)], given.prompts)
+        prompts += [r["prompt"] for r in records]
+    if not prompts:
+        raise DPAlignError("give at least one --prompt, or a file with --prompts.")
+    policy = Policy.load(ModelConfig(name_or_path=given.model))
+    texts = [render(policy.tokenizer, p, is_prompt=True) for p in prompts for _ in range(given.num_generations)]
+    encoded = [tokens(policy.tokenizer, t, prepend_bos=given.prepend_bos) for t in texts]
+    if not all(encoded):
+        raise DPAlignError("an empty prompt needs --prepend_bos.")
+    torch.manual_seed(given.seed)
+    with policy.merged():
+        rollouts = policy.generate(
+            *policy.encode_prompts(encoded, max(map(len, encoded))), given.max_completion_length,
+            temperature=given.temperature, top_p=given.top_p,
+        )  # fmt: skip
+    rows = [{"prompt": p, "completion": c} for p, c in zip(texts, policy.decode(rollouts), strict=True)]
+    if not as_json:
+        for row in rows:
+            Console(highlight=False).print(f"[dim]{escape(row['prompt'])}[/]{escape(row['completion'])}")
+    return {"model": given.model, "completions": rows}

@@ -1,0 +1,79 @@
+"""`dpalign ledger`: what all runs together have spent, by dataset and run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import DPAlignError
+from ..privacy import accountant
+from ..privacy.ledger import Ledger, composed_epsilon, default_path
+from .arguments import Parser
+
+DESCRIPTION = """Replays the ledger: every run on a dataset's declared name adds up, finished or not. The ledger is
+private; its epsilon is an upper bound on what all releases made from that data reveal together."""
+
+
+def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
+    """Returns the datasets with their totals and runs."""
+    parser = Parser(prog="dpalign ledger", description=DESCRIPTION)
+    parser.add_argument("--ledger", help=f"the ledger file (default: {default_path()})")
+    parser.add_argument("--dataset", help="only this dataset")
+    parser.add_argument("--delta", type=float, help="delta of the totals (default: by the dataset's units)")
+    given = parser.parse_args(arguments)
+    path = default_path() if given.ledger is None else given.ledger
+    ledger = Ledger(path)
+    names = [n for n in ledger.datasets() if given.dataset in (None, n)]
+    if given.dataset and not names:
+        raise DPAlignError(f"the ledger {path} knows no dataset {given.dataset!r}.")
+    result = {"ledger": str(path), "datasets": [_dataset(ledger, name, given.delta) for name in names]}
+    if not as_json:
+        _print(result)
+    return result
+
+
+def _dataset(ledger: Ledger, name: str, delta: float | None) -> dict[str, Any]:
+    intents = ledger.intents(dataset=name)
+    spendings = ledger.spendings(dataset=name)
+    units = max((i.units / (i.high - i.low) for i in intents), default=1.0)
+    delta = accountant.default_delta(math.ceil(units)) if delta is None else delta
+    private = [s for s in spendings if s.mechanism.noise_multiplier > 0]
+    runs = []
+    for run_name in dict.fromkeys(s.run for s in spendings):
+        own = [s for s in spendings if s.run == run_name]
+        stages = list(dict.fromkeys(s.stage for s in own))
+        runs.append(
+            {
+                "run": run_name,
+                "stages": stages,
+                "draws": sum(s.mechanism.steps for s in own),
+                "epsilon": composed_epsilon(own, delta),
+            }
+        )
+    return {
+        "dataset": name,
+        "units": units,
+        "delta": delta,
+        "epsilon_of_all_private_runs": composed_epsilon(private, delta),
+        "runs_without_privacy": sum(r["epsilon"] == math.inf for r in runs),
+        "runs": runs,
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    console.print(f"ledger {result['ledger']}", markup=False)
+    for dataset in result["datasets"]:
+        table = Table(title=f"{dataset['dataset']}: {dataset['units']:g} units, delta {dataset['delta']:.2g}")
+        for column in ("run", "stages", "draws", "epsilon"):
+            table.add_column(column, justify="left" if column in ("run", "stages") else "right")
+        for r in dataset["runs"]:
+            epsilon = "NOT PRIVATE" if math.isinf(r["epsilon"]) else f"{r['epsilon']:.3f}"
+            table.add_row(r["run"], ", ".join(r["stages"]), str(r["draws"]), epsilon)
+        console.print(table)
+        console.print(f"all private runs together: epsilon {dataset['epsilon_of_all_private_runs']:.3f}")
+        if dataset["runs_without_privacy"]:
+            console.print(f"[bold]{dataset['runs_without_privacy']} run(s) without privacy are not in that number.[/]")

@@ -1,0 +1,82 @@
+"""Recipes from YAML and the command line; every field can be overridden as --section.field value."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
+
+from ..errors import DPAlignError
+from ..recipe import Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(stream: Any) -> Any:
+    """Safe YAML; the string `inf` is infinity, as in our JSON."""
+    return _with_infinity(yaml.load(stream, _Loader))
+
+
+def recipe_from(command: str, arguments: list[str], description: str) -> Recipe:
+    """Parses `[RECIPE.yaml] --field value ...`.
+
+    Raises:
+        DPAlignError: an unknown field or a wrong type, in one sentence.
+    """
+    set_loader("dpalign", load_yaml, exceptions=(yaml.YAMLError,))
+    parser = ArgumentParser(
+        prog=f"dpalign {command}", description=description, exit_on_error=False, parser_mode="dpalign",
+        epilog="A recipe's fields, in YAML or here; see --sft.help and --ppo.help for the stages.",
+    )  # fmt: skip
+    parser.add_argument("--config", "--recipe", action=ActionConfigFile, help="the recipe (may also come first)")
+    parser.add_class_arguments(Recipe)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    arguments = [re.sub(r"^(--[\w.]+=)?(-?)inf$", r"\1\2.inf", a) for a in arguments]
+    try:
+        fields = vars(parser.instantiate(parser.parse_args(arguments)))
+    except argparse.ArgumentError as error:
+        raise DPAlignError(_in_one_sentence(" ".join(str(error).split()))) from None
+    return Recipe(**{f.name: fields[f.name] for f in dataclasses.fields(Recipe)})
+
+
+def _in_one_sentence(message: str) -> str:
+    # jsonargparse lists every alternative that it tried: say the one that people mean.
+    section = re.match(r'Parser key "([\w.]+)": Does not validate', message)
+    prefix = f"{section[1]}." if section else ""
+    unknown = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.]+)", message)
+    if unknown:
+        field = unknown[1] or unknown[2]
+        return f"unknown field {prefix}{field}: see --help, --sft.help and --ppo.help for the fields there are."
+    wrong = re.findall(r'Parser key "([\w.]+)": Expected (?:a )?(.+?)\. Got value: (.+?)(?: - Expected|$)', message)
+    if wrong:
+        field, expected, value = wrong[-1]
+        expected = expected.replace("typing.", "").replace("<class '", "").replace("'>", "")
+        field = field if field.startswith(prefix) else prefix + field
+        return f"field {field}: expected {expected}, got {value!r}."
+    return message
+
+
+def _with_infinity(value: Any) -> Any:
+    if value in ("inf", "-inf"):
+        return math.inf if value == "inf" else -math.inf
+    if isinstance(value, dict):
+        return {k: _with_infinity(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_infinity(v) for v in value]
+    return value

@@ -1,0 +1,135 @@
+"""`dpalign plan`: the arithmetic of the budget, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import DPAlignError
+from ..privacy import accountant
+from ..privacy.accountant import SampledGaussian
+from .arguments import Parser
+
+DESCRIPTION = """Computes any one of epsilon, noise multiplier, batch size and steps from the others, for Poisson
+samples of privacy units (add or remove one unit). Shows how the noise per update falls with the batch size and
+what that costs in compute. Metrics noise is not included."""
+
+
+def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
+    """Returns the completed plan."""
+    parser = Parser(prog="dpalign plan", description=DESCRIPTION)
+    parser.add_argument("--units", "--declared_units", type=float, required=True, help="privacy units of the stage")
+    parser.add_argument("--batch-size", "--expected_batch_size", type=float, help="expected units in a sample")
+    parser.add_argument("--steps", "--max_steps", type=int, help="number of samples drawn")
+    parser.add_argument("--passes", "--num_ppo_epochs", type=int, default=1, help="passes over each sample (T_PPO)")
+    parser.add_argument("--delta", "--target_delta", type=float, help="default: min(1e-5, 1/(10 units))")
+    parser.add_argument("--epsilon", "--target_epsilon", type=float, help="target, or inf")
+    parser.add_argument("--noise-multiplier", "--noise_multiplier", type=float, help="sigma of each pass")
+    given = parser.parse_args(arguments)
+    plan = complete_plan(
+        units=given.units, batch_size=given.batch_size, steps=given.steps, passes=given.passes, delta=given.delta,
+        epsilon=given.epsilon, noise_multiplier=given.noise_multiplier,
+    )  # fmt: skip
+    if not as_json:
+        _print(plan)
+    return plan
+
+
+def complete_plan(
+    *,
+    units: float,
+    batch_size: float | None,
+    steps: int | None,
+    passes: int = 1,
+    delta: float | None = None,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+) -> dict[str, Any]:
+    """Fills in the one quantity of epsilon, noise_multiplier, batch_size and steps that is None.
+
+    Raises:
+        DPAlignError: not exactly one is missing, or there is no solution.
+    """
+    if units < 1:
+        raise DPAlignError(f"units {units:g} must be at least 1.")
+    delta = accountant.default_delta(math.ceil(units)) if delta is None else delta
+    accountant.check_delta(delta)
+    if epsilon is not None:
+        accountant.check_epsilon(epsilon)
+    named = {"epsilon": epsilon, "noise multiplier": noise_multiplier, "batch size": batch_size, "steps": steps}
+    missing = [name for name, value in named.items() if value is None]
+    if len(missing) != 1:
+        what = "all of them are given" if not missing else f"missing: {', '.join(missing)}"
+        raise DPAlignError(
+            f"give three of epsilon, noise multiplier, batch size and steps, and the fourth follows ({what})."
+        )
+    if batch_size is not None and not 0 < batch_size <= units:
+        raise DPAlignError(f"batch size {batch_size:g} must be positive and at most the {units:g} units.")
+    if steps is not None and steps < 1:
+        raise DPAlignError(f"steps {steps} must be at least 1.")
+
+    def within(batch: float, n: int) -> bool:
+        return accountant.epsilon([SampledGaussian(batch / units, sigma, n, passes)], delta, quick=True) <= target
+
+    if noise_multiplier is None:
+        noise_multiplier = accountant.noise_multiplier(
+            epsilon, delta, sampling_rate=batch_size / units, steps=steps, passes=passes
+        )
+    elif epsilon is not None:
+        target, sigma = epsilon, noise_multiplier
+        if steps is None:
+            steps = accountant.largest_where(lambda n: within(batch_size, n), 1, 1_000_000)
+        else:
+            batch_size = accountant.largest_where(lambda b: within(b, steps), 1, int(units))
+        if steps < 1 or batch_size < 1:
+            raise DPAlignError(
+                f"noise multiplier {sigma:g} is too small for epsilon {epsilon:g}, even for one step of one unit."
+            )
+    mechanism = SampledGaussian(batch_size / units, noise_multiplier, steps, passes)
+    reached = accountant.epsilon([mechanism], delta)
+    return {
+        "units": units,
+        "batch_size": batch_size,
+        "steps": steps,
+        "passes": passes,
+        "delta": delta,
+        "target_epsilon": epsilon,
+        "epsilon": reached,
+        "noise_multiplier": noise_multiplier,
+        "sampling_rate": batch_size / units,
+        "epochs": steps * batch_size / units,
+        "noise_per_update": noise_multiplier / batch_size,
+        "adjacency": "add or remove one unit",
+        "accountant": accountant.ACCOUNTANT,
+    }
+
+
+def _print(plan: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    console.print(
+        f"epsilon [bold]{plan['epsilon']:.4f}[/] at delta {plan['delta']:.3g} with noise multiplier "
+        f"[bold]{plan['noise_multiplier']:.4f}[/]: {plan['steps']} Poisson samples of {plan['batch_size']:g} expected out "
+        f"of {plan['units']:g} units (rate {plan['sampling_rate']:.5f}), {plan['passes']} pass(es) each."
+    )
+    if plan["noise_multiplier"] == 0:
+        console.print("NOT PRIVATE: epsilon is infinite without noise.")
+        return
+    target = plan["target_epsilon"] or plan["epsilon"]
+    table = Table(title=f"Larger samples: noise per update at epsilon {target:.3g} (per coordinate, in units of C)")
+    for column in ("batch size", "steps", "noise multiplier", "noise per update", "compute"):
+        table.add_column(column, justify="right")
+    here = plan["batch_size"] * plan["steps"]
+    sizes = [plan["batch_size"] * 2.0**k for k in range(-2, 4)]
+    for batch in [b for b in sizes if 1 <= b <= plan["units"]]:
+        for steps in sorted({plan["steps"], max(1, round(here / batch))}, reverse=True):
+            sigma = accountant.noise_multiplier(
+                target, plan["delta"], sampling_rate=batch / plan["units"], steps=steps, passes=plan["passes"]
+            )
+            mark = "bold" if (batch, steps) == (plan["batch_size"], plan["steps"]) else None
+            compute = f"{batch * steps / here:.2f}x"
+            table.add_row(f"{batch:g}", str(steps), f"{sigma:.4f}", f"{sigma / batch:.6f}", compute, style=mark)
+    console.print(table)
+    console.print("Each batch size is shown with the same steps, and with the same compute.")

@@ -1,0 +1,66 @@
+"""Tiny random models, a word tokenizer and data for the tests; nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from dpalign.data import UnitDataset
+from dpalign.data.load import Record
+from dpalign.models import Policy
+
+VOCABULARY = 96
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words `w0`, `w1`, ... separated by spaces, padding and end of text."""
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 2))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="w0")
+
+
+def tiny_base(kind: str) -> PreTrainedModel:
+    """A random `gpt2` (Conv1D, learned positions, tied head) or `llama` (Linear, rotary, grouped heads)."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2,
+                bos_token_id=1, eos_token_id=1,
+            )
+        )  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, bos_token_id=1, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def tiny_policy(kind: str, dtype: torch.dtype = torch.float32) -> Policy:
+    return Policy(tiny_base(kind).to(dtype), tiny_tokenizer())
+
+
+def words(count: int, seed: int) -> str:
+    """`count` random words."""
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(0, VOCABULARY - 2, (count,), generator=generator).tolist())
+
+
+def dataset(units: list[list[Record]], declared: float | None = None) -> UnitDataset:
+    """Units as they are; a unit's id is the `id` column of its first record."""
+    return UnitDataset(
+        name="tiny", units=units, ids=[str(unit[0]["id"]).encode() for unit in units], low=0.0, high=1.0,
+        declared_units=float(declared or len(units)), unit="record", fingerprint="none",
+    )  # fmt: skip
