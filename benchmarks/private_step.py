@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=10, help="measured pairs of steps")
+    parser.add_argument("--pairs", type=int, default=8, help="measured pairs of steps")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--child", choices=["private", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -13,18 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .algorithms import PPO, SFT
+from .algorithms import PPO, SFT, PPOConfig, SFTConfig
 from .algorithms.base import Algorithm, TrainingConfig
 from .algorithms.ppo import check_ppo_columns
 from .algorithms.sft import check_sft_columns
 from .data.load import DataConfig, Record, read_records
 from .data.units import UnitDataset, build_units, check_disjoint
 from .errors import DPAlignError
-from .evaluation import evaluate_policy, public_prompts
+from .evaluation import evaluate_stages, public_prompts
 from .files import private_folder, write_json
 from .models import Policy, embedded
 from .privacy import accountant
@@ -37,6 +37,7 @@ from .rewards import Reward, load_reward
 from .training import Stage, plan_stage
 
 STAGES = ("sft", "ppo")
+SAMPLES = 20  # public completions that are kept for people to read
 
 
 @dataclass
@@ -176,9 +177,9 @@ def split_parts(
 def build_algorithm(name: str, config: TrainingConfig, reward: Reward | None) -> Algorithm:
     """The algorithm of a stage's section."""
     if name == "sft":
-        return SFT(config)  # type: ignore[arg-type]
+        return SFT(cast(SFTConfig, config))
     assert reward is not None
-    return PPO(config, reward)  # type: ignore[arg-type]
+    return PPO(cast(PPOConfig, config), reward)
 
 
 def check_provenance(recipe: Recipe) -> list[StageStatement]:
@@ -259,8 +260,13 @@ def _evaluate(recipe: Recipe, policy: Policy, reward: Reward | None, names: list
         return {}
     prompts = public_prompts(policy, read_records(data.eval_path, data.split), recipe.ppo)
     with reporter.status("measuring on the public prompts"):
-        result, _ = evaluate_policy(policy, prompts, reward, recipe.ppo, reference="previous")
-    return {"evaluation": result.as_dict()}
+        results = evaluate_stages(policy, prompts, reward, recipe.ppo)
+    texts = [
+        {"prompt": prompt, **{stage: results[stage][1][i][1] for stage in results}}
+        for i, (prompt, _) in enumerate(results["pretrained"][1][:SAMPLES])
+    ]
+    write_json(Path(recipe.output_dir) / "completions.json", texts)
+    return {"evaluation": {stage: result.as_dict() for stage, (result, _) in results.items()}}
 
 
 def _stage_config(recipe: Recipe, name: str) -> TrainingConfig:

@@ -105,10 +105,16 @@ class Algorithm(Protocol):
     """
 
     name: str
-    config: TrainingConfig
-    metrics: tuple[MetricRange, ...]
     passes: int
     minibatches: int
+
+    @property
+    def config(self) -> Any:
+        """The algorithm's `TrainingConfig`."""
+
+    @property
+    def metrics(self) -> tuple[MetricRange, ...]:
+        """The metrics block and its declared ranges."""
 
     def setup(self, policy: Policy) -> None:
         """Adds what the stage trains to the policy."""

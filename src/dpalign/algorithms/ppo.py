@@ -204,6 +204,7 @@ class PPO:
             old_logprobs, old_values = logprobs.detach(), values.detach()
             advantages, returns = self.advantages(old_logprobs, ref_logprobs, old_values, scores, mask)
         else:
+            assert phase.old_values is not None and phase.advantages is not None and phase.returns is not None
             old_logprobs, old_values = phase.old_logprobs[rows], phase.old_values[rows]
             advantages, returns = phase.advantages[rows], phase.returns[rows]
         ratio = torch.exp(logprobs - old_logprobs)
@@ -246,7 +247,10 @@ def sample(policy: Policy, ids: Tensor, mask: Tensor, config: PPOConfig, rows_at
             )
             for start in range(0, len(ids), rows_at_once)
         ]  # fmt: skip
-    return Rollouts.cat(parts) if parts else Rollouts(ids, mask, torch.zeros(0, width, device=ids.device))
+    if not parts:  # an empty sample
+        nothing = ids.new_zeros(0, ids.shape[1] + width)
+        return Rollouts(nothing, nothing, torch.zeros(0, width, device=ids.device))
+    return Rollouts.cat(parts)
 
 
 def encode_prompt(policy: Policy, record: Record, config: PPOConfig) -> list[int] | None:

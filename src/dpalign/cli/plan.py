@@ -75,19 +75,26 @@ def complete_plan(
         return accountant.epsilon([SampledGaussian(batch / units, sigma, n, passes)], delta, quick=True) <= target
 
     if noise_multiplier is None:
+        assert epsilon is not None and batch_size is not None and steps is not None
         noise_multiplier = accountant.noise_multiplier(
             epsilon, delta, sampling_rate=batch_size / units, steps=steps, passes=passes
         )
     elif epsilon is not None:
         target, sigma = epsilon, noise_multiplier
         if steps is None:
-            steps = accountant.largest_where(lambda n: within(batch_size, n), 1, 1_000_000)
+            assert batch_size is not None
+            fixed = batch_size
+            steps = accountant.largest_where(lambda n: within(fixed, n), 1, 1_000_000)
         else:
-            batch_size = accountant.largest_where(lambda b: within(b, steps), 1, int(units))
+            count = steps
+            size = accountant.largest_where(lambda b: within(b, count), 1, int(units))
+            batch_size = float(size)
+        assert steps is not None and batch_size is not None
         if steps < 1 or batch_size < 1:
             raise DPAlignError(
                 f"noise multiplier {sigma:g} is too small for epsilon {epsilon:g}, even for one step of one unit."
             )
+    assert batch_size is not None and steps is not None
     mechanism = SampledGaussian(batch_size / units, noise_multiplier, steps, passes)
     reached = accountant.epsilon([mechanism], delta)
     return {

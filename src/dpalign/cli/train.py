@@ -39,5 +39,5 @@ def only_stage(recipe: Recipe, name: str) -> Recipe:
     if split is None and len(present) > 1:
         split = {s: 1 / len(present) for s in present}
     default = SFTConfig() if name == "sft" else PPOConfig()
-    others: dict[str, Any] = {s: None for s in STAGES if s != name}
-    return dataclasses.replace(recipe, split=split, **{name: getattr(recipe, name) or default}, **others)
+    stages: dict[str, Any] = dict.fromkeys(STAGES) | {name: getattr(recipe, name) or default}
+    return dataclasses.replace(recipe, split=split, **stages)

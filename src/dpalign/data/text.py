@@ -16,7 +16,7 @@ def render(tokenizer: PreTrainedTokenizerBase, value: Any, *, is_prompt: bool = 
         return value
     if not getattr(tokenizer, "chat_template", None):
         raise DPAlignError("the data holds chat messages, but the tokenizer has no chat template: give plain strings.")
-    return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=is_prompt)
+    return str(tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=is_prompt))
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, prepend_bos: bool) -> list[int]:

@@ -6,7 +6,6 @@ Everything here is exact, so it is for prompts that are declared public only.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,7 +21,7 @@ from ..rewards import Reward
 class Evaluation:
     """Means over prompts, with the half-width of a 95% interval where it makes sense.
 
-    reward: mean reward of the completions. kl: nats per completion against the reference model.
+    reward: mean reward of the completions. kl: nats per completion against the model that the newest stage started from.
     perplexity: of the completions under the frozen base model. distinct_2: distinct over all token
     bigrams. completion_length: tokens.
     """
@@ -52,13 +51,11 @@ def evaluate_policy(
     reward: Reward,
     config: PPOConfig,
     *,
-    reference: str = "base",
     seed: int = 0,
 ) -> tuple[Evaluation, list[tuple[str, str]]]:
     """Samples one completion per prompt from the policy and measures it.
 
     Args:
-        reference: what KL is measured against: `base` (all adapters off) or `previous` (newest off).
         seed: of the sampling; the same for every model that is compared.
 
     Returns:
@@ -68,10 +65,10 @@ def evaluate_policy(
     torch.manual_seed(seed)
     rollouts = sample(policy, ids, mask, config)
     logprobs = logprobs_under(policy, rollouts, config)
-    with policy.reference() if reference == "previous" else _base(policy):
-        reference_logprobs = logprobs_under(policy, rollouts, config)
-    with _base(policy):
+    with policy.base():
         base_logprobs = logprobs_under(policy, rollouts, config)
+    with policy.reference():
+        reference_logprobs = logprobs_under(policy, rollouts, config)
     texts = policy.decode(rollouts)
     prompt_texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     scores = reward(prompt_texts, texts)
@@ -112,5 +109,14 @@ def distinct(ids: Tensor, mask: Tensor, n: int) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
-def _base(policy: Policy):
-    return policy.model.disable_adapter() if policy.adapters else nullcontext()
+def evaluate_stages(
+    policy: Policy, prompts: list[list[int]], reward: Reward, config: PPOConfig, *, seed: int = 0
+) -> dict[str, tuple[Evaluation, list[tuple[str, str]]]]:
+    """`evaluate_policy` of the base model and of the policy after each stage, by the stage's name."""
+    results = {}
+    with policy.base():
+        results["pretrained"] = evaluate_policy(policy, prompts, reward, config, seed=seed)
+    for count, name in enumerate(policy.adapters, 1):
+        with policy.only(policy.adapters[:count]):
+            results[name] = evaluate_policy(policy, prompts, reward, config, seed=seed)
+    return results

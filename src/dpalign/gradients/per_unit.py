@@ -103,6 +103,7 @@ class PerUnitGradients:
 
     def rows_of(self, parameter: Tensor) -> Tensor:
         """`(rows, *shape)`: each row's view of the parameter."""
+        assert self.row_unit is not None
         leaf = self._leaves.get(id(parameter))
         if leaf is None:  # a frozen bias beside a trainable weight
             return parameter.expand(self.row_unit.shape[0], *parameter.shape)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -101,7 +102,7 @@ class Policy(nn.Module):
         base.requires_grad_(False)
         base.eval()
         _refuse_coupling(base)
-        self.model: PreTrainedModel | PeftModel = base
+        self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
         self.value_head: nn.Linear | None = None
@@ -135,7 +136,8 @@ class Policy(nn.Module):
             ) from None
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        policy = cls(base.to(device), tokenizer)
+        base.to(device)  # type: ignore[arg-type]
+        policy = cls(base, tokenizer)
         if adapter:
             policy.model = PeftModel.from_pretrained(base, adapter, adapter_name="earlier", is_trainable=False)
             policy.adapters.append("earlier")
@@ -199,21 +201,35 @@ class Policy(nn.Module):
                     p.requires_grad_(True)
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Within the block the newest adapter is off: the model that the stage started from."""
+    def only(self, adapters: list[str]) -> Iterator[None]:
+        """Within the block only `adapters` (a prefix of the stages) are on."""
         trained = {n for n, p in self.named_parameters() if p.requires_grad}
-        earlier = self.adapters[:-1]
+        every = self.adapters
         try:
-            if earlier:
-                self.model.base_model.set_adapter(earlier, inference_mode=True)
+            if adapters:
+                self.model.base_model.set_adapter(adapters, inference_mode=True)
+                self.adapters = adapters
                 yield
-            else:
+            elif every:
+                self.adapters = []
                 with self.model.disable_adapter():
                     yield
+            else:
+                yield
         finally:
-            self.model.base_model.set_adapter(self.adapters, inference_mode=True)
+            self.adapters = every
+            if every:
+                self.model.base_model.set_adapter(every, inference_mode=True)
             for name, p in self.named_parameters():
                 p.requires_grad_(name in trained)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within the block the newest adapter is off: the model that the stage started from."""
+        return self.only(self.adapters[:-1])
+
+    def base(self) -> AbstractContextManager[None]:
+        """Within the block all adapters are off: the original model."""
+        return self.only([])
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -222,15 +238,16 @@ class Policy(nn.Module):
         The original weights are put back, not recomputed, so nothing drifts. A half-precision base stays
         unmerged: rounding would lose part of a small adapter.
         """
-        layers = [m for m in self.modules() if isinstance(m, LoraLayer)]
-        if not layers or any(m.get_base_layer().weight.dtype != torch.float32 for m in layers):
+        layers: list[Any] = [m for m in self.modules() if isinstance(m, LoraLayer)]
+        half = any(m.get_base_layer().weight.dtype != torch.float32 for m in layers)
+        if not layers or half or layers[0].disable_adapters:
             yield
             return
         originals = [m.get_base_layer().weight.data for m in layers]
         try:
             with torch.no_grad(), self.model.disable_adapter():
                 for layer, original in zip(layers, originals, strict=True):
-                    delta = sum(layer.get_delta_weight(a) for a in self.adapters if a in layer.lora_A)
+                    delta = sum(layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
                     layer.get_base_layer().weight.data = original + delta
                 yield
         finally:
@@ -355,7 +372,7 @@ def _fan_in_fan_out(model: nn.Module) -> bool:
     return any(type(m).__name__ == "Conv1D" for m in model.modules())
 
 
-def _refuse_coupling(model: nn.Module) -> None:
+def _refuse_coupling(model: PreTrainedModel) -> None:
     """Refuses layers through which one record changes another's gradient."""
     for name, module in model.named_modules():
         kind = type(module).__name__

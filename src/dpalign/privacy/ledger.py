@@ -13,7 +13,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -137,19 +137,17 @@ class Ledger:
         given = {k: v for k, v in given.items() if v is not None}
         where = " AND ".join(f"{k} = ?" for k in given) or "1"
         names = ", ".join(f.name for f in fields(Intent))
-        rows = self._db.execute(f"SELECT {names} FROM intents WHERE {where} ORDER BY id", tuple(given.values()))
-        return [Intent(*row[:-1], private=bool(row[-1])) for row in rows]
+        cursor = self._db.execute(f"SELECT {names} FROM intents WHERE {where} ORDER BY id", tuple(given.values()))
+        rows = [{f.name: value for f, value in zip(fields(Intent), row, strict=True)} for row in cursor]
+        return [Intent(**{**row, "private": bool(row["private"])}) for row in rows]
 
     def spendings(self, **where: str | None) -> list[Spending]:
         """Intents counted into mechanisms; see `intents` for the filters."""
-        counted: dict[tuple, int] = {}
+        counted: dict[Spending, int] = {}
         for i in self.intents(**where):
-            key = (i.dataset, i.run, i.stage, i.low, i.high, i.mechanism)
-            counted[key] = counted.get(key, 0) + 1
-        return [
-            Spending(*key[:-1], mechanism=SampledGaussian(**{**asdict(key[-1]), "steps": count}))
-            for key, count in counted.items()
-        ]
+            one = Spending(i.dataset, i.run, i.stage, i.low, i.high, i.mechanism)
+            counted[one] = counted.get(one, 0) + 1
+        return [replace(one, mechanism=replace(one.mechanism, steps=count)) for one, count in counted.items()]
 
     def datasets(self) -> list[str]:
         return [row[0] for row in self._db.execute("SELECT name FROM datasets ORDER BY name")]

@@ -23,7 +23,7 @@ def print_summary(summary: dict[str, Any]) -> None:
                 markup=False,
             )
     if "evaluation" in summary:
-        console.print(evaluation_table({"this model": summary["evaluation"]}))
+        console.print(evaluation_table(summary["evaluation"]))
     console.print(f"release: {summary['release']}", markup=False)
 
 

@@ -233,7 +233,9 @@ class Stage:
             unit_means(losses, batch.row_unit, units).sum().backward()
         self.policy.eval()
         with torch.no_grad():
-            mechanism.add(self.gradients.grads(), unit_means(metrics, batch.row_unit, units))
+            rowless = torch.bincount(batch.row_unit, minlength=units) == 0  # NaN adds zero, as it would alone
+            means = unit_means(metrics, batch.row_unit, units).masked_fill(rowless.unsqueeze(1), torch.nan)
+            mechanism.add(self.gradients.grads(), means)
 
     def _schedule(self, step: int) -> float:
         config, steps = self.config, self.plan.steps
@@ -312,7 +314,12 @@ class Stage:
         self.report(StepReport(self.algorithm.name, step, self.plan.steps, self._epsilon, metrics, seconds))
         if self.log is not None and (step % self.config.logging_steps == 0 or step == self.plan.steps):
             line = {"stage": self.algorithm.name, "step": step, "attempt": attempt, "epsilon": self._epsilon}
-            line |= {"noise_multiplier": sigma, "seconds": round(seconds, 3), "noised_metrics": metrics}
+            line |= {
+                "noise_multiplier": sigma,
+                "metrics_noise_multiplier": self.config.metrics_noise_ratio * sigma,
+                "seconds": round(seconds, 3),
+                "noised_metrics": metrics,
+            }
             try:
                 with open(self.log, "a", encoding="utf-8") as file:
                     file.write(dumps(line, indent=None) + "\n")
@@ -357,4 +364,4 @@ def without_dropout(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010

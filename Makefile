@@ -1,0 +1,35 @@
+# Two commands: `make quickstart` sets up and runs the main job, `make test` sets up and runs the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+TRL := .venv-trl/bin
+
+.PHONY: quickstart test lint bench-setup clean
+
+quickstart: .venv/installed
+	$(BIN)/dpalign quickstart $(if $(filter 1,$(COMPARE)),--compare) $(ARGS)
+
+test: .venv/installed-test
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+# torch first and by itself: a range would let pip choose a build of several gigabytes.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) --editable '.[test,smollm2]'
+	touch $@
+
+# TRL's last PPO needs packages of its time: an environment of its own, for benchmarks/ppo_iteration.py only.
+bench-setup: .venv/installed
+	test -x $(TRL)/python || $(PYTHON) -m venv .venv-trl
+	$(TRL)/python -m pip install --quiet torch==2.13.0
+	$(TRL)/python -m pip install --quiet trl==0.11.4 transformers==4.46.3 peft==0.13.2 'numpy<2.3' rich
+
+clean:
+	rm -rf .venv .venv-trl build dist src/*.egg-info

@@ -1,0 +1,199 @@
+"""One DP-PPO iteration of dpalign against one iteration of TRL 0.11.4's non-private PPOTrainer.
+
+    make bench-setup && python benchmarks/ppo_iteration.py --json
+
+Both: the same GPT-2 (random weights), LoRA r=4 on the attention projection, a value head, the same 128 prompts
+of 8 tokens, exactly 24 sampled tokens each, one pass over the batch, one optimiser step, the same trivial
+reward on the decoded text, 2 threads. Ours clips per prompt and adds noise; TRL does neither. TRL runs with the
+mini-batch size that is fastest for it here (32, gradients accumulated to one step); ours with its default.
+
+TRL needs older libraries, so it lives in `.venv-trl` and runs in a child process (`trl_ppo_worker.py`). After a
+warm-up each, the two alternate iteration by iteration (A B, B A, ...); the idle one is blocked on a pipe.
+`ratio` is the median over pairs of ours / TRL's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from models import gpt2, word_tokenizer
+
+from dpalign.algorithms import ppo
+from dpalign.algorithms.base import unit_means
+from dpalign.algorithms.ppo import PPO, PPOConfig
+from dpalign.gradients import PerUnitGradients
+from dpalign.models.policy import AdapterConfig, Policy
+from dpalign.privacy.entropy import SystemEntropy
+from dpalign.privacy.mechanism import GaussianMechanism
+from dpalign.rewards import Reward
+
+TRL_PYTHON = Path(__file__).resolve().parent.parent / ".venv-trl" / "bin" / "python"
+
+
+def length_reward(prompts: list[str], completions: list[str]) -> list[float]:
+    return [min(len(text) / 200, 1.0) for text in completions]
+
+
+class DPPPO:
+    """DP-PPO on fixed prompts: every call of `iterate` is one iteration on all of them.
+
+    Built from the parts that `dpalign.training.Stage` uses, without its ledger and checkpoints.
+    """
+
+    def __init__(self, policy: Policy, prompts: list[str], config: PPOConfig) -> None:
+        self.policy, self.config = policy, config
+        self.algorithm = PPO(config, Reward(length_reward, 0.0, 1.0))
+        self.algorithm.setup(policy)
+        self.algorithm.encode(policy, [[{"prompt": prompt}] for prompt in prompts])
+        self.units = list(range(len(prompts)))  # what Poisson sampling would have drawn
+        self.gradients = PerUnitGradients(policy)
+        self.optimizer = torch.optim.AdamW(self.gradients.parameters, lr=config.learning_rate)
+
+    def iterate(self) -> dict[str, float]:
+        """Seconds of each phase; `reference` includes decoding and scoring."""
+        clock = [self._now()]
+        sample = ppo.sample
+
+        def timed_sample(*args):
+            rollouts = sample(*args)
+            clock.append(self._now())
+            return rollouts
+
+        ppo.sample = timed_sample
+        try:
+            phase = self.algorithm.collect(self.policy, self.units)
+        finally:
+            ppo.sample = sample
+        clock.append(self._now())
+        self._train(phase)
+        clock.append(self._now())
+        return dict(zip(("generate", "reference", "train"), (b - a for a, b in zip(clock, clock[1:], strict=False))))
+
+    def _train(self, phase: ppo.Experience) -> None:
+        config = self.config
+        mechanism = GaussianMechanism(
+            [p.shape for p in self.gradients.parameters],
+            max_grad_norm=config.max_grad_norm,
+            noise_multiplier=1.0,
+            divisor=len(self.units),
+            entropy=SystemEntropy(),
+            metrics=self.algorithm.metrics,
+            metrics_noise_multiplier=10.0,
+            device=self.policy.device,
+        )
+        for start in range(0, len(self.units), config.micro_batch_size):
+            positions = self.units[start : start + config.micro_batch_size]
+            batch = self.algorithm.batch(phase, positions)
+            with self.gradients.collect(batch.row_unit, len(positions)):
+                losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
+                unit_means(losses, batch.row_unit, len(positions)).sum().backward()
+            with torch.no_grad():
+                mechanism.add(self.gradients.grads(), unit_means(metrics, batch.row_unit, len(positions)))
+        noisy, _ = mechanism.release()
+        for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
+            p.grad = gradient.to(p.dtype)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _now(self) -> float:
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class TRL:
+    """The child process; `iterate` has it run one iteration."""
+
+    def __init__(self, settings: dict) -> None:
+        worker = Path(__file__).with_name("trl_ppo_worker.py")
+        self.process = subprocess.Popen(
+            [str(TRL_PYTHON), str(worker), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if settings["quiet"] else None,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(settings["threads"])},
+        )
+
+    def iterate(self) -> dict:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit("the TRL worker stopped: run again without --json to see why.")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="only the last line")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--vocab", type=int, default=8000)
+    parser.add_argument("--rank", type=int, default=4, help="LoRA rank")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--micro-batch-size", type=int, default=PPOConfig.micro_batch_size, help="ours")
+    parser.add_argument("--trl-mini-batch-size", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=4, help="measured pairs of iterations")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    args = parser.parse_args()
+    if not TRL_PYTHON.exists():
+        sys.exit(f"{TRL_PYTHON} is missing: run make bench-setup.")
+    torch.set_num_threads(args.threads)
+    chance = random.Random(0)
+    prompts = [[chance.randrange(1, args.vocab) for _ in range(args.prompt_tokens)] for _ in range(args.prompts)]
+    trl = TRL({k: v for k, v in vars(args).items()} | {"prompts": prompts, "quiet": args.json})
+
+    torch.manual_seed(0)
+    policy = Policy(gpt2(args.vocab, args.layers, args.hidden, args.heads), word_tokenizer(args.vocab))
+    ours = DPPPO(
+        policy,
+        [" ".join(f"w{token}" for token in prompt) for prompt in prompts],
+        PPOConfig(
+            micro_batch_size=args.micro_batch_size,
+            max_prompt_length=args.prompt_tokens,
+            max_completion_length=args.new_tokens,
+            min_completion_length=args.new_tokens,
+            adapter=AdapterConfig(r=args.rank),
+        ),
+    )
+    trl.iterate()  # warm-up, first while ours has nothing to do yet
+    ours.iterate()
+    our_times, trl_times, phases = [], [], []
+    for pair in range(args.pairs):
+        if pair % 2:
+            theirs = trl.iterate()
+        phases.append(ours.iterate())
+        if not pair % 2:
+            theirs = trl.iterate()
+        assert theirs["tokens"] == args.prompts * args.new_tokens
+        our_times.append(sum(phases[-1].values()))
+        trl_times.append(theirs["seconds"])
+        if not args.json:
+            for name, seconds, parts in (("ours", our_times[-1], phases[-1]), ("TRL", *list(theirs.values())[:2])):
+                detail = ", ".join(f"{phase} {value:.2f}" for phase, value in parts.items())
+                print(f"{name:5} {seconds:6.2f} s  ({detail})")
+    trl.close()
+    ratio = statistics.median(a / b for a, b in zip(our_times, trl_times, strict=True))
+    result = {"ratio": ratio, "ours_s": statistics.median(our_times), "trl_s": statistics.median(trl_times)}
+    print(json.dumps({k: round(v, 4) for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

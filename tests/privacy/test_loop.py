@@ -1,0 +1,235 @@
+"""What the loop journals and does: the same for neighbouring datasets, and never nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+
+import pytest
+import torch
+from harness import (
+    HUGE_SCORE,
+    LONG_TEXT,
+    Interrupted,
+    Trace,
+    everyone,
+    neighbours,
+    nobody,
+    own_coins,
+    ppo,
+    prompts,
+    run_stage,
+    sft,
+    texts,
+)
+
+from dpalign.privacy.ledger import Ledger
+from dpalign.privacy.mechanism import GaussianMechanism
+from dpalign.training import Stage
+from tiny import dataset
+
+# 4 ---------------------------------------------------------------------------------------------------------
+
+
+class NoisePerMicroBatch(GaussianMechanism):
+    def add(self, grads, metrics=None):
+        super().add(grads, metrics)
+        for total in self._sums:
+            total += self._noise(total.numel(), self.noise_multiplier * self.max_grad_norm).view_as(total)
+
+
+class NoNoiseAfterFirstPass(Stage):
+    def _step(self, phase, positions, sigma, entropy, step):
+        self.algorithm.passes, passes = 1, self.algorithm.passes
+        super()._step(phase, positions, sigma, entropy, step)
+        released = [
+            super(NoNoiseAfterFirstPass, self)._step(phase, positions, 0.0, entropy, step) for _ in range(passes - 1)
+        ]
+        self.algorithm.passes = passes
+        return released
+
+
+def noise_variances(algorithm, data, **settings) -> list[float]:
+    """Variance of every release's noise in units of (sigma C)^2; steps take no gradient, so sums repeat."""
+    quiet = run_stage(algorithm(noise_multiplier=0.0, learning_rate=0.0), data, answers_are_fixed=False)
+    noisy = run_stage(algorithm(noise_multiplier=2.0, learning_rate=0.0), data, answers_are_fixed=False, **settings)
+    divisor = algorithm().config.expected_batch_size
+    return [
+        float((g * divisor - clean).square().mean()) / 2.0**2
+        for g, clean in zip(noisy.gradients, quiet.sums, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_noise_once_per_release_however_many_micro_batches(micro_batch_size):
+    """PRIVACY test 4: the noise is drawn once per release, in every pass, whatever the micro-batch size."""
+    algorithm = partial(ppo, num_ppo_epochs=2, micro_batch_size=micro_batch_size, metrics_noise_ratio=0.0)
+    data = dataset(prompts())
+    assert noise_variances(algorithm, data) == pytest.approx([1, 1], abs=0.45)  # 6 standard deviations
+    per_micro_batch = noise_variances(algorithm, data, mechanism=NoisePerMicroBatch)
+    assert min(per_micro_batch) > 1.45
+    assert noise_variances(algorithm, data, stage_class=NoNoiseAfterFirstPass)[1] == 0
+
+
+def intents_missing_at_draws(ledger_class: type[Ledger], **changes) -> list[int]:
+    """For every draw of a run, how many intents the ledger lacked at that moment; then the final surplus."""
+    ledger, missing = ledger_class(":memory:"), []
+
+    def draw(data, call):
+        missing.append(max(0, call - len(ledger.intents())))
+        return everyone(data, call)
+
+    trace = run_stage(ppo(max_steps=4, **changes), dataset(prompts()), sampler=draw, ledger=ledger)
+    return [*missing, len(trace.intents) - len(missing)]
+
+
+class JournalsLate(Ledger):
+    """Writes the intents of a phase when the next one begins."""
+
+    held: tuple = ()
+
+    def write(self, intents):
+        super().write(list(self.held))
+        self.held = tuple(intents)
+
+
+class JournalsThePhase(Ledger):
+    """One intent per rollout phase instead of one per sample."""
+
+    def write(self, intents):
+        super().write(intents[:1])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch_size": 2}, {"num_ppo_epochs": 3}, {"num_mini_batches": 2, "num_ppo_epochs": 2}]
+)
+def test_one_intent_per_sample_before_its_draw(changes):
+    """PRIVACY test 4: one intent per sample, on disk before the draw, whatever the micro-batches and passes."""
+    assert intents_missing_at_draws(Ledger, **changes) == [0, 0, 0, 0, 0]
+    assert any(intents_missing_at_draws(JournalsLate, **changes))
+
+
+def test_one_intent_per_phase_is_found():
+    """PRIVACY test 4, mutant: minibatches of one phase share an intent."""
+    assert intents_missing_at_draws(JournalsThePhase, num_mini_batches=2) == [0, 1, 1, 2, -2]
+
+
+# 10 --------------------------------------------------------------------------------------------------------
+
+
+class SkipsEmpty(Stage):
+    def _step(self, phase, positions, sigma, entropy, step):
+        return super()._step(phase, positions, sigma, entropy, step) if positions else None
+
+
+def noisy_steps(algorithm, data, **settings) -> tuple[int, int, int]:
+    """Of three steps: optimizer steps with full noise, intents, log lines."""
+    trace = run_stage(algorithm, data, answers_are_fixed=False, completions_are_fixed=False, **settings)
+    divisor = algorithm.config.expected_batch_size
+    noisy = [g for g in trace.gradients if abs((g * divisor).square().mean() - 1) < 0.5]
+    return len(noisy), len(trace.intents), len(trace.log)
+
+
+EMPTY = {"noise_multiplier": 1.0, "max_steps": 3}
+NO_PROMPT = [[{"id": str(i), "text": "w1"}] for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "data", "sampler"),
+    [
+        (partial(sft, **EMPTY), texts(), nobody),
+        (partial(ppo, max_prompt_length=4, **EMPTY), prompts(), nobody),
+        (partial(ppo, num_mini_batches=3, num_ppo_epochs=1, **EMPTY), prompts(), nobody),
+        (partial(ppo, prompt_min_tokens=3, prompt_max_tokens=3, max_prompt_length=4, **EMPTY), NO_PROMPT, everyone),
+    ],
+)
+def test_an_empty_sample_takes_its_noisy_step(algorithm, data, sampler):
+    """PRIVACY test 10: a step without units, or whose units have no rows, is noised, journaled and logged."""
+    assert noisy_steps(algorithm(), dataset(data), sampler=sampler) == (3, 3, 3)
+
+
+def test_the_empty_sample_test_kills():
+    """PRIVACY test 10, mutant: an empty sample is skipped."""
+    assert noisy_steps(sft(**EMPTY), dataset(texts()), sampler=nobody, stage_class=SkipsEmpty)[0] == 0
+
+
+# 23 --------------------------------------------------------------------------------------------------------
+
+
+class StopsEarly(Stage):
+    """Drops the second pass where the raw mean score is extreme."""
+
+    def _step(self, phase, positions, sigma, entropy, step):
+        self.algorithm.passes = 1 if phase.scores.abs().mean() > 1e3 else 2
+        return super()._step(phase, positions, sigma, entropy, step)
+
+
+class SkipsNotFinite(Stage):
+    def _step(self, phase, positions, sigma, entropy, step):
+        return super()._step(phase, positions, sigma, entropy, step) if phase.scores.isfinite().all() else None
+
+
+class StopsNotFinite(Stage):
+    def _step(self, phase, positions, sigma, entropy, step):
+        if not phase.scores.isfinite().all():
+            raise Interrupted
+        return super()._step(phase, positions, sigma, entropy, step)
+
+
+def control_flow(trace: Trace) -> tuple:
+    """All that an observer sees of a run with fixed answers, but for its time: intents, steps, log, files."""
+    intents = [asdict(i) | {"fingerprint": ""} for i in trace.intents]
+    log = [line | {"seconds": None} for line in trace.log]
+    return intents, len(trace.gradients), log, trace.files
+
+
+def flows_differ(algorithm, units: list, outlier: list, **settings) -> bool:
+    one, other = (run_stage(algorithm(), data, **settings) for data in neighbours(units, outlier))
+    assert len(one.log) == len(one.intents) == algorithm().config.max_steps or "stage_class" in settings
+    return control_flow(one) != control_flow(other)
+
+
+NOISED = {"noise_multiplier": 1.0, "max_steps": 2}
+BAD_SCORE = [{"id": "x2", "prompt": "w7 w8", "score": float("nan")}]
+NOT_A_SCORE = [{"id": "x2", "prompt": "w7 w8", "score": "many"}]
+CUTS = {"prompt_min_tokens": 3, "prompt_max_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "units", "outlier", "settings"),
+    [
+        (partial(sft, **NOISED), texts(), LONG_TEXT, {}),
+        (partial(sft, max_length=5, **NOISED), texts(), LONG_TEXT, {"sampler": own_coins}),
+        (partial(ppo, num_ppo_epochs=2, **NOISED), prompts(), HUGE_SCORE, {}),
+        (partial(ppo, num_mini_batches=2, **NOISED), prompts(), HUGE_SCORE, {"sampler": own_coins}),
+        (partial(ppo, num_ppo_epochs=2, **NOISED), prompts(), BAD_SCORE, {}),
+        (partial(ppo, noised_baseline=True, adaptive_kl_target=1.0, **NOISED), prompts(), NOT_A_SCORE, {}),
+        (partial(ppo, **CUTS, **NOISED), NO_PROMPT, [{"id": "x", "text": "w1 w2 w3 w4", "score": 1.0}], {}),
+    ],
+)
+def test_control_flow_is_equal_on_neighbours(algorithm, units, outlier, settings):
+    """PRIVACY test 23: same ledger rows, optimizer steps, log lines and files with and without x."""
+    assert not flows_differ(algorithm, units, outlier, **settings)
+
+
+@pytest.mark.parametrize(
+    ("units", "outlier", "settings"),
+    [
+        (prompts(), HUGE_SCORE, {"stage_class": StopsEarly}),
+        (prompts(), BAD_SCORE, {"stage_class": SkipsNotFinite}),
+        (prompts(), BAD_SCORE, {"stage_class": StopsNotFinite}),
+        (prompts(), [{"id": "x", "prompt": "w1", "score": 1.0}], {
+            "stage_class": SkipsEmpty, "sampler": lambda data, call: [i for i, unit in enumerate(data.ids) if unit == b"x"],
+        }),
+    ],
+)  # fmt: skip
+def test_the_control_flow_test_kills(units, outlier, settings):
+    """PRIVACY test 23, mutants: early stop on raw metrics, a skipped or failed step, a skipped empty batch."""
+    assert flows_differ(partial(ppo, num_ppo_epochs=2, **NOISED), units, outlier, **settings)
+
+
+def test_a_float64_run_is_float64():
+    """The sensitivity tests measure what they claim to: sums in float64, of every trainable weight."""
+    trace = run_stage(ppo(), dataset(prompts()))
+    assert trace.sums[0].dtype == torch.float64
+    assert len(trace.sums[0]) == 2 * (2 * 32 + 96 * 2) + 33  # A and B of two c_attn layers, and the value head

@@ -1,0 +1,101 @@
+"""Poisson sampling: every unit by itself, every draw by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpalign.privacy.entropy import SystemEntropy
+from dpalign.privacy.sampling import poisson_sample
+
+UNITS, RATE, DRAWS = 50, 0.1, 4000
+coins = np.random.default_rng()
+
+
+def poisson() -> np.ndarray:
+    """`(draws, units)` bool: who took part in which draw."""
+    entropy = SystemEntropy()
+    taken = np.zeros((DRAWS, UNITS), dtype=bool)
+    for draw in taken:
+        draw[poisson_sample(UNITS, RATE, entropy)] = True
+    return taken
+
+
+def fixed_size() -> np.ndarray:
+    return coins.permuted(np.arange(UNITS) < UNITS * RATE + np.zeros((DRAWS, 1)), axis=1)
+
+
+def shuffled_epochs() -> np.ndarray:
+    """Batches of a fixed size cut from a shuffled epoch: everyone exactly once per epoch."""
+    orders = coins.permuted(np.tile(np.arange(UNITS), (int(DRAWS * RATE), 1)), axis=1)
+    batch_of = orders // int(UNITS * RATE)
+    return (batch_of[:, None, :] == np.arange(int(1 / RATE))[:, None]).reshape(DRAWS, UNITS)
+
+
+def neighbours_together() -> np.ndarray:
+    return np.repeat(coins.random((DRAWS, UNITS // 2)) < RATE, 2, axis=1)
+
+
+def wrong_rate() -> np.ndarray:
+    return coins.random((DRAWS, UNITS)) < RATE * 1.15
+
+
+def last_unit_never() -> np.ndarray:
+    return (coins.random((DRAWS, UNITS)) < RATE) & (np.arange(UNITS) < UNITS - 1)
+
+
+def every_sample_twice() -> np.ndarray:
+    return np.repeat(coins.random((DRAWS // 2, UNITS)) < RATE, 2, axis=0)
+
+
+def subsample_of_a_pool() -> np.ndarray:
+    """Four samples at twice the rate from a pool that was itself drawn."""
+    pools = np.repeat(coins.random((DRAWS // 4, UNITS)) < 0.5, 4, axis=0)
+    return pools & (coins.random((DRAWS, UNITS)) < 2 * RATE)
+
+
+def poisson_p_values(taken: np.ndarray) -> dict[str, float]:
+    """p-values of what Poisson sampling promises."""
+    draws, units = taken.shape
+    variance = RATE * (1 - RATE)
+    centred = taken - RATE
+    pairs = (centred.T @ centred)[np.triu_indices(units, 1)]  # joint inclusions of two units
+    lag = (centred[1:] * centred[:-1]).sum() / variance / ((draws - 1) * units) ** 0.5
+    inclusions = (centred.sum(0) ** 2).sum() / (draws * variance)
+    sizes = ((taken.sum(1) - units * RATE) ** 2).sum() / (units * variance)
+    return {
+        "inclusion": _two_sided(stats.chi2(units), inclusions),
+        "smallest inclusion": units * 2 * stats.norm.sf(abs(centred.sum(0)).max() / (draws * variance) ** 0.5),
+        "size variance": _two_sided(stats.norm(draws, (2 * draws * (1 + 0.5 / (units * variance))) ** 0.5), sizes),
+        "pairs": _two_sided(stats.chi2(len(pairs)), (pairs**2).sum() / (draws * variance**2)),
+        "next draw": 2 * stats.norm.sf(abs(lag)),
+    }
+
+
+def _two_sided(law, value: float) -> float:
+    return 2 * min(law.cdf(value), law.sf(value))
+
+
+def test_sampling_is_poisson():
+    """PRIVACY test 7: inclusion Bin(T, q), size variance N q (1 - q), independent pairs and draws."""
+    assert min(poisson_p_values(poisson()).values()) > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("mutant", "found_by"),
+    [
+        (fixed_size, "size variance"),
+        (shuffled_epochs, "inclusion"),
+        (neighbours_together, "pairs"),
+        (wrong_rate, "inclusion"),
+        (last_unit_never, "smallest inclusion"),
+        (every_sample_twice, "next draw"),
+        (subsample_of_a_pool, "next draw"),
+    ],
+)
+def test_the_sampling_test_kills(mutant: Callable[[], np.ndarray], found_by: str):
+    """PRIVACY test 7, mutants: whatever is not a fresh Poisson sample per draw."""
+    assert poisson_p_values(mutant())[found_by] < 1e-7

@@ -1,0 +1,482 @@
+"""Adding or removing one unit moves every release by at most C, whatever the unit holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from harness import (
+    HUGE_SCORE,
+    LONG_TEXT,
+    TOLERANCE,
+    everyone,
+    moved,
+    neighbours,
+    own_coins,
+    ppo,
+    prompts,
+    run_stage,
+    sft,
+    texts,
+)
+from torch import Tensor
+
+from dpalign.algorithms import PPO, SFT
+from dpalign.algorithms.base import unit_means
+from dpalign.data import DataConfig, build_units
+from dpalign.privacy.entropy import SystemEntropy
+from dpalign.privacy.ledger import Ledger
+from dpalign.privacy.mechanism import GaussianMechanism
+from dpalign.training import Stage
+from tiny import dataset, words
+
+Algorithms = Callable[[], SFT | PPO]
+
+
+# Broken on purpose -----------------------------------------------------------------------------------------
+
+
+class WhitenedAdvantages(PPO):
+    def advantages(self, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, scores: Tensor, mask: Tensor):
+        advantages, returns = super().advantages(logprobs, ref_logprobs, values, scores, mask)
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8), returns
+
+
+class WhitenedRewards(PPO):
+    def collect(self, policy, units):
+        phase = super().collect(policy, units)
+        phase.scores = (phase.scores - phase.scores.mean()) / (phase.scores.std() + 1e-8)
+        return phase
+
+
+class RunningRewardScale(PPO):
+    seen = 0.0
+
+    def collect(self, policy, units):
+        phase = super().collect(policy, units)
+        self.seen += float(phase.scores.square().sum())
+        phase.scores = phase.scores / self.seen**0.5
+        return phase
+
+
+class BatchTokenMean(SFT):
+    def row_losses(self, policy, batch, phase):
+        loss, metrics = super().row_losses(policy, batch, phase)
+        tokens = batch.tensors[2][:, 1:].sum(1)
+        return loss * tokens / tokens.mean(), metrics
+
+
+class ClipTheBatch(GaussianMechanism):
+    def add(self, grads, metrics=None):
+        super().add([g.sum(0, keepdim=True) for g in grads], metrics)
+
+
+class ClipEachTensor(GaussianMechanism):
+    def add(self, grads, metrics=None):
+        for i, g in enumerate(grads):
+            super().add([g if i == j else torch.zeros_like(h) for j, h in enumerate(grads)])
+
+
+class ValueHeadUnclipped(GaussianMechanism):
+    def add(self, grads, metrics=None):
+        adapter, head = grads[:-2], grads[-2:]
+        super().add([*adapter, *(torch.zeros_like(h) for h in head)], metrics)
+        for total, h in zip(self._sums[-2:], head, strict=True):
+            total += h.sum(0)
+
+
+class KeepNotFinite(GaussianMechanism):
+    def clip_factors(self, norms: Tensor) -> Tensor:
+        return (self.max_grad_norm / norms).clamp(max=1.0)
+
+
+class ClipRows(Stage):
+    def _accumulate(self, mechanism, phase, positions):
+        batch = self.algorithm.batch(phase, positions)
+        rows = len(batch.row_unit)
+        with self.gradients.collect(torch.arange(rows), rows):
+            losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
+            losses.sum().backward()
+        mechanism.add(self.gradients.grads(), metrics)
+
+
+class MicroBatchMean(Stage):
+    def _accumulate(self, mechanism, phase, positions):
+        batch = self.algorithm.batch(phase, positions)
+        with self.gradients.collect(batch.row_unit, len(positions)):
+            losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
+            losses.mean().backward()
+        mechanism.add(self.gradients.grads(), metrics)
+
+
+class DivideByDrawn(Stage):
+    def _step(self, phase, positions, sigma, entropy, step):
+        self.config.expected_batch_size = max(1, len(positions))
+        return super()._step(phase, positions, sigma, entropy, step)
+
+
+def cut_by_position(data, call):
+    """Two minibatches cut out of one sample, instead of two samples."""
+    return everyone(data, call)[:5] if call % 2 else everyone(data, call)[5:]
+
+
+# 1 ---------------------------------------------------------------------------------------------------------
+
+
+def sensitivity(algorithm: Algorithms, units: list, outlier: list, **settings) -> float:
+    """|S(D + x) - S(D)| / C, the largest over the releases of one stage."""
+    one, other = (run_stage(algorithm(), data, **settings) for data in neighbours(units, outlier))
+    return moved(one.sums, other.sums) / algorithm().config.max_grad_norm
+
+
+SFT_CASE = (texts(), LONG_TEXT)
+PPO_CASE = (prompts(), HUGE_SCORE)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("algorithm", "case", "settings"),
+    [
+        (sft, SFT_CASE, {}),
+        (partial(sft, clipping="automatic", gradient_checkpointing=True), SFT_CASE, {}),
+        (ppo, PPO_CASE, {}),
+        (partial(ppo, clipping="automatic"), PPO_CASE, {}),
+        (partial(ppo, num_generations=3), PPO_CASE, {}),
+        (partial(ppo, num_ppo_epochs=2, learning_rate=0.1), PPO_CASE, {}),
+        (partial(ppo, num_mini_batches=2, num_ppo_epochs=2, learning_rate=0.1), PPO_CASE, {"sampler": own_coins}),
+        (partial(ppo, max_steps=3, noised_baseline=True, adaptive_kl_target=1.0), PPO_CASE, {}),
+    ],
+)
+def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settings):
+    """PRIVACY test 1: neighbour test of the whole step, all trainables, an adversarial outlier."""
+    assert 0.3 < sensitivity(algorithm, *case, kind=kind, **settings) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "case", "settings"),
+    [
+        (partial(ppo, WhitenedAdvantages, micro_batch_size=20), PPO_CASE, {}),
+        (partial(ppo, WhitenedRewards), PPO_CASE, {}),
+        (partial(ppo, RunningRewardScale), PPO_CASE, {}),
+        (partial(sft, BatchTokenMean, max_grad_norm=5.0, micro_batch_size=20), SFT_CASE, {}),
+        (partial(ppo, micro_batch_size=20), PPO_CASE, {"mechanism": ClipTheBatch}),
+        (ppo, PPO_CASE, {"mechanism": ClipEachTensor}),
+        (ppo, PPO_CASE, {"mechanism": ValueHeadUnclipped}),
+        (partial(ppo, num_mini_batches=2), PPO_CASE, {"sampler": cut_by_position}),
+    ],
+)
+def test_the_neighbour_test_kills(algorithm, case, settings):
+    """PRIVACY test 1, mutants: whitening, batch token mean, batch or per-tensor clips, cut minibatches."""
+    assert sensitivity(algorithm, *case, **settings) > TOLERANCE
+
+
+# 2 ---------------------------------------------------------------------------------------------------------
+
+
+def change_of_others(algorithm: Algorithms, units: list, mates: tuple[list, list]) -> float:
+    """Largest change of any other unit's clipped gradient when the last unit is exchanged, over C."""
+    one, other = (run_stage(algorithm(), dataset([*units, mate])).contributions[0][:-1] for mate in mates)
+    return float((one - other).norm(dim=1).max()) / algorithm().config.max_grad_norm
+
+
+SHORT_TEXT = [{"id": "x", "text": "w1 w2"}]
+OTHER_SCORE = [{"id": "x", "prompt": "w1", "score": 1e5}]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "units", "mates"),
+    [
+        (partial(sft, micro_batch_size=20), texts(), (LONG_TEXT, SHORT_TEXT)),
+        (partial(ppo, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(ppo, num_ppo_epochs=2), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+    ],
+)
+def test_a_batch_mate_changes_nobody_else(algorithm, units, mates):
+    """PRIVACY test 2: swapping one unit leaves every other clipped gradient as it was."""
+    assert change_of_others(algorithm, units, mates) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "units", "mates"),
+    [
+        (partial(sft, BatchTokenMean, max_grad_norm=5.0, micro_batch_size=20), texts(), (LONG_TEXT, SHORT_TEXT)),
+        (partial(ppo, WhitenedAdvantages, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(ppo, WhitenedRewards), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+    ],
+)
+def test_the_batch_mate_test_kills(algorithm, units, mates):
+    """PRIVACY test 2, mutants."""
+    assert change_of_others(algorithm, units, mates) > 1e-2
+
+
+# 3 and 4 ---------------------------------------------------------------------------------------------------
+
+TOO_SHORT = [{"id": "short", "text": "w1", "score": 0.0}]  # no prompt can be cut from it: a unit without rows
+CUT = {"prompt_min_tokens": 3, "prompt_max_tokens": 3}
+CUT_PROMPTS = [
+    *([{"id": str(i), "text": words(5, i), "score": 1.0}] for i in range(3)), TOO_SHORT, TOO_SHORT,
+    *([{"id": str(i), "text": words(5, i), "score": 1.0}] for i in range(3, 6)), TOO_SHORT,
+]  # fmt: skip
+
+
+def variation(algorithm: Callable, units: list, changes: list[dict], **settings) -> float:
+    """Largest distance of a run's releases, metrics included, from those of the run with the first settings."""
+    traces = [run_stage(algorithm(**change), dataset(units), **settings) for change in changes]
+    assert traces[0].sums[0].norm() > 0.3
+    return max(moved(traces[0].sums + traces[0].metrics, t.sums + t.metrics) for t in traces[1:])
+
+
+WIDTHS = [{"max_length": 24}, {"max_length": 5}, {"max_length": 40}]
+PROMPT_WIDTHS = [{"max_prompt_length": 8}, {"max_prompt_length": 7}, {"max_prompt_length": 30}]
+MICRO = [{"micro_batch_size": size} for size in (20, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("algorithm", "units", "changes"),
+    [
+        (sft, texts(), WIDTHS),
+        (partial(ppo, num_generations=2), prompts(), PROMPT_WIDTHS),
+        (sft, texts(), MICRO),
+        (partial(ppo, num_generations=2, num_ppo_epochs=2, learning_rate=0.1), prompts(), MICRO),
+        (partial(ppo, **CUT), CUT_PROMPTS, MICRO),
+    ],
+)
+def test_padding_and_micro_batches_change_nothing(kind, algorithm, units, changes):
+    """PRIVACY tests 3 and 4: padding and micro-batch invariance; k micro-batches are one batch."""
+    assert variation(algorithm, units, changes, kind=kind) < 1e-9
+
+
+class NoPositions(PPO):
+    def setup(self, policy):
+        super().setup(policy)
+        policy._accepts_positions = False
+
+
+class RowlessUnitsCount(Stage):
+    """A unit without rows adds a metric of 0 in company, and nothing alone."""
+
+    def _accumulate(self, mechanism, phase, positions):
+        batch = self.algorithm.batch(phase, positions)
+        if len(batch.row_unit) == 0:
+            return
+        with self.gradients.collect(batch.row_unit, len(positions)):
+            losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
+            unit_means(losses, batch.row_unit, len(positions)).sum().backward()
+        mechanism.add(self.gradients.grads(), unit_means(metrics, batch.row_unit, len(positions)))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "units", "changes", "settings"),
+    [
+        (partial(ppo, NoPositions), prompts(), PROMPT_WIDTHS, {}),
+        (partial(ppo, WhitenedAdvantages), prompts(), MICRO, {}),
+        (partial(sft, BatchTokenMean, max_grad_norm=5.0), [*texts(), LONG_TEXT], MICRO, {}),
+        (partial(sft, max_grad_norm=5.0), texts(), MICRO, {"stage_class": MicroBatchMean}),
+        (sft, texts(), MICRO, {"mechanism": ClipTheBatch}),
+        (partial(ppo, **CUT), CUT_PROMPTS, MICRO, {"stage_class": RowlessUnitsCount}),
+    ],
+)
+def test_the_invariance_test_kills(algorithm, units, changes, settings):
+    """PRIVACY tests 3 and 4, mutants: no position ids, anything averaged over the micro-batch."""
+    assert variation(algorithm, units, changes, **settings) > 1e-3
+
+
+# 11 --------------------------------------------------------------------------------------------------------
+
+
+def divisors(stage_class: type[Stage]) -> list[float]:
+    """What the sum was divided by, for batches of 1, 5 and 8 drawn units."""
+    found = []
+    for size in (1, 5, 8):
+        trace = run_stage(
+            sft(), dataset(texts()), stage_class=stage_class, answers_are_fixed=False,
+            sampler=lambda data, call, size=size: list(range(size)),
+        )  # fmt: skip
+        found.append(float(trace.sums[0].norm() / trace.gradients[0].norm()))
+    return found
+
+
+def test_the_divisor_is_the_expected_batch_size():
+    """PRIVACY test 11: the noisy sum is divided by a constant, not by the number of drawn units."""
+    assert divisors(Stage) == pytest.approx([8, 8, 8], rel=1e-6)
+    assert divisors(DivideByDrawn) == pytest.approx([1, 5, 8], rel=1e-6)
+
+
+# 12, 13, 14 ------------------------------------------------------------------------------------------------
+
+
+class Pairs(SFT):
+    """A preference pair: the chosen text becomes likelier, the rejected one less likely."""
+
+    def encode(self, policy, units):
+        pairs = [[{"text": unit[0][side]} for side in ("chosen", "rejected")] for unit in units]
+        super().encode(policy, pairs)
+
+    def row_losses(self, policy, batch, phase):
+        loss, metrics = super().row_losses(policy, batch, phase)
+        return loss * torch.tensor([1.0, -1.0]).repeat(len(loss) // 2), metrics
+
+
+PAIRS = [[{"id": str(i), "chosen": words(5, 2 * i), "rejected": words(5, 2 * i + 1)}] for i in range(8)]
+PAIR = [{"id": "x", "chosen": words(20, 90), "rejected": words(20, 91)}]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "units", "outlier"),
+    [
+        (partial(sft, Pairs), PAIRS, PAIR),
+        (partial(sft, Pairs, clipping="automatic"), PAIRS, PAIR),
+        (partial(ppo, num_generations=4), *PPO_CASE),
+    ],
+)
+def test_a_pair_and_a_group_of_rollouts_are_one_unit(algorithm, units, outlier):
+    """PRIVACY tests 12 and 13: both rows of a pair, or all rollouts of a prompt, share one clip."""
+    assert 0.3 < sensitivity(algorithm, units, outlier) <= TOLERANCE
+    assert sensitivity(algorithm, units, outlier, stage_class=ClipRows) > 1.2
+
+
+def person_sensitivity(unit: str | None) -> float:
+    """What a person with 10 texts (bounded to 3) moves the sum by, over C."""
+    people = [{"person": f"a{i}", "text": f"w1 w2 w{i}"} for i in range(8) for _ in range(2)]
+    x = [{"person": "x", "text": f"w40 w41 w42 w{i}"} for i in range(10)]
+    config = DataConfig(name="people", unit=unit, max_records_per_unit=3, declared_units=8)
+    ledger = Ledger(":memory:")
+    one, other = (run_stage(sft(), build_units(rows, config, ledger)) for rows in (people, people + x))
+    return moved(one.sums, other.sums)
+
+
+def test_a_person_is_one_unit():
+    """PRIVACY test 14: a person's records share one clip; with records as units the person counts often."""
+    assert 0.3 < person_sensitivity("person") <= TOLERANCE
+    assert person_sensitivity(None) > 3
+
+
+# 20 --------------------------------------------------------------------------------------------------------
+
+
+class NormInBfloat16(GaussianMechanism):
+    def add(self, grads, metrics=None):
+        norms = torch.cat([g.flatten(1) for g in grads], 1).bfloat16().norm(dim=1)
+        factors = self.clip_factors(norms).to(grads[0].dtype)
+        for g, total in zip(grads, self._sums, strict=True):
+            total += torch.tensordot(factors, g, dims=1).to(total.dtype)
+
+
+def largest_contribution(mechanism_class: type[GaussianMechanism], dtype: torch.dtype) -> float:
+    """Largest |contribution| / C over 200 random units whose gradients come in `dtype`."""
+    torch.manual_seed(0)
+    largest = 0.0
+    for unit in range(200):
+        grads = [(1 + unit) * torch.randn(1, *shape).to(dtype) for shape in ((30, 7), (11,))]
+        mechanism = bare_mechanism(mechanism_class, [g.shape[1:] for g in grads])
+        mechanism.add(grads)
+        total = torch.cat([t.double().flatten() for t in mechanism._sums])
+        largest = max(largest, float(total.norm()))
+    return largest
+
+
+def bare_mechanism(mechanism_class: type[GaussianMechanism], shapes: list[torch.Size], **changes) -> GaussianMechanism:
+    settings = {"max_grad_norm": 1.0, "noise_multiplier": 0.0, "divisor": 1.0, "clipping": "flat"}
+    return mechanism_class(shapes, entropy=SystemEntropy(), **settings | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_gradients_keep_the_bound(dtype):
+    """PRIVACY test 20: norm and clip in float32 whatever comes in; a bfloat16 norm breaks the bound."""
+    assert 0.99 < largest_contribution(GaussianMechanism, dtype) <= TOLERANCE
+    assert largest_contribution(NormInBfloat16, dtype) > 1.001
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("algorithm", "mutant", "case"),
+    [
+        (sft, partial(sft, BatchTokenMean, max_grad_norm=5.0, micro_batch_size=20), SFT_CASE),
+        (partial(ppo, num_ppo_epochs=2, num_generations=2), partial(ppo, WhitenedRewards), PPO_CASE),
+    ],
+)
+def test_the_whole_step_on_a_bfloat16_base(kind, algorithm, mutant, case):
+    """PRIVACY test 20: neighbour test of the whole step on a bfloat16 base."""
+    assert 0.3 < sensitivity(algorithm, *case, kind=kind, dtype=torch.bfloat16) <= TOLERANCE
+    assert sensitivity(mutant, *case, kind=kind, dtype=torch.bfloat16) > TOLERANCE
+
+
+def sum_and_noise_error(sums: torch.dtype) -> tuple[float, float]:
+    """Relative error of a sum of 4096 gradients, and the share of coordinates whose noise vanished."""
+    torch.manual_seed(0)
+    grads = [0.01 * torch.rand(4096, 50)]
+    quiet = bare_mechanism(GaussianMechanism, [torch.Size([50])], dtype=sums)
+    for start in range(0, 4096, 8):
+        quiet.add([grads[0][start : start + 8]])
+    exact = grads[0].double().sum(0)
+    error = float((quiet.release()[0][0].double() - exact).norm() / exact.norm())
+    noisy = bare_mechanism(GaussianMechanism, [torch.Size([50])], dtype=sums, noise_multiplier=0.01)
+    noisy._sums[0] += exact.to(sums)
+    return error, float((noisy.release()[0][0] == exact.to(sums)).float().mean())
+
+
+def test_the_sum_and_the_noise_are_float32():
+    """PRIVACY test 20: a bfloat16 sum loses gradients and noise; the default loses neither."""
+    error, vanished = sum_and_noise_error(torch.float32)
+    assert error < 1e-5 and vanished == 0
+    error, vanished = sum_and_noise_error(torch.bfloat16)
+    assert error > 0.05 and vanished > 0.5
+    assert bare_mechanism(GaussianMechanism, [torch.Size([2])])._sums[0].dtype == torch.float32
+
+
+# 21 --------------------------------------------------------------------------------------------------------
+
+
+class Overflows(SFT):
+    """The text that starts with w40 makes the loss infinite, the one with w41 not a number."""
+
+    def row_losses(self, policy, batch, phase):
+        loss, metrics = super().row_losses(policy, batch, phase)
+        first = batch.tensors[0][:, 0]
+        return loss * torch.where(first == 42, torch.inf, torch.where(first == 43, torch.nan, 1.0)), metrics
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "units", "broken"),
+    [
+        (partial(sft, Overflows), texts(), {"id": "x", "text": "w40 w1 w2"}),
+        (partial(sft, Overflows, clipping="automatic"), texts(), {"id": "x", "text": "w41 w1 w2"}),
+        (ppo, prompts(), {"id": "x", "prompt": "w40 w41", "score": float("nan")}),
+        (ppo, prompts(), {"id": "x", "prompt": "w40 w41", "score": float("inf")}),
+        (partial(ppo, num_ppo_epochs=2), prompts(), {"id": "x", "prompt": "w40 w41", "score": None}),
+    ],
+)
+def test_a_unit_that_is_not_finite_adds_zero(algorithm, units, broken):
+    """PRIVACY test 21: infinite or undefined losses and rewards count as zero, and the step goes on."""
+    assert sensitivity(algorithm, units, [broken]) < 1e-9
+    assert not sensitivity(algorithm, units, [broken], mechanism=KeepNotFinite) < 1e-9
+
+
+# 22 --------------------------------------------------------------------------------------------------------
+
+CONSTANT = (prompts(score=0.0), [{"id": "x2", "prompt": "w7 w8 w9", "score": 1.0}])
+
+
+def test_constant_reward_and_one_outlier():
+    """PRIVACY test 22: where all rewards are equal, whitening would divide by nothing until x comes."""
+    assert 0.1 < sensitivity(partial(ppo, beta=0.0), *CONSTANT) <= TOLERANCE
+    assert sensitivity(partial(ppo, WhitenedRewards, beta=0.0), *CONSTANT) > TOLERANCE
+
+
+def metrics_sensitivity(stage_class: type[Stage]) -> float:
+    """What one unit moves the metrics block by, its declared bound being 1."""
+    alone = [[{"id": str(i), "text": "w1", "score": 0.0}] for i in range(8)]  # units without rows
+    x = [{"id": "x", "text": words(5, 1), "score": 1e6}]
+    one, other = (
+        run_stage(ppo(**CUT, micro_batch_size=20), data, stage_class=stage_class) for data in neighbours(alone, x)
+    )
+    return moved(one.metrics, other.metrics)
+
+
+def test_one_unit_moves_the_metrics_by_at_most_one():
+    """PRIVACY test 1 for the metrics block: units without rows add the same alone and in company."""
+    assert 0.3 < metrics_sensitivity(Stage) <= TOLERANCE
+    assert metrics_sensitivity(RowlessUnitsCount) > TOLERANCE
