@@ -14,7 +14,6 @@ from dpalign.algorithms.base import unit_means
 from dpalign.gradients import PerUnitGradients
 from dpalign.models import AdapterConfig, Policy
 from dpalign.models.policy import Rollouts
-from dpalign.training.loop import without_dropout
 from tiny import VOCABULARY, tiny_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")  # Opacus's
@@ -37,7 +36,6 @@ def adapted_policy(kind: str, dtype: torch.dtype = torch.float32, checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
         if checkpointing == "reentrant":
             policy.model.enable_input_require_grads()
-        without_dropout(policy)
         policy.train()  # transformers recomputes only in training mode
     return policy
 
@@ -88,7 +86,6 @@ def one_by_one(policy: Policy, rollouts: Rollouts, row_unit: Tensor) -> Tensor:
 
 def opacus(policy: Policy, rollouts: Rollouts, row_unit: Tensor) -> Tensor:
     """The same from Opacus, which knows rows only."""
-    without_dropout(policy)
     wrapped = GradSampleModule(policy, batch_first=True, loss_reduction="sum", strict=False)
     wrapped.train()  # Opacus captures in training mode only
     (row_losses(policy, rollouts) / row_unit.bincount()[row_unit]).sum().backward()

@@ -1,5 +1,49 @@
-"""dpalign: align language models with private data under one (epsilon, delta) guarantee."""
+"""dpalign: align language models with private data under one (epsilon, delta) guarantee.
 
+The trainers are imported on first use, so that `import dpalign` and `dpalign plan` stay fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import DPAlignError
 from .version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from .algorithms import PPOConfig, SFTConfig
+    from .models import AdapterConfig, ModelConfig
+    from .pipeline import run_recipe
+    from .recipe import Recipe
+    from .trainers import DPPPOTrainer, DPSFTTrainer
+
+_HOMES = {
+    "AdapterConfig": "models",
+    "DPPPOTrainer": "trainers",
+    "DPSFTTrainer": "trainers",
+    "ModelConfig": "models",
+    "PPOConfig": "algorithms",
+    "Recipe": "recipe",
+    "SFTConfig": "algorithms",
+    "run_recipe": "pipeline",
+}
+
+__all__ = [
+    "AdapterConfig",
+    "DPAlignError",
+    "DPPPOTrainer",
+    "DPSFTTrainer",
+    "ModelConfig",
+    "PPOConfig",
+    "Recipe",
+    "SFTConfig",
+    "__version__",
+    "run_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -33,7 +33,7 @@ from .recipe import Recipe
 from .reporting.progress import Reporter
 from .reporting.release import write_release
 from .reporting.statement import PrivacyStatement, StageStatement, state_privacy
-from .rewards import Reward, load_reward
+from .rewards import Reward, RewardFunction, load_reward
 from .training import Stage, plan_stage
 
 STAGES = ("sft", "ppo")
@@ -54,12 +54,14 @@ def run_recipe(
     reporter: Reporter | None = None,
     records: dict[str, list[Record]] | None = None,
     policy: Policy | None = None,
+    reward_function: RewardFunction | None = None,
 ) -> dict[str, Any]:
     """Runs, resumes or finishes a recipe; returns what `summary.json` then holds.
 
     Args:
         records: records by stage instead of the data files (the Python trainers use this).
         policy: a loaded model instead of the recipe's.
+        reward_function: a Python function instead of the one that ppo.reward.source names.
 
     Raises:
         DPAlignError: anything a person can mend, before the first draw wherever that is possible.
@@ -78,7 +80,7 @@ def run_recipe(
         ledger = Ledger(recipe.ledger)
         earlier = check_provenance(recipe)
         policy = policy or Policy.load(recipe.model, _device(recipe.device))
-        reward = load_reward(recipe.ppo.reward, policy.device) if recipe.ppo else None
+        reward = load_reward(recipe.ppo.reward, policy.device, reward_function) if recipe.ppo else None
         stages, assumptions = prepare(recipe, names, policy, reward, ledger, records)
         delta = _delta(recipe, stages)
         for name in names:

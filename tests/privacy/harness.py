@@ -200,8 +200,12 @@ def texts(count: int = 8) -> list[list[Record]]:
     return [[{"id": f"t{i:02}", "text": f"w1 w2 w3 w{10 + i}"}] for i in range(count)]
 
 
-def prompts(count: int = 8, score: float = 1.0) -> list[list[Record]]:
-    return [[{"id": f"p{i:02}", "prompt": f"w1 w2 {words(1 + i % 4, i)} w{i}", "score": score}] for i in range(count)]
+def prompts(count: int = 8, score: float = 4.0, spread: float = 4.0) -> list[list[Record]]:
+    """Prompts of different lengths; their scores are `score`, `score + spread`, and so on."""
+    return [
+        [{"id": f"p{i:02}", "prompt": f"w1 w2 {words(1 + i % 4, i)} w{i}", "score": score + spread * i}]
+        for i in range(count)
+    ]
 
 
 LONG_TEXT: list[Record] = [{"id": "x2", "text": words(40, 1)}]

@@ -179,7 +179,7 @@ class StopsNotFinite(Stage):
 def control_flow(trace: Trace) -> tuple:
     """All that an observer sees of a run with fixed answers, but for its time: intents, steps, log, files."""
     intents = [asdict(i) | {"fingerprint": ""} for i in trace.intents]
-    log = [line | {"seconds": None} for line in trace.log]
+    log = trace.log
     return intents, len(trace.gradients), log, trace.files
 
 
@@ -191,6 +191,7 @@ def flows_differ(algorithm, units: list, outlier: list, **settings) -> bool:
 
 NOISED = {"noise_multiplier": 1.0, "max_steps": 2}
 BAD_SCORE = [{"id": "x2", "prompt": "w7 w8", "score": float("nan")}]
+ONLY_X = [{"id": "x", "prompt": "w1", "score": 1.0}]
 NOT_A_SCORE = [{"id": "x2", "prompt": "w7 w8", "score": "many"}]
 CUTS = {"prompt_min_tokens": 3, "prompt_max_tokens": 3}
 
@@ -212,17 +213,19 @@ def test_control_flow_is_equal_on_neighbours(algorithm, units, outlier, settings
     assert not flows_differ(algorithm, units, outlier, **settings)
 
 
+def only_x(data, call):
+    return [i for i, unit in enumerate(data.ids) if unit == b"x"]
+
+
 @pytest.mark.parametrize(
     ("units", "outlier", "settings"),
     [
         (prompts(), HUGE_SCORE, {"stage_class": StopsEarly}),
         (prompts(), BAD_SCORE, {"stage_class": SkipsNotFinite}),
         (prompts(), BAD_SCORE, {"stage_class": StopsNotFinite}),
-        (prompts(), [{"id": "x", "prompt": "w1", "score": 1.0}], {
-            "stage_class": SkipsEmpty, "sampler": lambda data, call: [i for i, unit in enumerate(data.ids) if unit == b"x"],
-        }),
+        (prompts(), ONLY_X, {"stage_class": SkipsEmpty, "sampler": only_x}),
     ],
-)  # fmt: skip
+)
 def test_the_control_flow_test_kills(units, outlier, settings):
     """PRIVACY test 23, mutants: early stop on raw metrics, a skipped or failed step, a skipped empty batch."""
     assert flows_differ(partial(ppo, num_ppo_epochs=2, **NOISED), units, outlier, **settings)

@@ -457,7 +457,7 @@ def test_a_unit_that_is_not_finite_adds_zero(algorithm, units, broken):
 
 # 22 --------------------------------------------------------------------------------------------------------
 
-CONSTANT = (prompts(score=0.0), [{"id": "x2", "prompt": "w7 w8 w9", "score": 1.0}])
+CONSTANT = (prompts(score=0.0, spread=0.0), [{"id": "x2", "prompt": "w7 w8 w9", "score": 1.0}])
 
 
 def test_constant_reward_and_one_outlier():

@@ -19,6 +19,7 @@ from ..models.policy import Policy, Rollouts
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward, RewardConfig
 from .base import Batch, TrainingConfig
+from .basis import align_inputs
 
 
 @dataclass(kw_only=True)
@@ -119,6 +120,8 @@ class PPO:
 
     def setup(self, policy: Policy) -> None:
         policy.add_adapter(self.name, self.config.adapter)
+        if self.config.adapter.init_a == "synthetic_gradient":
+            align_inputs(policy, self)
         policy.add_value_head()
 
     # 1. Prompts ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..data.load import Record, require_columns
 from ..data.text import render, tokens
+from ..errors import DPAlignError
 from ..models.policy import Policy
 from ..privacy.mechanism import MetricRange
 from .base import Batch, TrainingConfig
@@ -42,6 +43,8 @@ class SFT:
         self.metrics = (MetricRange("loss", 0.0, config.loss_range),)
 
     def setup(self, policy: Policy) -> None:
+        if self.config.adapter.init_a != "random":
+            raise DPAlignError("init_a synthetic_gradient is for ppo: synthetic text has no gradient for sft.")
         policy.add_adapter(self.name, self.config.adapter)
 
     def encode(self, policy: Policy, units: list[list[Record]]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -56,6 +56,8 @@ class AdapterConfig:
             (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn).
         layers: adapt only these layer indices; default all.
         freeze_a: train only the B matrices; halves the trained dimension.
+        init_a: `random` (peft's), or `synthetic_gradient` (PPO): the input directions of the reward's gradient on
+            prompts that the policy writes itself; best with freeze_a. Reads no data.
     """
 
     r: int = 4
@@ -63,6 +65,7 @@ class AdapterConfig:
     target_modules: list[str] | str | None = None
     layers: list[int] | None = None
     freeze_a: bool = False
+    init_a: Literal["random", "synthetic_gradient"] = "random"
 
 
 @dataclass
@@ -101,6 +104,7 @@ class Policy(nn.Module):
         super().__init__()
         base.requires_grad_(False)
         base.eval()
+        _without_dropout(base)
         _refuse_coupling(base)
         self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
@@ -180,6 +184,16 @@ class Policy(nn.Module):
         self.value_head = nn.Linear(hidden_size, 1, device=self.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Recompute activations in the backward pass (exact: nothing here is random in training mode)."""
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = on  # transformers recomputes only in training mode
 
     def finish_stage(self) -> None:
         """Freezes what the stage trained and drops the value head."""
@@ -268,7 +282,8 @@ class Policy(nn.Module):
         if self._accepts_positions:
             arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
         if self._accepts_keep:
-            arguments["logits_to_keep"] = keep
+            length = input_ids.shape[1]  # as indices: gathered states are contiguous, and the head is one large matmul
+            arguments["logits_to_keep"] = torch.arange(length - keep, length, device=input_ids.device)
         out = self.model(**arguments, output_hidden_states=self.value_head is not None)
         wide = torch.promote_types(out.logits.dtype, torch.float32)
         logits = out.logits[:, -keep:].to(wide)
@@ -283,18 +298,18 @@ class Policy(nn.Module):
             are of the state before the token, and 0 without a value head.
         """
         width = rollouts.completion_mask.shape[1]
-        logits, hidden = self(rollouts.input_ids, rollouts.attention_mask, width + 1)
-        logits = logits[:, :-1]  # the logits at position t are for the token at t + 1
+        # The logits at position t are for the token at t + 1: the last token is never an input.
+        logits, hidden = self(rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1], width)
         if min_new_tokens and self.tokenizer.eos_token_id is not None:
-            early = torch.zeros_like(logits[0], dtype=torch.bool)
-            early[:min_new_tokens, self.tokenizer.eos_token_id] = True
-            logits = logits.masked_fill(early, -torch.inf)
-        chosen = logits.gather(2, rollouts.completion_ids.unsqueeze(2)).squeeze(2)
+            with torch.no_grad():  # in place, for a copy is large; at probability 0 the gradient is 0 anyway
+                logits[:, :min_new_tokens, self.tokenizer.eos_token_id] = -torch.inf
+        # cross_entropy keeps one tensor of the logits' size for the backward pass; gather and logsumexp keep three.
+        chosen = -nn.functional.cross_entropy(logits.flatten(0, 1), rollouts.completion_ids.flatten(), reduction="none")
         inside = rollouts.completion_mask > 0
-        logprobs = torch.where(inside, chosen - logits.logsumexp(2), 0.0)
+        logprobs = torch.where(inside, chosen.view_as(inside), 0.0)
         if self.value_head is None:
             return logprobs, torch.zeros_like(logprobs)
-        values = self.value_head(hidden[:, :-1]).squeeze(2)
+        values = self.value_head(hidden).squeeze(2)
         return logprobs, torch.where(inside, values, 0.0)
 
     @torch.no_grad()
@@ -323,6 +338,7 @@ class Policy(nn.Module):
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=tokenizer.bos_token_id,
+            remove_invalid_values=True,  # a row whose logits overflow must not stop the others
         )
         sequences = self.model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=sampling)
         completions = sequences[:, prompt_ids.shape[1] :]
@@ -366,6 +382,16 @@ class Policy(nn.Module):
             self._activate(self.adapters, trainable=False)
         (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's template; the release writes its own card
         self.tokenizer.save_pretrained(folder)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0: its coins would be shared by the rows of a micro-batch."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _fan_in_fan_out(model: nn.Module) -> bool:

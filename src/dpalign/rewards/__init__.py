@@ -1,5 +1,5 @@
 """Public reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float]`."""
 
-from .base import Reward, RewardConfig, check_reward, load_reward
+from .base import Reward, RewardConfig, RewardFunction, check_reward, load_reward
 
-__all__ = ["Reward", "RewardConfig", "check_reward", "load_reward"]
+__all__ = ["Reward", "RewardConfig", "RewardFunction", "check_reward", "load_reward"]

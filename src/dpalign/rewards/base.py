@@ -91,17 +91,19 @@ class Reward:
             return math.nan
 
 
-def load_reward(config: RewardConfig, device: str | torch.device = "cpu") -> Reward:
-    """Builds the reward that `config` names and checks it.
+def load_reward(
+    config: RewardConfig, device: str | torch.device = "cpu", function: RewardFunction | None = None
+) -> Reward:
+    """Builds the reward that `config` names, or wraps `function`, and checks it.
 
     Raises:
         DPAlignError: unknown source, not declared public, no range, or `check_reward` refuses it.
     """
     low, high = config.low, config.high
-    if config.source == "vader":
+    if config.source == "vader" and function is None:
         from .lexicon import vader
 
-        function: RewardFunction = vader(config.text)
+        function = vader(config.text)
         low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
     else:
         if not config.is_public:
@@ -109,13 +111,13 @@ def load_reward(config: RewardConfig, device: str | torch.device = "cpu") -> Rew
                 f"reward {config.source!r} must be declared public (reward.is_public: true): a reward made from "
                 "private data without a guarantee would void the one printed here."
             )
-        if config.source.startswith("classifier:"):
+        if function is None and config.source.startswith("classifier:"):
             from .classifier import classifier
 
             function = classifier(config.source.removeprefix("classifier:"), config, device)
             if not config.use_logit:
                 low, high = (0.0 if low is None else low), (1.0 if high is None else high)
-        else:
+        elif function is None:
             function = _import_function(config.source)
     if low is None or high is None:
         raise DPAlignError(f"reward {config.source!r} needs its declared range: set reward.low and reward.high.")

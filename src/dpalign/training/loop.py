@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,7 +95,6 @@ class StepReport:
     steps: int
     epsilon: float
     metrics: dict[str, float] | None
-    seconds: float
 
 
 class Stage:
@@ -141,8 +139,7 @@ class Stage:
         torch.manual_seed(self.config.seed)
         self.algorithm.setup(self.policy)
         if self.config.gradient_checkpointing:
-            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-            without_dropout(self.policy)
+            self.policy.checkpoint_activations(True)
         self.gradients = PerUnitGradients(self.policy)
         config = self.config
         self.optimizer = torch.optim.AdamW(
@@ -156,7 +153,7 @@ class Stage:
             step = self._phase(step, attempt, sigma)
         self._save(step, "final")
         if config.gradient_checkpointing:
-            self.policy.model.gradient_checkpointing_disable()
+            self.policy.checkpoint_activations(False)
         self.policy.finish_stage()
 
     def load_final(self) -> None:
@@ -177,7 +174,6 @@ class Stage:
 
     def _phase(self, step: int, attempt: int, sigma: float) -> int:
         algorithm, plan = self.algorithm, self.plan
-        started = time.monotonic()
         steps = range(step, step + algorithm.minibatches)
         self.ledger.write([self._intent(s, attempt, sigma) for s in steps])  # before anything is drawn
         entropies = [self._entropy(attempt, s) for s in steps]
@@ -189,7 +185,7 @@ class Stage:
         for step, units, entropy in zip(steps, samples, entropies, strict=True):
             released = self._step(phase, [place[u] for u in units], sigma, entropy, step)
             step += 1
-            self._tell(step, sigma, attempt, released, (time.monotonic() - started) / len(steps))
+            self._tell(step, sigma, attempt, released)
         if step % self.config.save_steps < algorithm.minibatches or step == plan.steps:
             self._save(step, ".")
         return step
@@ -227,11 +223,9 @@ class Stage:
         if len(batch.row_unit) == 0:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
         units = len(positions)
-        self.policy.train(self.config.gradient_checkpointing)  # transformers recomputes only in training mode
         with self.gradients.collect(batch.row_unit, units):
             losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
             unit_means(losses, batch.row_unit, units).sum().backward()
-        self.policy.eval()
         with torch.no_grad():
             rowless = torch.bincount(batch.row_unit, minlength=units) == 0  # NaN adds zero, as it would alone
             means = unit_means(metrics, batch.row_unit, units).masked_fill(rowless.unsqueeze(1), torch.nan)
@@ -307,17 +301,16 @@ class Stage:
 
     # Reports and checkpoints -------------------------------------------------------------------------------
 
-    def _tell(self, step: int, sigma: float, attempt: int, metrics: dict[str, float] | None, seconds: float) -> None:
+    def _tell(self, step: int, sigma: float, attempt: int, metrics: dict[str, float] | None) -> None:
         every = max(1, self.plan.steps // 100)  # the accountant is too slow to be asked at each of many steps
         if step % every == 0 or step == self.plan.steps or not hasattr(self, "_epsilon"):
             self._epsilon = self.epsilon_spent()
-        self.report(StepReport(self.algorithm.name, step, self.plan.steps, self._epsilon, metrics, seconds))
+        self.report(StepReport(self.algorithm.name, step, self.plan.steps, self._epsilon, metrics))
         if self.log is not None and (step % self.config.logging_steps == 0 or step == self.plan.steps):
             line = {"stage": self.algorithm.name, "step": step, "attempt": attempt, "epsilon": self._epsilon}
             line |= {
                 "noise_multiplier": sigma,
                 "metrics_noise_multiplier": self.config.metrics_noise_ratio * sigma,
-                "seconds": round(seconds, 3),
                 "noised_metrics": metrics,
             }
             try:
@@ -356,12 +349,3 @@ class Stage:
 def hash_of(settings: dict[str, Any]) -> str:
     """Short SHA-256 of settings, which hold no data."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def without_dropout(model: torch.nn.Module) -> None:
-    """Sets every dropout probability to 0."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010

@@ -1,0 +1,86 @@
+"""Input directions for a frozen LoRA A, from the policy gradient on synthetic prompts.
+
+Privacy noise grows with the number of trained weights, so it pays to train few good ones. A policy can
+tell which: it writes prompts itself, completes them, and the public reward's gradient with respect
+to each adapted weight, decomposed by SVD, gives the input directions along which reward can move
+(in the spirit of LoRA-GA, Wang et al. 2024, and of public gradient subspaces, Zhou et al. 2021).
+No record is read: the policy is public or a DP release, so this is post-processing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from ..errors import DPAlignError
+from ..models.policy import Policy
+
+if TYPE_CHECKING:
+    from .ppo import PPO
+
+SYNTHETIC_ROWS = 1024
+
+
+def align_inputs(policy: Policy, algorithm: PPO, rows: int = SYNTHETIC_ROWS) -> None:
+    """Sets every A of the newest adapter to the leading right singular vectors of the synthetic gradient.
+
+    Args:
+        policy: with the newest adapter added; its B is still zero.
+        rows: synthetic rollouts to estimate the gradient from.
+    """
+    from .ppo import sample
+
+    config = algorithm.config
+    start = policy.tokenizer.bos_token_id
+    start = policy.tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise DPAlignError("init_a synthetic_gradient needs a tokenizer with a BOS or EOS token to write prompts from.")
+    length = config.prompt_max_tokens or config.prompt_min_tokens or 8
+    front = torch.full((rows, 1), start, device=policy.device)
+    chunks = range(0, rows, 256)
+    with policy.reference(), policy.merged():
+        prompts = torch.cat(
+            [
+                policy.generate(
+                    front[i : i + 256], torch.ones_like(front[i : i + 256]), length, min_new_tokens=length
+                ).input_ids
+                for i in chunks
+            ]
+        )
+    rollouts = sample(policy, prompts, torch.ones_like(prompts), config)
+    texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    scores = algorithm.reward(texts, policy.decode(rollouts)).to(policy.device)
+    scores = torch.where(scores.isnan(), scores.nanmean(), scores)
+    advantages = scores - scores.mean()  # synthetic rows may share statistics: no unit is among them
+
+    layers: list[Any] = [m for m in policy.modules() if isinstance(m, LoraLayer) and policy.adapters[-1] in m.lora_A]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        for i in range(0, rows, config.micro_batch_size):
+            rows_here = slice(i, i + config.micro_batch_size)
+            logprobs, _ = policy.completion_logprobs(rollouts[rows_here], config.min_completion_length)
+            (-(advantages[rows_here] * logprobs.sum(1)).sum() / rows).backward()
+        for layer, weight in zip(layers, weights, strict=True):
+            assert weight.grad is not None
+            gradient = weight.grad.float().T if layer.fan_in_fan_out else weight.grad.float()  # (out, in)
+            a = layer.lora_A[policy.adapters[-1]].weight
+            a.data.copy_(leading_inputs(gradient, a.shape[0]))
+    finally:
+        for weight in weights:
+            weight.grad = None
+            weight.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def leading_inputs(gradient: Tensor, rank: int) -> Tensor:
+    """`(rank, in)` orthonormal rows: the leading right singular vectors of an `(out, in)` gradient."""
+    return torch.linalg.svd(gradient, full_matrices=False).Vh[:rank]

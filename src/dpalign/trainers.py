@@ -1,0 +1,184 @@
+"""Trainers in TRL's shape; the same pipeline as the command, from Python objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .algorithms import PPOConfig, SFTConfig
+from .data.load import DataConfig, Record
+from .errors import DPAlignError
+from .models import AdapterConfig, ModelConfig, Policy
+from .pipeline import run_recipe
+from .recipe import Recipe
+from .reporting.progress import Reporter
+
+
+class _DPTrainer:
+    """What the trainers share: one private stage on in-memory records, with its run folder and ledger."""
+
+    stage: str
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: Any,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        dataset_name: str,
+        output_dir: str,
+        model_is_public: bool = False,
+        unit: str | None = None,
+        declared_units: int | None = None,
+        max_records_per_unit: int = 1,
+        ledger: str | None = None,
+        report_to: str = "none",
+        quiet: bool = False,
+    ) -> None:
+        if eval_dataset is not None:
+            raise DPAlignError(
+                "eval_dataset would be measured without noise: evaluate the release on public prompts with "
+                "`dpalign evaluate --eval_is_public`."
+            )
+        if peft_config is not None:
+            args = dataclasses.replace(args, adapter=adapter_from(peft_config))
+        self.args = args
+        self._records = _records(train_dataset)
+        self._policy: Policy | None = None
+        name = model if isinstance(model, str) else (model.config._name_or_path or "model")
+        if not isinstance(model, str):
+            if processing_class is None:
+                raise DPAlignError("a model object needs its tokenizer: give processing_class.")
+            if processing_class.pad_token_id is None:
+                processing_class.pad_token = processing_class.eos_token
+            self._policy = Policy(model, processing_class)
+        stages: dict[str, Any] = {self.stage: args}
+        self._recipe = Recipe(
+            output_dir=output_dir,
+            model=ModelConfig(name_or_path=name, is_public=model_is_public),
+            data=DataConfig(
+                name=dataset_name, unit=unit, declared_units=declared_units, max_records_per_unit=max_records_per_unit
+            ),
+            target_epsilon=args.target_epsilon if args.target_epsilon is not None else float("inf"),
+            target_delta=args.target_delta,
+            ledger=ledger,
+            report_to=report_to,  # type: ignore[arg-type]
+            **stages,
+        )
+        self._reporter = Reporter(quiet=quiet)
+        self._reward_function: Callable[..., list[float]] | None = None
+        self.summary: dict[str, Any] | None = None
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> dict[str, Any]:
+        """Trains or resumes; returns the summary (epsilon, delta, stages, release).
+
+        Args:
+            resume_from_checkpoint: None and True go on from the newest checkpoint of output_dir; False
+                demands that there is none.
+        """
+        if self.args.target_epsilon is None and self.args.noise_multiplier is None:
+            raise DPAlignError("give args a target_epsilon (inf for no privacy) or a noise_multiplier.")
+        folder = Path(self._recipe.output_dir)
+        if resume_from_checkpoint is False and (folder / "private" / "run.json").exists():
+            raise DPAlignError(f"{folder} holds a run already: choose another output_dir, or resume it.")
+        self.summary = run_recipe(
+            self._recipe,
+            reporter=self._reporter,
+            records={self.stage: self._records},
+            policy=self._policy,
+            reward_function=self._reward_function,
+        )
+        return self.summary
+
+    def save_model(self, output_dir: str) -> None:
+        """Copies the release (adapter, tokenizer, card, privacy statement) to `output_dir`."""
+        release = Path(self._recipe.output_dir) / "release"
+        if not release.is_dir():
+            raise DPAlignError("there is no release yet: call train() first.")
+        shutil.copytree(release, output_dir, dirs_exist_ok=True)
+
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """The release's privacy statement."""
+        path = Path(self._recipe.output_dir) / "release" / "privacy.json"
+        if not path.is_file():
+            raise DPAlignError("there is no release yet: call train() first.")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+class DPSFTTrainer(_DPTrainer):
+    """Private supervised fine-tuning.
+
+    Args:
+        model: name, folder, dpalign release, or a model object with its tokenizer as `processing_class`.
+        args: an `SFTConfig` with target_epsilon set.
+        train_dataset: `datasets.Dataset` or list of dicts with `text`, or `prompt` and `completion`.
+        peft_config: plain LoRA; without one, `args.adapter`.
+        dataset_name: the ledger's key; every run on one name adds up.
+        unit: column that names the privacy unit.
+    """
+
+    stage = "sft"
+
+    def __init__(self, model: str | PreTrainedModel, args: SFTConfig, train_dataset: Any, *rest: Any, **options: Any):
+        super().__init__(model, args, train_dataset, *rest, **options)
+
+
+class DPPPOTrainer(_DPTrainer):
+    """Private PPO. Arguments as for `DPSFTTrainer`, with `args` a `PPOConfig`.
+
+    Args:
+        reward_funcs: a function f(prompts, completions, **columns) -> list[float] that scores every row by
+            itself; its range is `args.reward.low` to `args.reward.high`. Without one, `args.reward`.
+    """
+
+    stage = "ppo"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: PPOConfig,
+        train_dataset: Any,
+        *rest: Any,
+        reward_funcs: Callable[..., list[float]] | None = None,
+        **options: Any,
+    ):
+        if reward_funcs is not None:
+            source = f"{reward_funcs.__module__}:{reward_funcs.__qualname__}"
+            args = dataclasses.replace(args, reward=dataclasses.replace(args.reward, source=source))
+        super().__init__(model, args, train_dataset, *rest, **options)
+        self._reward_function = reward_funcs
+
+
+def adapter_from(config: LoraConfig) -> AdapterConfig:
+    """The fields of a plain LoRA; anything else is refused.
+
+    Raises:
+        DPAlignError: dropout, biases, rsLoRA, DoRA or modules to save.
+    """
+    if config.lora_dropout or config.bias != "none" or config.use_rslora or config.use_dora or config.modules_to_save:
+        raise DPAlignError("only plain LoRA is private here: no dropout, bias, rsLoRA, DoRA or modules_to_save.")
+    targets = config.target_modules
+    return AdapterConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=sorted(targets) if isinstance(targets, set | list) else targets,
+        layers=config.layers_to_transform if isinstance(config.layers_to_transform, list) else None,
+    )
+
+
+def _records(dataset: Any) -> list[Record]:
+    records = dataset.to_list() if hasattr(dataset, "to_list") else list(dataset)
+    if not records or not all(isinstance(r, dict) for r in records):
+        raise DPAlignError("train_dataset must be a datasets.Dataset or a non-empty list of dicts.")
+    return records
