@@ -9,14 +9,18 @@ mini-batch size that is fastest for it here (32, gradients accumulated to one st
 
 TRL needs older libraries, so it lives in `.venv-trl` and runs in a child process (`trl_ppo_worker.py`). After a
 warm-up each, the two alternate iteration by iteration (A B, B A, ...); the idle one is blocked on a pipe.
+OpenMP threads of both sleep while they wait (`OMP_WAIT_POLICY`), so that neither spins into the other's turn.
 `ratio` is the median over pairs of ours / TRL's.
 """
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a thread that waits sleeps instead of spinning
+
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -60,7 +64,7 @@ class DPPPO:
 
     def iterate(self) -> dict[str, float]:
         """Seconds of each phase; `reference` includes decoding and scoring."""
-        clock = [self._now()]
+        clock = [self._now()]  # start, generated, collected, end
         sample = ppo.sample
 
         def timed_sample(*args):
@@ -76,7 +80,8 @@ class DPPPO:
         clock.append(self._now())
         self._train(phase)
         clock.append(self._now())
-        return dict(zip(("generate", "reference", "train"), (b - a for a, b in zip(clock, clock[1:], strict=False))))
+        start, generated, collected, end = clock
+        return {"generate": generated - start, "reference": collected - generated, "train": end - collected}
 
     def _train(self, phase: ppo.Experience) -> None:
         config = self.config
@@ -119,7 +124,7 @@ class TRL:
             [str(TRL_PYTHON), str(worker), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if settings["quiet"] else None,
+            stderr=subprocess.DEVNULL if settings["quiet"] else None,
             text=True,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(settings["threads"])},
         )
@@ -158,7 +163,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     chance = random.Random(0)
     prompts = [[chance.randrange(1, args.vocab) for _ in range(args.prompt_tokens)] for _ in range(args.prompts)]
-    trl = TRL({k: v for k, v in vars(args).items()} | {"prompts": prompts, "quiet": args.json})
+    trl = TRL(vars(args) | {"prompts": prompts, "quiet": args.json})
 
     torch.manual_seed(0)
     policy = Policy(gpt2(args.vocab, args.layers, args.hidden, args.heads), word_tokenizer(args.vocab))

@@ -22,9 +22,12 @@ Needs Linux (ru_maxrss in KiB).
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a thread that waits sleeps instead of spinning
+
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess

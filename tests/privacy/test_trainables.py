@@ -184,6 +184,9 @@ class TakesAnything(PerUnitGradients):
         leaf = self._leaves.get(id(parameter))
         return super().rows_of(parameter) if leaf is None else leaf[: len(self.row_unit)]
 
+    def _refuse_new_trainables(self) -> None:
+        pass
+
     def grads(self) -> list[Tensor]:
         return [leaf.grad for leaf in self._leaves.values() if leaf.grad is not None]
 

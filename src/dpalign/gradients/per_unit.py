@@ -81,6 +81,7 @@ class PerUnitGradients:
             self.parameters.append(p)
         if not self.parameters:
             raise DPAlignError("the model has no trainable parameters: give it a LoRA adapter or a head.")
+        self._model = model
         self.row_unit: Tensor | None = None
         self._identity = False
         self._leaves: dict[int, Tensor] = {}
@@ -92,7 +93,11 @@ class PerUnitGradients:
         Args:
             row_unit: `(rows,)` int64, the unit (0 <= unit < units) that each row belongs to.
             units: number of units in the micro-batch.
+
+        Raises:
+            DPAlignError: a parameter has become trainable since the collector was made.
         """
+        self._refuse_new_trainables()
         self._leaves = {id(p): p.detach().expand(units, *p.shape).requires_grad_() for p in self.parameters}
         self._identity = row_unit.shape[0] == units and bool((row_unit.cpu() == torch.arange(units)).all())
         self.row_unit = row_unit
@@ -100,6 +105,12 @@ class PerUnitGradients:
             yield
         finally:
             self.row_unit = None
+
+    def _refuse_new_trainables(self) -> None:
+        known = {id(p) for p in self.parameters}
+        for name, p in self._model.named_parameters():
+            if p.requires_grad and id(p) not in known:
+                raise DPAlignError(f"{name} became trainable after training began: its gradient would not be clipped.")
 
     def rows_of(self, parameter: Tensor) -> Tensor:
         """`(rows, *shape)`: each row's view of the parameter."""

@@ -18,10 +18,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..errors import DPAlignError
 from . import embedded
+from .sampling import DrawToken
 
 RELEASE_ADAPTER = "default"
 
@@ -106,6 +116,8 @@ class Policy(nn.Module):
         base.eval()
         _without_dropout(base)
         _refuse_coupling(base)
+        # generate fills every unset field from here: a base's own penalties or top-k would change the sampled law.
+        base.generation_config = GenerationConfig()
         self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
@@ -217,23 +229,30 @@ class Policy(nn.Module):
     @contextmanager
     def only(self, adapters: list[str]) -> Iterator[None]:
         """Within the block only `adapters` (a prefix of the stages) are on."""
-        trained = {n for n, p in self.named_parameters() if p.requires_grad}
         every = self.adapters
-        try:
-            if adapters:
-                self.model.base_model.set_adapter(adapters, inference_mode=True)
+        with self._trainables_kept():
+            try:
                 self.adapters = adapters
-                yield
-            elif every:
-                self.adapters = []
-                with self.model.disable_adapter():
+                if adapters:
+                    self.model.base_model.set_adapter(adapters, inference_mode=True)
                     yield
-            else:
-                yield
+                elif every:
+                    with self.model.disable_adapter():
+                        yield
+                else:
+                    yield
+            finally:
+                self.adapters = every
+                if every:
+                    self.model.base_model.set_adapter(every, inference_mode=True)
+
+    @contextmanager
+    def _trainables_kept(self) -> Iterator[None]:
+        # peft makes every adapter that it switches on trainable, the frozen ones of earlier stages too.
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        try:
+            yield
         finally:
-            self.adapters = every
-            if every:
-                self.model.base_model.set_adapter(every, inference_mode=True)
             for name, p in self.named_parameters():
                 p.requires_grad_(name in trained)
 
@@ -259,7 +278,7 @@ class Policy(nn.Module):
             return
         originals = [m.get_base_layer().weight.data for m in layers]
         try:
-            with torch.no_grad(), self.model.disable_adapter():
+            with torch.no_grad(), self._trainables_kept(), self.model.disable_adapter():
                 for layer, original in zip(layers, originals, strict=True):
                     delta = sum(layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
                     layer.get_base_layer().weight.data = original + delta
@@ -328,19 +347,23 @@ class Policy(nn.Module):
         By default the law is exactly the policy's own (no top-k, no penalties), which PPO needs.
         """
         tokenizer = self.tokenizer
-        sampling = self.model.generation_config.__class__(
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=top_p,
+        config = GenerationConfig(
+            do_sample=False,  # DrawToken draws
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens or None,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=tokenizer.bos_token_id,
-            remove_invalid_values=True,  # a row whose logits overflow must not stop the others
         )
-        sequences = self.model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=sampling)
+        processors = LogitsProcessorList()
+        if temperature != 1:
+            processors.append(TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(DrawToken())
+        sequences = self.model.generate(
+            input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config, logits_processor=processors
+        )
         completions = sequences[:, prompt_ids.shape[1] :]
         missing = max_new_tokens - completions.shape[1]  # generation stops early once every row has ended
         completions = nn.functional.pad(completions, (0, missing), value=tokenizer.pad_token_id)
