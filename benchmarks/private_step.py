@@ -9,7 +9,8 @@ private      one gradient per row (`PerUnitGradients`), clipped, summed and nois
 non-private  ordinary autograd on plain `nn.Linear` layers: mean loss, backward. No leaves, clip or noise.
 
 Time: both live in one process and alternate (A B, B A, ...), so that whatever else the machine does
-hits both; `time_ratio` is the median over pairs of private / non-private.
+hits both; `time_ratio` is the median over pairs of private / non-private. OpenMP threads sleep while they
+wait (`OMP_WAIT_POLICY`): spinning ones would make the time depend on what else runs.
 
 Memory: each kind runs in a child process of its own. Its peak is the process's highest resident set
 (`ru_maxrss`) after two steps minus the highest before them, taken when the model is built and one step

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..data.load import Record, require_columns
 from ..data.text import render, tokens
@@ -29,6 +30,11 @@ class SFTConfig(TrainingConfig):
     prepend_bos: bool = False
     append_eos: bool = True
     loss_range: float = 10.0
+
+    def validate(self) -> None:
+        super().validate()
+        if self.max_length < 2:
+            raise DPAlignError(f"max_length {self.max_length} must be at least 2: one token predicts nothing.")
 
 
 class SFT:
@@ -87,9 +93,9 @@ class SFT:
 
     def row_losses(self, policy: Policy, batch: Batch, phase) -> tuple[Tensor, Tensor]:
         ids, attention, learned = batch.tensors
-        logits, _ = policy(ids, attention, ids.shape[1])  # (rows, length, vocabulary)
-        chosen = logits[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
-        nll = (logits[:, :-1].logsumexp(2) - chosen) * learned[:, 1:]  # the first token has no prediction
+        # The first token has no prediction, and the last one predicts nothing.
+        logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)
+        nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * learned[:, 1:]
         loss = nll.sum(1) / learned[:, 1:].sum(1).clamp(min=1)  # the mean stays inside the record
         return loss, loss.detach().unsqueeze(1)
 

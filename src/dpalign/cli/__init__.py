@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Libraries' own bars and advice stay off: they are not ours to vouch for."""
+    """Libraries' own bars and advice stay off: they are not ours to vouch for. Set before torch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are many times slower on shared cores
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

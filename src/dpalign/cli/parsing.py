@@ -57,19 +57,20 @@ def recipe_from(command: str, arguments: list[str], description: str) -> Recipe:
 
 def _in_one_sentence(message: str) -> str:
     # jsonargparse lists every alternative that it tried: say the one that people mean.
-    section = re.match(r'Parser key "([\w.]+)": Does not validate', message)
-    prefix = f"{section[1]}." if section else ""
+    keys = re.findall(r'Parser key "([\w.]+)":', message)
+    prefix = f"{keys.pop(0)}." if "Problem with given class_path" in message else ""
+    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     unknown = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.]+)", message)
-    if unknown:
-        field = unknown[1] or unknown[2]
-        return f"unknown field {prefix}{field}: see --help, --sft.help and --ppo.help for the fields there are."
-    wrong = re.findall(r'Parser key "([\w.]+)": Expected (?:a )?(.+?)\. Got value: (.+?)(?: - Expected|$)', message)
-    if wrong:
-        field, expected, value = wrong[-1]
-        expected = expected.replace("typing.", "").replace("<class '", "").replace("'>", "")
-        field = field if field.startswith(prefix) else prefix + field
-        return f"field {field}: expected {expected}, got {value!r}."
-    return message
+    if group or unknown:
+        name = ".".join(filter(None, (group or unknown).groups()))  # type: ignore[union-attr]
+        return f"unknown field {prefix}{name}: see --help, --sft.help and --ppo.help for the fields there are."
+    if not keys or "Expected a" not in message:
+        return message
+    tried = message.rpartition(f'Parser key "{keys[-1]}":')[2]
+    types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.(\w+\[.*?\])\.)", tried)
+    expected = " or ".join(dict.fromkeys(a or b for a, b in types if a != "NoneType")) or "a section of settings"
+    value = re.search(r"(?:Got|Given) value: (.+?)(?: - Expected|$)", tried)
+    return f"field {prefix}{keys[-1]}: expected {expected}, got {value[1] if value else None!r}."
 
 
 def _with_infinity(value: Any) -> Any:

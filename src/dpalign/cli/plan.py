@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -84,10 +85,10 @@ def complete_plan(
         if steps is None:
             assert batch_size is not None
             fixed = batch_size
-            steps = accountant.largest_where(lambda n: within(fixed, n), 1, 1_000_000)
+            steps = _largest(lambda n: within(fixed, n), 1_000_000)
         else:
             count = steps
-            size = accountant.largest_where(lambda b: within(b, count), 1, int(units))
+            size = _largest(lambda b: within(b, count), int(units))
             batch_size = float(size)
         assert steps is not None and batch_size is not None
         if steps < 1 or batch_size < 1:
@@ -112,6 +113,14 @@ def complete_plan(
         "adjacency": "add or remove one unit",
         "accountant": accountant.ACCOUNTANT,
     }
+
+
+def _largest(feasible: Callable[[int], bool], high: int) -> int:
+    # Searched from below by doubling: what overspends the target by far is slow to account for.
+    bound = 1
+    while bound < high and feasible(bound):
+        bound = min(2 * bound, high)
+    return accountant.largest_where(feasible, max(1, bound // 2), bound)
 
 
 def _print(plan: dict[str, Any]) -> None:

@@ -394,10 +394,24 @@ class Policy(nn.Module):
 
     def save_adapter(self, folder: Path, base_model: str) -> None:
         """Writes all stages as one LoRA (safetensors) that plain peft loads on the original base."""
-        self.model.base_model.add_weighted_adapter(
-            self.adapters, [1.0] * len(self.adapters), RELEASE_ADAPTER, combination_type="cat"
-        )
+        layers: dict[str, Any] = {
+            n: m for n, m in self.model.base_model.model.named_modules() if isinstance(m, LoraLayer) and m.lora_A
+        }
+        rank = sum(self.model.peft_config[a].r for a in self.adapters)
+        # Layers by their full names: the stages may adapt different ones. peft's own concatenation refuses that.
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=list(layers), lora_dropout=0.0, bias="none",
+            fan_in_fan_out=_fan_in_fan_out(self.model), task_type="CAUSAL_LM",
+        )  # fmt: skip
+        self.model.add_adapter(RELEASE_ADAPTER, config)
         try:
+            with torch.no_grad():
+                for layer in layers.values():
+                    stages = [a for a in self.adapters if a in layer.lora_A]
+                    down = torch.cat([layer.lora_A[a].weight * layer.scaling[a] for a in stages])
+                    up = torch.cat([layer.lora_B[a].weight for a in stages], 1)
+                    layer.lora_A[RELEASE_ADAPTER].weight.zero_()[: len(down)] = down
+                    layer.lora_B[RELEASE_ADAPTER].weight.zero_()[:, : len(down)] = up
             self.model.peft_config[RELEASE_ADAPTER].base_model_name_or_path = base_model
             self.model.save_pretrained(folder, selected_adapters=[RELEASE_ADAPTER], safe_serialization=True)
         finally:

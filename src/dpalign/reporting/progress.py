@@ -23,7 +23,7 @@ class Reporter:
         self._tracker = None
 
     def note(self, message: str) -> None:
-        self.console.print(message, markup=False)
+        self.console.print(message, markup=False, soft_wrap=True)  # a log keeps its lines whole
 
     def status(self, message: str):
         return self.console.status(message) if self.console.is_terminal else nullcontext()

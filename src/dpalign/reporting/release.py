@@ -69,3 +69,5 @@ def write_release(folder: Path, policy: Policy, statement: PrivacyStatement, bas
         fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
         write_text(temporary / "README.md", environment.from_string(CARD).render(fields))
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
