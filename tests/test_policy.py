@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import tiny_policy
 
 from dpalign.models import AdapterConfig, Policy
+from tiny import tiny_policy
 
 
 def stacked(kind: str = "llama") -> Policy:
