@@ -9,20 +9,22 @@ import resource
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 
 from .algorithms import PPO, SFT, PPOConfig, SFTConfig
 from .algorithms.base import Algorithm, TrainingConfig
 from .algorithms.ppo import check_ppo_columns
 from .algorithms.sft import check_sft_columns
 from .data.load import DataConfig, Record, read_records
-from .data.units import UnitDataset, build_units, check_disjoint
+from .data.units import UnitDataset, build_units, check_disjoint, count_units
 from .errors import DPAlignError
 from .evaluation import evaluate_stages, public_prompts
 from .files import private_folder, write_json
@@ -32,7 +34,7 @@ from .privacy.ledger import Ledger
 from .recipe import Recipe
 from .reporting.progress import Reporter
 from .reporting.release import write_release
-from .reporting.statement import PrivacyStatement, StageStatement, state_privacy
+from .reporting.statement import PrivacyStatement, StageStatement, epsilon_of, state_privacy
 from .rewards import Reward, RewardFunction, load_reward
 from .training import Stage, plan_stage
 
@@ -67,6 +69,7 @@ def run_recipe(
         DPAlignError: anything a person can mend, before the first draw wherever that is possible.
     """
     started = time.monotonic()
+    _quiet_libraries()
     reporter = reporter or Reporter(quiet=True)
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
@@ -76,25 +79,31 @@ def run_recipe(
         raise DPAlignError("the recipe has no stage: give it a section sft, ppo or both.")
     private = private_folder(folder / "private")
     with _locked(private):
-        run = _run_identity(private, folder)
-        ledger = Ledger(recipe.ledger)
-        earlier = check_provenance(recipe)
+        ledger = _open_ledger(recipe)
+        run = _run_identity(private, folder, ledger)
+        earlier, assumed = check_provenance(recipe, names)
         policy = policy or Policy.load(recipe.model, _device(recipe.device))
         reward = load_reward(recipe.ppo.reward, policy.device, reward_function) if recipe.ppo else None
         stages, assumptions = prepare(recipe, names, policy, reward, ledger, records)
-        delta = _delta(recipe, stages)
+        assumptions = sorted({*assumptions, *assumed})
+        delta = run_delta(recipe, names, stages)
+        check_budget(recipe, stages, earlier, delta)
         for name in names:
             _run_stage(name, stages[name], policy, private, run, ledger, folder, recipe, reporter)
         demo = {c.name for c in _data_configs(recipe, names).values() if c.is_demo}
         statement = state_privacy(run, ledger, delta, earlier, assumptions, demo)
         base = embedded.resolve(recipe.model.name_or_path)
-        if earlier:
+        if "earlier" in policy.adapters:
             base = policy.model.peft_config["earlier"].base_model_name_or_path
+        title = f"{folder.name}, {'aligned privately' if statement.private else 'aligned WITHOUT privacy'}"
         with reporter.status("writing the release"):
-            write_release(folder / "release", policy, statement, base, title=f"{folder.name}, aligned privately")
+            write_release(folder / "release", policy, statement, base, title)
         summary = summarize(statement, names, stages, folder)
         summary |= _evaluate(recipe, policy, reward, names, reporter)
-        summary |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
+        resources = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
+        write_json(private / "resources.json", resources)
+        if demo == {c.name for c in _data_configs(recipe, names).values()}:
+            summary |= resources  # of private data, time and memory would tell how long the longest record is
         write_json(folder / "summary.json", summary)
         ledger.close()
     return summary
@@ -127,10 +136,15 @@ def prepare(
         {name: (records[name], configs[name]) for name in names}, recipe.units_disjoint == "declared"
     )
     parts = split_parts(names, configs, recipe.split)
+    delta = recipe.target_delta
+    if delta is None:  # by the units of the largest dataset
+        totals = [count_units(records[n], configs[n]) for n in names]
+        delta = accountant.default_delta(max(totals))
     stages: dict[str, PreparedStage] = {}
     for name in names:
         source = configs[name].path or configs[name].name
-        algorithm = build_algorithm(name, _stage_config(recipe, name), reward)
+        algorithm = build_algorithm(name, _stage_config(recipe, name, delta), reward)
+        check_lengths(name, algorithm.config, policy)
         if name == "sft":
             check_sft_columns(records[name], source)
         else:
@@ -184,29 +198,88 @@ def build_algorithm(name: str, config: TrainingConfig, reward: Reward | None) ->
     return PPO(cast(PPOConfig, config), reward)
 
 
-def check_provenance(recipe: Recipe) -> list[StageStatement]:
-    """Refuses a model of unknown past; returns the stages of a release that is trained further.
+def check_provenance(recipe: Recipe, names: list[str]) -> tuple[list[StageStatement], list[str]]:
+    """Refuses a model of unknown past; returns the stages and assumptions of a release that is trained further.
 
     Raises:
-        DPAlignError: the model is neither embedded, declared public, nor a private release.
+        DPAlignError: the model is neither embedded, declared public, nor a private release; or the release's
+            datasets differ from this run's and nobody declares them disjoint.
     """
-    path = Path(embedded.resolve(recipe.model.name_or_path))
-    statement = path / "privacy.json"
-    if statement.exists():
-        value = json.loads(statement.read_text(encoding="utf-8"))
-        stages = PrivacyStatement.stages_from(value)
-        if not value["private"] and not math.isinf(recipe.target_epsilon):
+    name = recipe.model.name_or_path
+    path = Path(embedded.resolve(name)) / "privacy.json"
+    if not path.exists():
+        if name != embedded.TINY_REVIEW_LM and not recipe.model.is_public:
             raise DPAlignError(
-                f"model {recipe.model.name_or_path} was trained without privacy on private data: nothing trained from "
-                "it can be private; start from a public model or a private release."
+                f"model {name!r} must be declared public (model.is_public: true), or be a dpalign release: weights "
+                "made from the private data would void the guarantee."
             )
-        return stages
-    if recipe.model.name_or_path != embedded.TINY_REVIEW_LM and not recipe.model.is_public:
+        return [], []
+    value = json.loads(path.read_text(encoding="utf-8"))
+    stages, assumptions = PrivacyStatement.stages_from(value), list(value["assumptions"])
+    if not value["private"] and not math.isinf(recipe.target_epsilon):
         raise DPAlignError(
-            f"model {recipe.model.name_or_path!r} must be declared public (model.is_public: true), or be a dpalign "
-            "release: weights made from the private data would void the guarantee."
+            f"model {name} was trained without privacy on private data: nothing trained from it can be private; start "
+            "from a public model or a private release."
         )
-    return []
+    datasets = {s.dataset for s in stages} | {c.name for c in _data_configs(recipe, names).values()}
+    if len(datasets) > 1:
+        if recipe.units_disjoint != "declared":
+            raise DPAlignError(
+                f"the release {name} was trained on {sorted({s.dataset for s in stages})}, which cannot be compared with "
+                "this run's data: use the same data.name, or declare units_disjoint: declared."
+            )
+        assumptions.append(f"the units of {', '.join(map(repr, sorted(datasets)))} are disjoint (declared)")
+    return stages, assumptions
+
+
+def check_budget(recipe: Recipe, stages: dict[str, PreparedStage], earlier: list[StageStatement], delta: float) -> None:
+    """Composes everything that the run is about to spend, with what its model has spent, before the first draw.
+
+    Raises:
+        DPAlignError: together it is more than the target, or the statement would mix kinds of units.
+    """
+    planned = list(earlier)
+    for name, stage in stages.items():
+        plan, data = plan_stage(stage.algorithm, stage.data.declared_units), stage.data
+        planned.append(
+            StageStatement(
+                stage=name, dataset=data.name, part=(data.low, data.high), split=data.split, unit=data.unit,
+                declared_units=data.declared_units, max_grad_norm=stage.algorithm.config.max_grad_norm,
+                epsilon_alone=plan.epsilon, mechanisms=[asdict(plan.mechanism(plan.steps))], private=plan.noise_multiplier > 0,
+            )
+        )  # fmt: skip
+    kinds = {(s.dataset, s.unit) for s in planned}
+    if len(kinds) > len({s.dataset for s in planned}):
+        raise DPAlignError("two stages name different units of one dataset: use one data.unit throughout.")
+    together = epsilon_of(planned, delta)
+    if together > recipe.target_epsilon:
+        raise DPAlignError(
+            f"all stages together would spend epsilon {together:.3f} at delta {delta:.3g}, more than the target "
+            f"{recipe.target_epsilon:g}: give the stages disjoint units (split), lower their target_epsilon or "
+            "noise, or raise the run's target_epsilon."
+        )
+
+
+def check_lengths(name: str, config: TrainingConfig, policy: Policy) -> None:
+    """Refuses lengths that the model cannot hold: otherwise the one long record that is drawn would tell.
+
+    Raises:
+        DPAlignError: too long, or positions whose scaling depends on the longest row of a batch.
+    """
+    model = policy.model.config.get_text_config()
+    needed = config.max_length
+    if isinstance(config, PPOConfig):
+        needed = config.max_prompt_length + config.max_completion_length
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is not None and needed > limit:
+        raise DPAlignError(
+            f"stage {name} needs {needed} positions and the model has {limit}: lower the stage's lengths."
+        )
+    scaling = getattr(model, "rope_parameters", None) or {}
+    if scaling.get("rope_type") in ("dynamic", "longrope") and needed > scaling.get(
+        "original_max_position_embeddings", limit or needed
+    ):
+        raise DPAlignError("the model scales positions by the longest row of a batch: lower the stage's lengths.")
 
 
 def summarize(
@@ -271,38 +344,55 @@ def _evaluate(recipe: Recipe, policy: Policy, reward: Reward | None, names: list
     return {"evaluation": {stage: result.as_dict() for stage, (result, _) in results.items()}}
 
 
-def _stage_config(recipe: Recipe, name: str) -> TrainingConfig:
+def _stage_config(recipe: Recipe, name: str, delta: float) -> TrainingConfig:
     config: TrainingConfig = getattr(recipe, name)
     if config.target_epsilon is None and config.noise_multiplier is None:
         config = replace(config, target_epsilon=recipe.target_epsilon)
-    elif config.target_epsilon is not None and config.target_epsilon > recipe.target_epsilon:
-        raise DPAlignError(
-            f"stage {name} asks for epsilon {config.target_epsilon:g}, more than the whole run's {recipe.target_epsilon:g}."
-        )
-    if config.target_delta is None:
-        config = replace(config, target_delta=recipe.target_delta)
-    return config
+    if config.target_delta not in (None, delta):
+        raise DPAlignError(f"stage {name} has another target_delta than the run: the stages share one.")
+    return replace(config, target_delta=delta)
 
 
-def _delta(recipe: Recipe, stages: dict[str, PreparedStage]) -> float:
-    units = max(math.ceil(s.data.declared_units) for s in stages.values())
-    return recipe.target_delta if recipe.target_delta is not None else accountant.default_delta(units)
+def run_delta(recipe: Recipe, names: list[str], stages: dict[str, PreparedStage]) -> float:
+    """The run's one delta."""
+    if recipe.target_delta is not None:
+        accountant.check_delta(recipe.target_delta)
+        return recipe.target_delta
+    return stages[names[0]].algorithm.config.target_delta
 
 
 def _data_configs(recipe: Recipe, names: list[str]) -> dict[str, DataConfig]:
     return {name: getattr(recipe, f"{name}_data") or recipe.data for name in names}
 
 
+def _quiet_libraries() -> None:
+    # Their warnings may quote lengths or texts of records.
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+
+
 def _device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _run_identity(private: Path, folder: Path) -> str:
+def _open_ledger(recipe: Recipe) -> Ledger:
+    if recipe.ledger == ":memory:":
+        raise DPAlignError("a ledger in memory forgets what was spent: give --ledger a file.")
+    return Ledger(recipe.ledger)
+
+
+def _run_identity(private: Path, folder: Path, ledger: Ledger) -> str:
     """The run's name in the ledger: readable, and new whenever the folder is made anew."""
     file = private / "run.json"
     if not file.exists():
-        write_json(file, {"run": f"{folder.name}-{secrets.token_hex(4)}"})
-    return json.loads(file.read_text(encoding="utf-8"))["run"]
+        write_json(file, {"run": f"{folder.name}-{secrets.token_hex(4)}", "ledger": ledger.identity})
+    value = json.loads(file.read_text(encoding="utf-8"))
+    if value["ledger"] != ledger.identity:
+        raise DPAlignError(
+            f"{folder} was begun with another ledger than {ledger.path}: give that one with --ledger, or choose another "
+            "output folder."
+        )
+    return value["run"]
 
 
 @contextmanager

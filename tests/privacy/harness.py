@@ -29,7 +29,7 @@ from dpalign.models import AdapterConfig
 from dpalign.models.policy import Rollouts
 from dpalign.privacy.ledger import Intent, Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
-from dpalign.rewards import Reward
+from dpalign.rewards import Reward, RewardConfig
 from dpalign.training import Stage
 from tiny import VOCABULARY, dataset, tiny_policy, words
 
@@ -190,8 +190,9 @@ def sft(algorithm: type[SFT] = SFT, **changes) -> SFT:
 
 def ppo(algorithm: type[PPO] = PPO, **changes) -> PPO:
     """DP-PPO whose reward is the record's `score` column."""
-    settings = {"expected_batch_size": 8, "max_prompt_length": 8, "max_completion_length": 6, "beta": 0.05}
-    reward = Reward(lambda prompts, completions, score, **_: score, -1e6, 1e6)
+    settings: dict = {"expected_batch_size": 8, "max_prompt_length": 8, "max_completion_length": 6, "beta": 0.05}
+    settings["reward"] = RewardConfig(columns=["score"])
+    reward = Reward(lambda prompts, completions, score: score, -1e6, 1e6)
     return algorithm(PPOConfig(**SMALL | settings | changes), reward)
 
 

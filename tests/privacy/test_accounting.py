@@ -86,8 +86,8 @@ def test_agrees_with_the_prv_accountant_and_kills_gdp():
 def composition(ppo_part: tuple[float, float], scale: float = 1.0) -> float:
     """Epsilon of an SFT stage on [0, 1/2) and a PPO stage on `ppo_part`, each with epsilon 4 at `scale` 1."""
     stages = [
-        Spending("d", "run", "sft", 0.0, 0.5, SampledGaussian(0.04096, 1.498 * scale, 977)),
-        Spending("d", "run", "ppo", *ppo_part, SampledGaussian(0.02048, 1.6164 * scale, 4883)),
+        Spending("d", "run", "sft", "split", 0.0, 0.5, SampledGaussian(0.04096, 1.498 * scale, 977)),
+        Spending("d", "run", "ppo", "split", *ppo_part, SampledGaussian(0.02048, 1.6164 * scale, 4883)),
     ]
     return composed_epsilon(stages, DELTA)
 

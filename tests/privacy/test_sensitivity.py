@@ -93,7 +93,7 @@ class KeepNotFinite(GaussianMechanism):
 
 
 class ClipRows(Stage):
-    def _accumulate(self, mechanism, phase, positions):
+    def _accumulate(self, mechanism, phase, positions, count):
         batch = self.algorithm.batch(phase, positions)
         rows = len(batch.row_unit)
         with self.gradients.collect(torch.arange(rows), rows):
@@ -103,7 +103,7 @@ class ClipRows(Stage):
 
 
 class MicroBatchMean(Stage):
-    def _accumulate(self, mechanism, phase, positions):
+    def _accumulate(self, mechanism, phase, positions, count):
         batch = self.algorithm.batch(phase, positions)
         with self.gradients.collect(batch.row_unit, len(positions)):
             losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
@@ -131,7 +131,16 @@ def sensitivity(algorithm: Algorithms, units: list, outlier: list, **settings) -
     return moved(one.sums, other.sums) / algorithm().config.max_grad_norm
 
 
+class EveryColumn(PPO):
+    """Passes every column that some drawn record has to the reward, which knows only its own."""
+
+    def collect(self, policy, units):
+        self.config.reward.columns = sorted({k for u in units for r in self.records[u] for k in r} - {"id", "prompt"})
+        return super().collect(policy, units)
+
+
 SFT_CASE = (texts(), LONG_TEXT)
+ODD_KEY_CASE = (prompts(), [{**HUGE_SCORE[0], "note": "a column that nobody else has"}])
 PPO_CASE = (prompts(), HUGE_SCORE)
 
 
@@ -144,6 +153,7 @@ PPO_CASE = (prompts(), HUGE_SCORE)
         (ppo, PPO_CASE, {}),
         (partial(ppo, clipping="automatic"), PPO_CASE, {}),
         (partial(ppo, num_generations=3), PPO_CASE, {}),
+        (ppo, ODD_KEY_CASE, {}),
         (partial(ppo, num_ppo_epochs=2, learning_rate=0.1), PPO_CASE, {}),
         (partial(ppo, num_mini_batches=2, num_ppo_epochs=2, learning_rate=0.1), PPO_CASE, {"sampler": own_coins}),
         (partial(ppo, max_steps=3, noised_baseline=True, adaptive_kl_target=1.0), PPO_CASE, {}),
@@ -162,6 +172,7 @@ def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settin
         (partial(ppo, RunningRewardScale), PPO_CASE, {}),
         (partial(sft, BatchTokenMean, max_grad_norm=5.0, micro_batch_size=20), SFT_CASE, {}),
         (partial(ppo, micro_batch_size=20), PPO_CASE, {"mechanism": ClipTheBatch}),
+        (partial(ppo, EveryColumn), ODD_KEY_CASE, {}),
         (ppo, PPO_CASE, {"mechanism": ClipEachTensor}),
         (ppo, PPO_CASE, {"mechanism": ValueHeadUnclipped}),
         (partial(ppo, num_mini_batches=2), PPO_CASE, {"sampler": cut_by_position}),
@@ -258,7 +269,7 @@ class NoPositions(PPO):
 class RowlessUnitsCount(Stage):
     """A unit without rows adds a metric of 0 in company, and nothing alone."""
 
-    def _accumulate(self, mechanism, phase, positions):
+    def _accumulate(self, mechanism, phase, positions, count):
         batch = self.algorithm.batch(phase, positions)
         if len(batch.row_unit) == 0:
             return

@@ -151,9 +151,9 @@ class PPO:
         with torch.no_grad(), policy.reference():
             ref_logprobs = _in_micro_batches(policy, rollouts, config, micro)[0]
         prompts = policy.tokenizer.batch_decode([prompt for _, prompt, _ in rows], skip_special_tokens=True)
-        columns = [{k: v for k, v in record.items() if k not in ("prompt", "text")} for _, _, record in rows]
-        keys = sorted({k for c in columns for k in c})
-        scores = self.reward(prompts, policy.decode(rollouts), {k: [c.get(k) for c in columns] for k in keys})
+        # The declared columns and no others: a key that only one record has must not change the call.
+        columns = {name: [record.get(name) for _, _, record in rows] for name in config.reward.columns}
+        scores = self.reward(prompts, policy.decode(rollouts), columns)
         scores = scores.to(policy.device) - config.missing_eos_penalty * (1 - _has_eos(policy, rollouts))
         experience = Experience(rollouts, ref_logprobs, scores, unit_rows)
         if self.passes > 1 or self.minibatches > 1:
@@ -244,11 +244,8 @@ def sample(policy: Policy, ids: Tensor, mask: Tensor, config: PPOConfig, rows_at
     width = config.max_completion_length
     with policy.merged():
         parts = [
-            policy.generate(
-                ids[start : start + rows_at_once], mask[start : start + rows_at_once], width,
-                min_new_tokens=config.min_completion_length,
-            )
-            for start in range(0, len(ids), rows_at_once)
+            policy.generate(ids[chunk], mask[chunk], width, min_new_tokens=config.min_completion_length)[:count]
+            for chunk, count in policy.chunks(len(ids), rows_at_once)
         ]  # fmt: skip
     if not parts:  # an empty sample
         nothing = ids.new_zeros(0, ids.shape[1] + width)
@@ -291,11 +288,10 @@ def _has_eos(policy: Policy, rollouts: Rollouts) -> Tensor:
 
 
 def _in_micro_batches(policy: Policy, rollouts: Rollouts, config: PPOConfig, rows: int) -> tuple[Tensor, Tensor]:
-    count = len(rollouts.input_ids)
     parts = [
-        policy.completion_logprobs(rollouts[start : start + rows], config.min_completion_length)
-        for start in range(0, count, rows)
+        (policy.completion_logprobs(rollouts[chunk], config.min_completion_length), count)
+        for chunk, count in policy.chunks(len(rollouts.input_ids), rows)
     ]
     if not parts:
         return rollouts.completion_mask.clone(), rollouts.completion_mask.clone()
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return torch.cat([p[0][:count] for p, count in parts]), torch.cat([p[1][:count] for p, count in parts])

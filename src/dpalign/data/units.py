@@ -23,6 +23,7 @@ class UnitDataset:
     low, high: the part of the hash range [0, 1) that the units come from.
     declared_units: public number of units that q and the divisor use: the declared total times high - low.
     fingerprint: keyed hash of the contents.
+    split: keyed name of the identity that was hashed (the unit column, or, without one, the whole file).
     """
 
     name: str
@@ -33,6 +34,7 @@ class UnitDataset:
     declared_units: float
     unit: str
     fingerprint: str
+    split: str = ""
 
 
 def build_units(records: list[Record], config: DataConfig, ledger: Ledger, low: float = 0.0, high: float = 1.0):
@@ -59,12 +61,11 @@ def build_units(records: list[Record], config: DataConfig, ledger: Ledger, low: 
                 copies += 1
                 identity = ledger.keyed_hash(config.name, b"record", content, copies.to_bytes(4, "little"))
         else:
-            if record.get(config.unit) in (None, ""):
-                raise DPAlignError(
-                    f"record {number} of {config.path or config.name} has no unit column {config.unit!r}."
-                )
-            identity = ledger.keyed_hash(config.name, b"unit", str(record[config.unit]).encode())
+            identity = ledger.keyed_hash(config.name, b"unit", unit_key(record, config.unit, number).encode())
         grouped.setdefault(identity, []).append((ledger.keyed_hash(config.name, b"order", content), record))
+    # Without a unit column an identity is a content: parts of another version of the file are other units.
+    kind = [b"column", config.unit.encode()] if config.unit else [b"records", *sorted(grouped)]
+    split = ledger.keyed_hash(config.name, b"split", *kind).hex()[:16]
     total = config.declared_units if config.declared_units is not None else len(grouped)
     if total < 1:
         raise DPAlignError(f"declared_units {total} must be positive.")
@@ -86,7 +87,31 @@ def build_units(records: list[Record], config: DataConfig, ledger: Ledger, low: 
         declared_units=total * (high - low),
         unit="record" if config.unit is None else config.unit,
         fingerprint=fingerprint,
+        split=split,
     )
+
+
+def count_units(records: list[Record], config: DataConfig) -> int:
+    """Declared number of units of the whole dataset, or else the number in the file."""
+    if config.declared_units is not None or config.unit is None:
+        return config.declared_units if config.declared_units is not None else len(records)
+    return len({unit_key(record, config.unit, number) for number, record in enumerate(records, 1)})
+
+
+def unit_key(record: Record, column: str, number: int) -> str:
+    """A unit's name as text: spaces around it and integral floats do not make another unit.
+
+    Raises:
+        DPAlignError: no name, or neither text nor a whole number.
+    """
+    value = record.get(column)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise DPAlignError(
+            f"record {number} names no unit in column {column!r}: every record needs text or a whole number there."
+        )
+    return str(value).strip()
 
 
 def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: bool) -> list[str]:
@@ -104,10 +129,13 @@ def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: 
     for i, a in enumerate(stages):
         for b in stages[i + 1 :]:
             (records_a, config_a), (records_b, config_b) = parts[a], parts[b]
-            if config_a.name == config_b.name:
-                continue  # one name is one account: the ledger composes it
+            same_file = (config_a.path, config_a.split) == (config_b.path, config_b.split)
+            if config_a.name == config_b.name and same_file and config_a.unit == config_b.unit:
+                continue  # one file, split by the hash of its units
+            if config_a.name == config_b.name and config_a.unit and config_a.unit == config_b.unit:
+                continue  # two files, split by the same hash of the same units
             if config_a.unit and config_b.unit:
-                shared = {str(r.get(config_a.unit)) for r in records_a} & {str(r.get(config_b.unit)) for r in records_b}
+                shared = unit_keys(records_a, config_a.unit) & unit_keys(records_b, config_b.unit)
                 if shared:
                     raise DPAlignError(
                         f"{len(shared)} units are in both {config_a.name!r} ({a}) and {config_b.name!r} ({b}): the "
@@ -121,6 +149,11 @@ def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: 
             else:
                 assumptions.append(f"the units of {config_a.name!r} and {config_b.name!r} are disjoint (declared)")
     return assumptions
+
+
+def unit_keys(records: list[Record], unit: str) -> set[str]:
+    """Names of the units in a file."""
+    return {unit_key(record, unit, number) for number, record in enumerate(records, 1)}
 
 
 def _fraction(identity: bytes) -> float:

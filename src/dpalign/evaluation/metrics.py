@@ -76,7 +76,7 @@ def evaluate_policy(
     lengths = rollouts.completion_mask.sum(1)
     return Evaluation(
         reward=float(scored.mean()),
-        reward_ci95=1.96 * float(scored.std()) / math.sqrt(len(scored)),
+        reward_ci95=1.96 * float(scored.std()) / math.sqrt(max(1, len(scored))),
         kl=float((logprobs - reference_logprobs).sum(1).mean()),
         perplexity=float(torch.exp(-base_logprobs.sum() / lengths.sum())),
         distinct_2=distinct(rollouts.completion_ids, rollouts.completion_mask, 2),

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from ..errors import DPAlignError
+from ..privacy.entropy import SystemEntropy
 from . import embedded
 from .sampling import DrawToken
 
@@ -122,6 +123,10 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
         self.value_head: nn.Linear | None = None
+        self.coins: SystemEntropy | None = None  # secret coins of rollouts, set by the training loop
+        # In half precision a row's rounding depends on how many rows are computed together: then every
+        # micro-batch is filled up to the same size, so that nobody's rounding tells who else is there.
+        self.constant_rows = base.dtype != torch.float32
         accepted = inspect.signature(base.forward).parameters
         self._accepts_positions = "position_ids" in accepted
         self._accepts_keep = "logits_to_keep" in accepted
@@ -331,6 +336,13 @@ class Policy(nn.Module):
         values = self.value_head(hidden).squeeze(2)
         return logprobs, torch.where(inside, values, 0.0)
 
+    def chunks(self, rows: int, size: int) -> Iterator[tuple[list[int], int]]:
+        """Row numbers in chunks of `size`, and how many of each count: see `constant_rows`."""
+        for start in range(0, rows, size):
+            chunk = list(range(start, min(rows, start + size)))
+            filler = [chunk[-1]] * (size - len(chunk)) if self.constant_rows else []
+            yield chunk + filler, len(chunk)
+
     @torch.no_grad()
     def generate(
         self,
@@ -342,7 +354,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> Rollouts:
-        """Samples one completion per left-padded prompt with the global torch generator.
+        """Samples one completion per left-padded prompt, with `coins` or else torch's global generator.
 
         By default the law is exactly the policy's own (no top-k, no penalties), which PPO needs.
         """
@@ -360,7 +372,7 @@ class Policy(nn.Module):
             processors.append(TemperatureLogitsWarper(temperature))
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
-        processors.append(DrawToken())
+        processors.append(DrawToken(self.coins))
         sequences = self.model.generate(
             input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config, logits_processor=processors
         )

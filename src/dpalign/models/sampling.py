@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ..privacy.entropy import SystemEntropy
+
 
 class DrawToken(LogitsProcessor):
     """Draws every row's token and leaves only it possible; to be the last processor of a greedy `generate`.
@@ -14,13 +16,25 @@ class DrawToken(LogitsProcessor):
     `torch.multinomial`, which draws one exponential for every entry of the vocabulary: on a CPU that is
     more than a quarter of the time of sampling from a small model. A row whose logits are not finite gets
     some token, and does not stop the others.
+
+    Args:
+        entropy: where the uniforms come from; None is torch's global generator, whose seed on a CPU has only
+            32 bits: good for reproducible evaluation, not for coins that have to be secret.
     """
+
+    def __init__(self, entropy: SystemEntropy | None = None) -> None:
+        self.entropy = entropy
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(rows, vocabulary)` logits to the same shape: 0 for the drawn token, -inf for all others."""
         cumulated = scores.float().softmax(-1).nan_to_num(0.0).cumsum(-1, dtype=torch.float64)
         total = cumulated[:, -1:]
-        point = torch.rand_like(total) * total
+        point = self._uniforms(total) * total
         # The first token whose cumulated probability exceeds the point: never one of probability 0.
         token = torch.searchsorted(cumulated, point, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+    def _uniforms(self, total: Tensor) -> Tensor:
+        if self.entropy is None:
+            return torch.rand_like(total)  # [0, 1)
+        return 1.0 - torch.from_numpy(self.entropy.uniforms(total.numel())).view_as(total).to(total.device)

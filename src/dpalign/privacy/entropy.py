@@ -37,10 +37,6 @@ class SystemEntropy:
         both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
         return both.reshape(4, count).sum(axis=0) / 2.0
 
-    def seed(self) -> int:
-        """A 63-bit seed for a generator whose output is private only as long as the seed is secret."""
-        return int.from_bytes(self.bytes(8), "little") >> 1
-
 
 class SeededEntropy(SystemEntropy):
     """Reproducible bytes for debugging: anyone who knows the seed can subtract the noise. NOT PRIVATE.

@@ -26,7 +26,8 @@ class Intent:
     """One Poisson sample about to be drawn and answered; the fields are those of one ledger row.
 
     `low` and `high` name the part of the dataset that may be sampled: the units whose keyed hash,
-    a number in [0, 1), falls into [low, high). Disjoint parts do not add up; overlapping ones do.
+    a number in [0, 1), falls into [low, high). `split` says of which identity the hash was taken: parts
+    are comparable only under one split. Disjoint parts do not add up; overlapping ones do.
     """
 
     dataset: str
@@ -34,6 +35,7 @@ class Intent:
     stage: str
     step: int
     attempt: int
+    split: str
     low: float
     high: float
     sampling_rate: float
@@ -60,6 +62,7 @@ class Spending:
     dataset: str
     run: str
     stage: str
+    split: str
     low: float
     high: float
     mechanism: SampledGaussian
@@ -69,9 +72,12 @@ def composed_epsilon(spendings: Iterable[Spending], delta: float) -> float:
     """Epsilon of all spendings on ONE dataset: the worst over its units.
 
     A unit pays for the stages whose part [low, high) contains its hash: parallel composition where
-    parts are disjoint, sequential where they overlap, mixed where some do.
+    parts are disjoint, sequential where they overlap, mixed where some do. Parts of different splits
+    cannot be compared, so then every stage is taken to reach every unit.
     """
     spendings = list(spendings)
+    if len({s.split for s in spendings}) > 1:
+        spendings = [replace(s, low=0.0, high=1.0) for s in spendings]
     starts = sorted({s.low for s in spendings})
     return max(
         (epsilon([s.mechanism for s in spendings if s.low <= start < s.high], delta) for start in starts), default=0.0
@@ -90,15 +96,25 @@ class Ledger:
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self._db.execute("PRAGMA synchronous=EXTRA")
             self._db.execute("CREATE TABLE IF NOT EXISTS datasets (name TEXT PRIMARY KEY, secret BLOB NOT NULL)")
+            self._db.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL)")
             columns = ", ".join(f"{f.name}" for f in fields(Intent))
+            unique = "UNIQUE (dataset, run, stage, step, attempt)"  # two copies of a run cannot both draw a step
             self._db.execute(
-                f"CREATE TABLE IF NOT EXISTS intents (id INTEGER PRIMARY KEY, written TEXT NOT NULL, {columns})"
+                f"CREATE TABLE IF NOT EXISTS intents (id INTEGER PRIMARY KEY, written TEXT NOT NULL, {columns}, {unique})"
+            )
+            self._db.execute(
+                "INSERT INTO identity SELECT ? WHERE NOT EXISTS (SELECT * FROM identity)", (secrets.token_hex(16),)
             )
         except (sqlite3.Error, OSError) as error:
             raise DPAlignError(
                 f"the ledger {self.path} cannot be opened or written ({error}): nothing was drawn from the data; "
                 "give another path with --ledger."
             ) from None
+
+    @property
+    def identity(self) -> str:
+        """Random name of this ledger: a run goes on only with the ledger that it began with."""
+        return self._db.execute("SELECT name FROM identity").fetchone()[0]
 
     def secret(self, dataset: str) -> bytes:
         """The dataset's secret key: fixed for its name, so that splits and hashes agree across runs."""
@@ -123,6 +139,11 @@ class Ledger:
                 row = (now, *asdict(intent).values())
                 self._db.execute(f"INSERT INTO intents (written, {names}) VALUES (?, {marks})", row)
             self._db.execute("COMMIT")
+        except sqlite3.IntegrityError:
+            self._db.execute("ROLLBACK")
+            raise DPAlignError(
+                "another copy of this run has drawn this step: only one copy of a run may go on."
+            ) from None
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -145,7 +166,7 @@ class Ledger:
         """Intents counted into mechanisms; see `intents` for the filters."""
         counted: dict[Spending, int] = {}
         for i in self.intents(**where):
-            one = Spending(i.dataset, i.run, i.stage, i.low, i.high, i.mechanism)
+            one = Spending(i.dataset, i.run, i.stage, i.split, i.low, i.high, i.mechanism)
             counted[one] = counted.get(one, 0) + 1
         return [replace(one, mechanism=replace(one.mechanism, steps=count)) for one, count in counted.items()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -16,18 +15,23 @@ NOT_COVERED = [
     "units that share text with each other (the guarantee is per unit as declared)",
     "the number of units, which is declared public",
     "hyperparameters chosen by looking at private results; the ledger says which other runs there were",
-    "everything under private/, and timing of the training process",
+    "everything under private/, and the time and memory that training takes",
+    "error messages before the first draw, which are for the data holder",
 ]
 
 
 @dataclass(frozen=True)
 class StageStatement:
-    """One stage's mechanism. `part` is the range of the secret keyed hash that its units come from."""
+    """One stage's mechanism.
+
+    `part` is the range of a secret keyed hash that its units come from; `split` names key and identity, so that
+    parts are compared only under one split.
+    """
 
     stage: str
     dataset: str
     part: tuple[float, float]
-    split_key: str
+    split: str
     unit: str
     declared_units: float
     max_grad_norm: float
@@ -35,11 +39,12 @@ class StageStatement:
     mechanisms: list[dict[str, Any]]
     private: bool
 
-    def spendings(self, split_key: str) -> list[Spending]:
-        # Under another secret the parts mean other units: then they must be taken to overlap.
-        low, high = self.part if self.split_key == split_key else (0.0, 1.0)
+    def spendings(self) -> list[Spending]:
+        """One spending for each mechanism."""
+        low, high = self.part
         return [
-            Spending(self.dataset, "", self.stage, low, high, SampledGaussian(**_numbers(m))) for m in self.mechanisms
+            Spending(self.dataset, "", self.stage, self.split, low, high, SampledGaussian(**_numbers(m)))
+            for m in self.mechanisms
         ]
 
 
@@ -67,18 +72,21 @@ class PrivacyStatement:
         return [StageStatement(**{**stage, "part": tuple(stage["part"])}) for stage in value["stages"]]
 
 
-def split_key_id(ledger: Ledger, dataset: str) -> str:
-    """Public name of a dataset's split key: equal only for equal keys, and says nothing about them."""
-    return ledger.keyed_hash(dataset, b"split key").hex()[:16]
+def epsilon_of(stages: list[StageStatement], delta: float) -> float:
+    """Epsilon of stages together: the largest over datasets, which are disjoint by check or declaration.
+
+    Infinite if any stage is not private.
+    """
+    if not all(stage.private for stage in stages):
+        return math.inf
+    names = {stage.dataset for stage in stages}
+    return max(composed_epsilon([sp for s in stages if s.dataset == n for sp in s.spendings()], delta) for n in names)
 
 
 def state_privacy(
     run: str, ledger: Ledger, delta: float, earlier: list[StageStatement], assumptions: list[str], demo: set[str]
 ) -> PrivacyStatement:
-    """Replays the ledger's intents of `run`, with those of an earlier release, into one statement.
-
-    Epsilon is the largest over datasets of the worst over units: datasets are disjoint by check or declaration.
-    """
+    """Replays the ledger's intents of `run`, with those of an earlier release, into one statement."""
     stages = list(earlier)
     by_stage: dict[tuple[str, str], list[Intent]] = {}
     for intent in ledger.intents(run=run):
@@ -88,28 +96,19 @@ def state_privacy(
         mechanisms = [s.mechanism for s in ledger.spendings(run=run, dataset=dataset, stage=stage)]
         stages.append(
             StageStatement(
-                stage=stage, dataset=dataset, part=(first.low, first.high), split_key=split_key_id(ledger, dataset),
-                unit=first.unit, declared_units=first.units, max_grad_norm=first.max_grad_norm,
-                epsilon_alone=epsilon(mechanisms, delta), mechanisms=[asdict(m) for m in mechanisms],
-                private=all(i.private for i in intents),
+                stage=stage, dataset=dataset, part=(first.low, first.high), split=first.split, unit=first.unit,
+                declared_units=first.units, max_grad_norm=first.max_grad_norm, epsilon_alone=epsilon(mechanisms, delta),
+                mechanisms=[asdict(m) for m in mechanisms], private=all(i.private for i in intents),
             )
         )  # fmt: skip
-    names = sorted({s.dataset for s in stages})
-    epsilons = [
-        composed_epsilon(
-            [sp for s in stages if s.dataset == name for sp in s.spendings(split_key_id(ledger, name))], delta
-        )
-        for name in names
-    ]
-    private = all(s.private for s in stages)
     return PrivacyStatement(
-        private=private,
-        epsilon=max(epsilons, default=0.0) if private else math.inf,
+        private=all(s.private for s in stages),
+        epsilon=epsilon_of(stages, delta),
         delta=delta,
         stages=stages,
         versions={name: version(name) for name in ("dpalign", "dp-accounting", "torch", "transformers", "peft")},
         assumptions=assumptions,
-        ledger=[account(ledger, name, delta, demo=name in demo) for name in names],
+        ledger=[account(ledger, name, delta, demo=name in demo) for name in sorted({s.dataset for s in stages})],
     )
 
 
@@ -129,8 +128,3 @@ def account(ledger: Ledger, dataset: str, delta: float, *, demo: bool = False) -
 
 def _numbers(mechanism: dict[str, Any]) -> dict[str, Any]:
     return {k: math.inf if v == "inf" else v for k, v in mechanism.items()}
-
-
-def mechanisms_of(stages: Iterable[StageStatement]) -> list[SampledGaussian]:
-    """All mechanisms of `stages`, flat."""
-    return [SampledGaussian(**_numbers(m)) for stage in stages for m in stage.mechanisms]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,6 +43,7 @@ class RewardConfig:
         scale, shift: the reward is scale * score + shift; constants, never statistics of private data.
         low, high: declared range of the reward; clipped to it for training and for the noised metric. Needed
             for callables and logits.
+        columns: columns of the data that the function is given as keyword arguments, None where a record has none.
     """
 
     source: str = "vader"
@@ -54,6 +55,7 @@ class RewardConfig:
     shift: float = 0.0
     low: float | None = None
     high: float | None = None
+    columns: list[str] = field(default_factory=list)
 
 
 class Reward:
@@ -122,7 +124,7 @@ def load_reward(
     if low is None or high is None:
         raise DPAlignError(f"reward {config.source!r} needs its declared range: set reward.low and reward.high.")
     reward = Reward(function, low, high, config.scale, config.shift)
-    check_reward(function, config.source)
+    check_reward(function, config.source, {c: [None] * len(PROBES) for c in config.columns})
     return reward
 
 
@@ -140,7 +142,7 @@ def check_reward(function: RewardFunction, name: str = "reward", columns: dict[s
 
     def score(p: list[str], c: list[str]) -> list[float]:
         try:
-            scores = list(function(p, c, **columns))
+            scores = list(function(p, c, **{name: values[: len(c)] for name, values in columns.items()}))
         except Exception as error:
             raise DPAlignError(
                 f"reward {name!r} raised {type(error).__name__} on the public probe texts: {error}"

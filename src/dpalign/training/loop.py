@@ -125,7 +125,7 @@ class Stage:
         self.report, self.tell = report, tell
         self.config = algorithm.config
         self.plan = plan_stage(algorithm, data.declared_units)
-        self.config_hash = hash_of(asdict(self.config))
+        self.config_hash = hash_of(asdict(self.config) | {"units": data.declared_units, "part": (data.low, data.high)})
         self.private = self.config.insecure_seed is None and self.plan.noise_multiplier > 0
 
     def train(self) -> None:
@@ -162,6 +162,7 @@ class Stage:
         assert loaded is not None
         torch.manual_seed(self.config.seed)
         self._check_same_run()
+        self._check_checkpoint(loaded[1])
         self.algorithm.setup(self.policy)
         self._load_tensors(loaded[0])
         self.policy.finish_stage()
@@ -179,8 +180,9 @@ class Stage:
         entropies = [self._entropy(attempt, s) for s in steps]
         samples = [poisson_sample(len(self.data.units), plan.sampling_rate, e).tolist() for e in entropies]
         union = sorted(set().union(*samples))
-        torch.manual_seed(entropies[0].seed())  # secret rollout coins: their law ignores who else is here
+        self.policy.coins = entropies[0]  # secret rollout coins: their law ignores who else is here
         phase = algorithm.collect(self.policy, union)
+        self.policy.coins = None
         place = {unit: position for position, unit in enumerate(union)}
         for step, units, entropy in zip(steps, samples, entropies, strict=True):
             released = self._step(phase, [place[u] for u in units], sigma, entropy, step)
@@ -206,8 +208,8 @@ class Stage:
                 metrics_noise_multiplier=config.metrics_noise_ratio * sigma,
                 device=self.policy.device,
             )
-            for start in range(0, len(positions), config.micro_batch_size):
-                self._accumulate(mechanism, phase, positions[start : start + config.micro_batch_size])
+            for chunk, count in self.policy.chunks(len(positions), config.micro_batch_size):
+                self._accumulate(mechanism, phase, [positions[i] for i in chunk], count)
             noisy, metrics = mechanism.release()
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
                 p.grad = gradient.to(p.dtype)
@@ -218,7 +220,8 @@ class Stage:
         algorithm.after_step(released)
         return released
 
-    def _accumulate(self, mechanism: GaussianMechanism, phase: Any, positions: list[int]) -> None:
+    def _accumulate(self, mechanism: GaussianMechanism, phase: Any, positions: list[int], count: int) -> None:
+        # Units beyond the first `count` only fill the micro-batch up, and are dropped.
         batch = self.algorithm.batch(phase, positions)
         if len(batch.row_unit) == 0:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
@@ -229,7 +232,7 @@ class Stage:
         with torch.no_grad():
             rowless = torch.bincount(batch.row_unit, minlength=units) == 0  # NaN adds zero, as it would alone
             means = unit_means(metrics, batch.row_unit, units).masked_fill(rowless.unsqueeze(1), torch.nan)
-            mechanism.add(self.gradients.grads(), means)
+            mechanism.add([g[:count] for g in self.gradients.grads()], means[:count])
 
     def _schedule(self, step: int) -> float:
         config, steps = self.config, self.plan.steps
@@ -246,7 +249,7 @@ class Stage:
         config, data, plan = self.config, self.data, self.plan
         metrics_sigma = config.metrics_noise_ratio * sigma if config.metrics_noise_ratio > 0 else math.inf
         return Intent(
-            dataset=data.name, run=self.run, stage=self.algorithm.name, step=step, attempt=attempt, low=data.low,
+            dataset=data.name, run=self.run, stage=self.algorithm.name, step=step, attempt=attempt, split=data.split, low=data.low,
             high=data.high, sampling_rate=plan.sampling_rate, noise_multiplier=sigma,
             metrics_noise_multiplier=metrics_sigma, passes=plan.passes, max_grad_norm=config.max_grad_norm,
             unit=data.unit, units=data.declared_units, fingerprint=data.fingerprint,
@@ -255,7 +258,7 @@ class Stage:
 
     def _check_same_run(self) -> None:
         for intent in self.ledger.intents(dataset=self.data.name, run=self.run, stage=self.algorithm.name):
-            if intent.fingerprint != self.data.fingerprint:
+            if (intent.fingerprint, intent.units) != (self.data.fingerprint, self.data.declared_units):
                 raise DPAlignError(
                     f"the data of stage {self.algorithm.name} has changed since this run began: a resumed run must "
                     "see the same records; restore them, or start a run under another output folder."
@@ -307,7 +310,13 @@ class Stage:
             self._epsilon = self.epsilon_spent()
         self.report(StepReport(self.algorithm.name, step, self.plan.steps, self._epsilon, metrics))
         if self.log is not None and (step % self.config.logging_steps == 0 or step == self.plan.steps):
-            line = {"stage": self.algorithm.name, "step": step, "attempt": attempt, "epsilon": self._epsilon}
+            line = {
+                "private": self.private,
+                "stage": self.algorithm.name,
+                "step": step,
+                "attempt": attempt,
+                "epsilon": self._epsilon,
+            }
             line |= {
                 "noise_multiplier": sigma,
                 "metrics_noise_multiplier": self.config.metrics_noise_ratio * sigma,
@@ -330,13 +339,22 @@ class Stage:
         if loaded is None:
             return 0
         tensors, state = loaded
-        if state["fingerprint"] != self.data.fingerprint:
-            raise DPAlignError("the checkpoint belongs to other data: restore the data or use another output folder.")
+        self._check_checkpoint(state)
         self._load_tensors(tensors)
         load_optimizer(self.optimizer, self.gradients.names, tensors)
         self.algorithm.load_state(state["algorithm"])
         self.tell(f"stage {self.algorithm.name} resumes after step {state['step']} of {self.plan.steps}.")
         return int(state["step"])
+
+    def _check_checkpoint(self, state: dict[str, Any]) -> None:
+        if state["fingerprint"] != self.data.fingerprint:
+            raise DPAlignError("the checkpoint belongs to other data: restore the data or use another output folder.")
+        drawn = {i.step for i in self.ledger.intents(dataset=self.data.name, run=self.run, stage=self.algorithm.name)}
+        if not set(range(int(state["step"]))) <= drawn:
+            raise DPAlignError(
+                f"the ledger {self.ledger.path} does not hold all draws of stage {self.algorithm.name}: a run can only "
+                "go on with the ledger that recorded it."
+            )
 
     def _load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         current = self.policy.stage_state()

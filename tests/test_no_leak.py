@@ -1,0 +1,229 @@
+"""Nothing un-noised leaves private/: no text, no statistic, no batch size, no key, no seed."""
+
+from __future__ import annotations
+
+import re
+import struct
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpalign.models import embedded
+from dpalign.privacy.entropy import SystemEntropy
+from dpalign.privacy.ledger import Ledger
+from dpalign.privacy.mechanism import GaussianMechanism
+from dpalign.reporting.progress import Reporter
+from dpalign.training import Stage
+from helpers import Called, call, files_below, reviews, write_jsonl, write_recipe
+
+MARKER = "zebrafinch"
+SIZES = [167, 173, 179]  # of the drawn samples: numbers that nothing public here has
+NUMBER = re.compile(rb"-?\d+\.?\d*(?:[eE][-+]?\d+)?")
+REWARD = '''
+def exact(prompts, completions, **columns):
+    """Tells nothing else: characteristic digits, different for every text."""
+    return [0.7312459 + len(c) * 1.2345e-4 for c in completions]
+def quoting(prompts, completions, **columns):
+    if columns.get("id", [None])[0] is not None:
+        raise ValueError(f"cannot score {prompts[0]} {columns['id'][0]} {columns['note'][0]}")
+    return [0.5 for _ in completions]
+'''
+
+
+@dataclass
+class Secrets:
+    """What a run must not show: texts, random bytes, un-noised statistics, sizes of the samples."""
+
+    texts: set[str] = field(default_factory=lambda: {MARKER, "person-"})
+    coins: set[bytes] = field(default_factory=set)
+    numbers: set[float] = field(default_factory=set)
+
+
+@pytest.fixture
+def secrets(monkeypatch) -> Secrets:
+    """Makes the drawn sizes known, and records what goes into the mechanism and out of the generator."""
+    found, calls = Secrets(), iter(SIZES * 9)
+    add, release, draw_bytes = GaussianMechanism.add, GaussianMechanism.release, SystemEntropy.bytes
+
+    def watched_add(self, grads, metrics=None):
+        if metrics is not None:
+            self.raw = [*getattr(self, "raw", []), metrics.double().nan_to_num(0.0)]
+        norms = torch.cat([g.flatten(1) for g in grads], 1).norm(dim=1).double()
+        found.numbers.update([norms.mean().item(), norms.max().item(), norms.min().item()])
+        add(self, grads, metrics)
+
+    def watched_release(self):
+        self.rows = torch.cat(self.raw)  # (units, metrics)
+        for statistic in (self.rows.sum(0), self.rows.mean(0), self.rows.sum(0) / self.divisor, self.rows.std(0)):
+            found.numbers.update(statistic.tolist())
+        found.numbers.update(self._metrics_sum.tolist())
+        found.numbers.update(float(total.norm()) for total in self._sums)
+        return release(self)
+
+    def watched_bytes(self, count):
+        value = draw_bytes(self, count)
+        if count >= 8:
+            found.coins.add(value[:8])
+        return value
+
+    def draw(units, rate, entropy):
+        return np.sort(np.random.default_rng().permutation(units)[: next(calls)])
+
+    monkeypatch.setattr(GaussianMechanism, "add", watched_add)
+    monkeypatch.setattr(GaussianMechanism, "release", watched_release)
+    monkeypatch.setattr(SystemEntropy, "bytes", watched_bytes)
+    monkeypatch.setattr("dpalign.training.loop.poisson_sample", draw)
+    return found
+
+
+def train(folder: Path, capsys, monkeypatch, reward: str = "exact", **changes) -> Called:
+    """SFT and PPO on marked texts with everything on: tensorboard, evaluation on public prompts, the terminal."""
+    (folder / "leak_rewards.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "leak_rewards", raising=False)
+    records = [r | {"note": f"{MARKER}note{i}"} for i, r in enumerate(reviews(400, MARKER))]
+    write_jsonl(folder / "data.jsonl", records)
+    public = write_jsonl(folder / "public.jsonl", reviews(4, "public"))
+    stage = {"expected_batch_size": 160, "noise_multiplier": 1.0, "metrics_noise_ratio": 0.5, "micro_batch_size": 64}
+    source = {
+        "source": f"leak_rewards:{reward}",
+        "is_public": True,
+        "low": -1.0,
+        "high": 1.0,
+        "columns": ["id", "note"],
+    }
+    recipe = write_recipe(
+        folder, report_to="tensorboard", target_epsilon=100, data={"eval_path": str(public), "eval_is_public": True},
+        sft=stage | {"max_steps": 1}, ppo=stage | {"max_steps": 1, "reward": source}, **changes,
+    )  # fmt: skip
+    return call(capsys, "run", recipe, "--json")
+
+
+def leaks(folder: Path, called: Called, secrets: Secrets) -> list[str]:
+    """Where outside private/ one of the secrets can be found: in text, as a number, or as a binary float."""
+    ledger = Ledger(folder / "ledger.sqlite")
+    key = ledger.secret("reviews")
+    words = {w.encode() for w in secrets.texts}
+    for raw in {key, *secrets.coins}:
+        words |= {raw, raw.hex().encode(), str(int.from_bytes(raw, "little")).encode()}
+    run = folder / "run"
+    files = files_below(run, lambda path: path.parts[0] != "private")
+    assert any("tfevents" in f.name for f in files) and run / "summary.json" in files and run / "metrics.jsonl" in files
+    public = {f.read_bytes() for f in Path(embedded.resolve(embedded.TINY_REVIEW_LM)).iterdir()}
+    places = {str(f.relative_to(run)): f.read_bytes() for f in files}
+    places |= {"stdout": called.out.encode(), "stderr": called.err.encode()}
+    telling = {v for v in secrets.numbers if v != round(v, 3)}  # 6.0 tokens is nobody's fingerprint
+    assert len(telling) > 20
+    found = []
+    for place, content in places.items():
+        if content in public:
+            continue
+        found += [f"{place}: {word!r}" for word in words if word in content]
+        if place.endswith(("tokenizer.json", ".safetensors")):
+            continue  # public numbers, and the noised weights
+        binary = {struct.pack(form, v): v for v in telling for form in ("<f", "<d")}
+        found += [f"{place}: {v} in binary" for raw, v in binary.items() if raw in content]
+        if "tfevents" in place:
+            continue
+        shown = np.array([float(n) for n in NUMBER.findall(content)] or [0.0])
+        found += [f"{place}: {v}" for v in telling if (np.abs(shown - v) <= 1e-6 * abs(v)).any()]
+        found += [f"{place}: sample size {v}" for v in SIZES if (shown == v).any()]
+    return found
+
+
+def test_nothing_private_leaves(tmp_path, capsys, monkeypatch, secrets):
+    called = train(tmp_path, capsys, monkeypatch)
+    assert called.json["private"] and called.json["evaluation"]
+    assert leaks(tmp_path, called, secrets) == []
+    # The search knows what it looks for: all of this is in private/ or in the data.
+    assert (tmp_path / "data.jsonl").read_text().count(MARKER) == 800
+    assert any(0.73 < v < 0.75 for v in secrets.numbers), "the exact mean reward was seen"
+    assert len(secrets.coins) > 4, "the random bytes were seen"
+
+
+def raw_means(monkeypatch):
+    """The loop logs what the metrics were before the noise."""
+
+    def released(self):
+        return {m.name: float(v) for m, v in zip(self.metrics, self.rows.mean(0), strict=True)}
+
+    monkeypatch.setattr(GaussianMechanism, "_release_metrics", released)
+
+
+def raw_means_for_the_tracker(monkeypatch):
+    """Only the tracker gets them."""
+    step, release_metrics = Reporter.step, GaussianMechanism._release_metrics
+    raw = {}
+
+    def released(self):
+        raw.update({m.name: float(v) for m, v in zip(self.metrics, self.rows.mean(0), strict=True)})
+        return release_metrics(self)
+
+    def tracked(self, report):
+        self._tracker.log({"raw": raw[next(iter(report.metrics))]}, step=report.step)
+        step(self, report)
+
+    monkeypatch.setattr(GaussianMechanism, "_release_metrics", released)
+    monkeypatch.setattr(Reporter, "step", tracked)
+
+
+def sample_sizes(monkeypatch):
+    """The loop tells how many units were drawn."""
+    step = Stage._step
+
+    def telling(self, phase, positions, *rest):
+        self.tell(f"step with {len(positions)} units")
+        return step(self, phase, positions, *rest)
+
+    monkeypatch.setattr(Stage, "_step", telling)
+
+
+def a_record(monkeypatch):
+    """The log quotes the first record of the sample."""
+    step = Stage._step
+
+    def quoting(self, phase, positions, *rest):
+        with open(self.log, "a") as file:
+            file.write(f'{{"first": "{self.data.units[positions[0]][0]["text"]}"}}\n')
+        return step(self, phase, positions, *rest)
+
+    monkeypatch.setattr(Stage, "_step", quoting)
+
+
+def clip_norms(monkeypatch):
+    """Aggregate norm of the clipped sum, before the noise."""
+    release = GaussianMechanism.release
+
+    def printing(self):
+        print("norm", float(self._sums[0].norm()), *(float(t.norm()) for t in self._sums))
+        return release(self)
+
+    monkeypatch.setattr(GaussianMechanism, "release", printing)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "place"),
+    [
+        (raw_means, "metrics.jsonl: 0.7"),
+        (raw_means_for_the_tracker, "in binary"),
+        (sample_sizes, "stderr: sample size"),
+        (a_record, "metrics.jsonl: b'zebrafinch'"),
+        (clip_norms, "stdout: "),
+    ],
+)
+def test_the_search_finds(mutant, place, tmp_path, capsys, monkeypatch, secrets):
+    mutant(monkeypatch)
+    called = train(tmp_path, capsys, monkeypatch)
+    assert called.status == 0
+    assert any(place in leak for leak in leaks(tmp_path, called, secrets))
+
+
+def test_a_reward_that_raises_and_quotes_its_row_is_not_heard(tmp_path, capsys, monkeypatch, secrets):
+    called = train(tmp_path, capsys, monkeypatch, reward="quoting")
+    assert called.status == 0 and called.json["epsilon"] < 100
+    assert MARKER not in called.out + called.err and "cannot score" not in called.err
+    assert leaks(tmp_path, called, secrets) == []

@@ -1,0 +1,104 @@
+"""`dpalign plan`: the arithmetic of the budget, against golden values."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from dpalign.privacy import accountant
+from helpers import call
+
+# units, batch size, steps, golden noise multiplier at epsilon 4 and delta 4e-5 (dp-accounting PLD, checked twice)
+GOLDEN = [
+    (12500, 256, 4883, 1.6164),
+    (12500, 4096, 305, 5.860),
+    (12500, 512, 977, 1.498),
+    (1, 1, 100, 10.088),
+]
+BUDGET = ("--epsilon", 4, "--delta", 4e-5)
+PAPER = ("--units", 12500, "--delta", 4e-5)
+
+
+def plan(capsys, *arguments):
+    return call(capsys, "plan", *arguments, "--json").json
+
+
+@pytest.mark.parametrize(("units", "batch", "steps", "golden"), GOLDEN)
+def test_golden_noise_multipliers(capsys, units, batch, steps, golden):
+    found = plan(capsys, "--units", units, "--batch-size", batch, "--steps", steps, *BUDGET)
+    assert golden <= found["noise_multiplier"] <= golden * 1.002
+    assert 3.98 < found["epsilon"] <= 4
+
+
+@pytest.mark.parametrize(("units", "batch", "steps", "golden"), GOLDEN)
+def test_calibration_is_quick(units, batch, steps, golden):
+    accountant._single.cache_clear()
+    accountant._epsilon.cache_clear()
+    started = time.process_time()
+    accountant.noise_multiplier(4, 4e-5, sampling_rate=batch / units, steps=steps)
+    assert time.process_time() - started < 2
+
+
+def test_any_one_from_the_others(capsys):
+    units, batch, steps, sigma = ("--units", 64), ("--batch-size", 32), ("--steps", 100), ("--noise-multiplier", 5)
+    epsilon = plan(capsys, *units, *batch, *steps, *sigma)["epsilon"]
+    target = ("--epsilon", epsilon + 0.002)
+    more = plan(capsys, *units, *batch, *sigma, *target)
+    assert 98 <= more["steps"] <= 101 and more["epsilon"] <= epsilon + 0.002
+    larger = plan(capsys, *units, *steps, *sigma, *target)
+    assert 31 <= larger["batch_size"] <= 33 and larger["epsilon"] <= epsilon + 0.002
+    quieter = plan(capsys, *units, *batch, *steps, "--epsilon", epsilon)
+    assert 5 <= quieter["noise_multiplier"] <= 5 * 1.002
+
+
+def test_passes_over_one_sample_cost_as_one_release_of_less_noise(capsys):
+    arguments = (*PAPER, "--batch-size", 256, "--steps", 4883, "--noise-multiplier", 1.616)
+    once, four = plan(capsys, *arguments)["epsilon"], plan(capsys, *arguments, "--passes", 4)["epsilon"]
+    assert once == pytest.approx(4.00, abs=0.01) and four == pytest.approx(14.13, abs=0.01)  # as fresh samples: 9.13
+
+
+def test_without_privacy(capsys):
+    found = plan(capsys, "--units", 1000, "--batch-size", 10, "--steps", 10, "--epsilon", "inf")
+    assert found["noise_multiplier"] == 0 and found["epsilon"] == "inf"
+    assert (
+        "NOT PRIVATE"
+        in call(capsys, "plan", "--units", 1000, "--batch-size", 10, "--steps", 10, "--epsilon", "inf").out
+    )
+
+
+def test_aliases_of_the_recipe_fields(capsys):
+    short = plan(capsys, *PAPER, "--batch-size", 512, "--steps", 300, "--passes", 2, "--epsilon", 4)
+    long = plan(
+        capsys, "--declared_units", 12500, "--target_delta", 4e-5, "--expected_batch_size", 512, "--max_steps", 300,
+        "--num_ppo_epochs", 2, "--target_epsilon", 4,
+    )  # fmt: skip
+    assert short == long
+
+
+def test_default_delta_and_the_table(capsys):
+    found = plan(capsys, "--units", 50_000, "--batch-size", 512, "--steps", 10, "--noise-multiplier", 2)
+    assert found["delta"] == pytest.approx(2e-6) and math.isfinite(found["epsilon"])
+    table = call(capsys, "plan", "--units", 64, "--batch-size", 32, "--steps", 100, "--epsilon", 2)
+    assert table.status == 0 and " 16 " in table.out and " 64 " in table.out and " 128 " not in table.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--batch-size", 10), "missing: epsilon, noise multiplier, steps"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", 1, "--noise-multiplier", 1), "all of them are given"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", 0), "epsilon 0.0"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", -1), "epsilon -1.0"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", "nan"), "epsilon nan"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", 1, "--delta", 1), "delta 1.0"),
+        (("--batch-size", 101, "--steps", 5, "--epsilon", 1), "batch size 101"),
+        (("--batch-size", 10, "--steps", 0, "--epsilon", 1), "steps 0"),
+        (("--batch-size", 10, "--steps", "many", "--epsilon", 1), "many"),
+        (("--batch-size", 10, "--steps", 5, "--noise-multiplier", -1), "noise multiplier -1"),
+        (("--batch-size", 10, "--steps", 5, "--noise-multiplier", 1, "--passes", 0), "passes=0"),
+    ],
+)
+def test_what_cannot_be_planned(capsys, arguments, says):
+    assert says in call(capsys, "plan", "--units", 100, *arguments, "--json").error
