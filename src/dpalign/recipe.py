@@ -30,6 +30,7 @@ class Recipe:
         ppo_data: another dataset for PPO alone.
         units_disjoint: `checked` compares the unit columns of separate datasets; `declared` takes your word,
             and the statement says so.
+        eval_prompts: most public prompts that are measured at the end; default: all.
         ledger: the private file that records every spending; default: $DPALIGN_LEDGER, else
             ~/.local/share/dpalign/ledger.sqlite.
         report_to: `tensorboard` writes the noised metrics for it, through accelerate; `none`.
@@ -48,6 +49,7 @@ class Recipe:
     sft_data: DataConfig | None = None
     ppo_data: DataConfig | None = None
     units_disjoint: Literal["checked", "declared"] = "checked"
+    eval_prompts: int | None = None
     ledger: str | None = None
     report_to: Literal["none", "tensorboard"] = "none"
     device: str = "auto"

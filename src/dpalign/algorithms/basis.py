@@ -21,19 +21,16 @@ from ..models.policy import Policy
 if TYPE_CHECKING:
     from .ppo import PPO
 
-SYNTHETIC_ROWS = 1024
 
-
-def align_inputs(policy: Policy, algorithm: PPO, rows: int = SYNTHETIC_ROWS) -> None:
+def align_inputs(policy: Policy, algorithm: PPO) -> None:
     """Sets every A of the newest adapter to the leading right singular vectors of the synthetic gradient.
 
     Args:
         policy: with the newest adapter added; its B is still zero.
-        rows: synthetic rollouts to estimate the gradient from.
     """
     from .ppo import sample
 
-    config = algorithm.config
+    config, rows = algorithm.config, algorithm.config.adapter.init_rows
     start = policy.tokenizer.bos_token_id
     start = policy.tokenizer.eos_token_id if start is None else start
     if start is None:

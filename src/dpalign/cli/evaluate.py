@@ -29,6 +29,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
     parser.add_argument("--eval_is_public", action="store_true", help="declare the prompts public")
     parser.add_argument("--reward", default="vader", help="vader, classifier:PATH or module:function")
+    parser.add_argument("--reward_is_public", action="store_true", help="declare any reward but vader public")
     parser.add_argument("--reward_low", type=float, help="declared range of the reward, for module:function")
     parser.add_argument("--reward_high", type=float)
     parser.add_argument("--prompt_tokens", type=int, help="cut `text` into prompts of this many tokens")
@@ -45,7 +46,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         prompt_max_tokens=given.prompt_tokens, prepend_bos=given.prepend_bos,
     )  # fmt: skip
     reward = load_reward(
-        RewardConfig(source=given.reward, is_public=True, low=given.reward_low, high=given.reward_high)
+        RewardConfig(
+            source=given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high
+        )
     )
     records = read_records(given.data)
     rows: dict[str, dict[str, Any]] = {}

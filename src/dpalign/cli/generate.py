@@ -14,9 +14,8 @@ from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
 from .arguments import Parser
 
-DESCRIPTION = (
-    "Samples completions of prompts from a model or a release. Sampling from a release is free of privacy cost."
-)
+DESCRIPTION = """Samples completions of prompts from a model or a release. Sampling from a release costs no privacy, as
+long as the prompts are not private themselves: they are echoed."""
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:

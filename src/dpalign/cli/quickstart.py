@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..data.demo import movie_snippets
+from ..errors import DPAlignError
 from ..files import write_json
 from ..models import smollm2
 from ..pipeline import run_recipe
@@ -38,6 +39,8 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("--model", choices=("tiny-review-lm", "smollm2"), default="tiny-review-lm")
     parser.add_argument("--compare", action="store_true", help="also run it without privacy, as a baseline")
     given, overrides = parser.parse_known_args(arguments)
+    if any(o.startswith(("--data.", "--sft_data", "--ppo_data")) for o in overrides):
+        raise DPAlignError("the quickstart is for its demo data: for your own, write a recipe and use `dpalign run`.")
     reporter = Reporter()
     with reporter.status("fetching the demo data"):
         private, public = movie_snippets()
@@ -63,7 +66,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         other = run_recipe(baseline, reporter=reporter)
         evaluation["non-private"] = other["evaluation"]["ppo"]
         texts = json.loads((Path(baseline.output_dir) / "completions.json").read_text(encoding="utf-8"))
-        samples = [{**a, "non-private": b["ppo"]} for a, b in zip(samples, texts, strict=True)]
+        samples = [{**a, "non-private (not covered)": b["ppo"]} for a, b in zip(samples, texts, strict=True)]
         metrics["without privacy"] = Path(baseline.output_dir) / "metrics.jsonl"
         summary["seconds_nonprivate"] = other["seconds"]
     summary |= flat_summary(evaluation)
@@ -107,7 +110,7 @@ def flat_summary(evaluation: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def _print(summary: dict[str, Any], evaluation: dict[str, Any], samples: list[dict[str, str]], folder: Path) -> None:
     console = Console(highlight=False)
-    console.print(evaluation_table(evaluation, title="1,000 public prompts"))
+    console.print(evaluation_table(evaluation, title=f"{evaluation['private']['prompts']:,} public prompts"))
     table = Table(title="The same public prompts", show_lines=True)
     for name in samples[0]:
         table.add_column(name)

@@ -69,6 +69,7 @@ class AdapterConfig:
         freeze_a: train only the B matrices; halves the trained dimension.
         init_a: `random` (peft's), or `synthetic_gradient` (PPO): the input directions of the reward's gradient on
             prompts that the policy writes itself; best with freeze_a. Reads no data.
+        init_rows: synthetic rollouts for `synthetic_gradient`.
     """
 
     r: int = 4
@@ -77,6 +78,7 @@ class AdapterConfig:
     layers: list[int] | None = None
     freeze_a: bool = False
     init_a: Literal["random", "synthetic_gradient"] = "random"
+    init_rows: int = 1024
 
 
 @dataclass
