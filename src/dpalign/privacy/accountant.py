@@ -166,7 +166,7 @@ def check_delta(delta: float) -> None:
 
 def _interval(steps: int) -> float:
     # The pessimistic rounding costs about steps * interval^2 / 2 in epsilon; hold that below 0.0025.
-    return min(1e-3, max(1e-5, math.sqrt(5e-3 / max(1, steps))))
+    return min(5e-3, max(1e-5, math.sqrt(5e-3 / max(1, steps))))
 
 
 @lru_cache(maxsize=4096)
