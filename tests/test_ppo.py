@@ -14,9 +14,10 @@ from dpalign.algorithms import PPO, PPOConfig
 from dpalign.algorithms.base import Batch
 from dpalign.algorithms.ppo import Experience
 from dpalign.errors import DPAlignError
+from dpalign.evaluation import evaluate_policy, public_prompts
 from dpalign.models import AdapterConfig, Policy
 from dpalign.models.policy import Rollouts
-from dpalign.rewards import Reward
+from dpalign.rewards import Reward, RewardConfig
 from tiny import tiny_base, tiny_policy, tiny_tokenizer, words
 
 EOS = 1
@@ -225,3 +226,14 @@ def test_the_baseline_follows_the_noised_reward():
     assert algorithm.baseline == pytest.approx(0.3 + 0.3 * 1.7)
     with pytest.raises(DPAlignError, match="metrics_noise_ratio > 0"):
         PPOConfig(noised_baseline=True, metrics_noise_ratio=0).validate()
+
+
+def test_evaluation_gives_the_reward_its_columns():
+    policy = tiny_policy("llama")
+    config = PPOConfig(max_completion_length=4, reward=RewardConfig(columns=["score"]))
+    records = [{"prompt": f"w{i} w2", "score": i / 4} for i in range(4)]
+    reward = Reward(lambda prompts, completions, score: score, 0.0, 1.0)
+    result, texts = evaluate_policy(policy, public_prompts(policy, records, config), reward, config)
+    assert result.reward == pytest.approx((0 + 1 + 2 + 3) / 16) and len(texts) == 4
+    result, _ = evaluate_policy(policy, public_prompts(policy, records, config, at_most=2), reward, config)
+    assert result.prompts == 2 and result.reward == pytest.approx(1 / 8)

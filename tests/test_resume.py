@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from dpalign.algorithms import SFT, SFTConfig
+from dpalign.errors import DPAlignError
+from dpalign.privacy.accountant import epsilon
+from dpalign.privacy.ledger import Ledger
+from dpalign.training import Stage
 from helpers import call, in_fresh_process, ledger_rows, reviews, start, statement, write_jsonl, write_recipe
+from tiny import dataset, tiny_policy, words
 
 STEPS, SAVED = 14, 5
 LONG = {"sft": {"max_steps": STEPS, "save_steps": SAVED}, "ppo": {"max_steps": STEPS, "save_steps": SAVED}}
@@ -173,3 +179,40 @@ def test_rolling_back_never_gives_budget_back(finished, capsys, tmp_path):
     # A new folder is a new run: it may spend again, and the ledger adds it.
     shutil.rmtree(tmp_path / "run")
     assert call(capsys, "run", recipe, "--json").json["ledger"][0]["epsilon_of_all_private_runs"] > 1.2 * epsilon
+
+
+class CrashAtTheEnd(Stage):
+    """Dies when the last step is drawn, released and not yet saved."""
+
+    def _save(self, step: int, where: str) -> None:
+        if step == self.plan.steps and where == ".":
+            raise KeyboardInterrupt
+        super()._save(step, where)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_crash_in_the_last_step_leaves_a_run_that_can_end(steps, tmp_path):
+    """Hardly any budget is left for the lost step: it is dropped, not drowned in noise."""
+    ledger, told = Ledger(tmp_path / "ledger.sqlite"), []
+    data = dataset([[{"id": f"r{i}", "text": words(6, i)}] for i in range(40)])
+
+    def stage(kind: type[Stage]) -> Stage:
+        config = SFTConfig(
+            target_epsilon=4.0, target_delta=1e-5, expected_batch_size=8, max_steps=steps, max_length=8,
+        )  # fmt: skip
+        return kind(
+            tiny_policy("llama"), SFT(config), data, folder=tmp_path / "sft", run="run", ledger=ledger, tell=told.append
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(CrashAtTheEnd).train()
+    resumed = stage(Stage)
+    if steps == 1:
+        with pytest.raises(DPAlignError, match="before its first checkpoint"):
+            resumed.train()
+        return
+    resumed.train()
+    assert resumed.is_finished and resumed.end == steps - 1
+    assert len(ledger.intents()) == steps
+    assert epsilon([s.mechanism for s in ledger.spendings()], 1e-5) <= 4.0
+    assert any("stay spent: 0 of the remaining 1 steps" in message for message in told)

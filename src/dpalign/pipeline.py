@@ -333,7 +333,7 @@ def _evaluate(recipe: Recipe, policy: Policy, reward: Reward | None, names: list
     data = recipe.ppo_data or recipe.data
     if recipe.ppo is None or reward is None or not data.eval_path or not data.eval_is_public:
         return {}
-    prompts = public_prompts(policy, read_records(data.eval_path, data.split), recipe.ppo)[: recipe.eval_prompts]
+    prompts = public_prompts(policy, read_records(data.eval_path, data.split), recipe.ppo, recipe.eval_prompts)
     with reporter.status("measuring on the public prompts"):
         results = evaluate_stages(policy, prompts, reward, recipe.ppo)
     texts = [

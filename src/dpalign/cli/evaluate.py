@@ -32,6 +32,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("--reward_is_public", action="store_true", help="declare any reward but vader public")
     parser.add_argument("--reward_low", type=float, help="declared range of the reward, for module:function")
     parser.add_argument("--reward_high", type=float)
+    parser.add_argument(
+        "--reward_columns", nargs="*", default=[], help="columns of the data that the function is given"
+    )
     parser.add_argument("--prompt_tokens", type=int, help="cut `text` into prompts of this many tokens")
     parser.add_argument("--max_prompt_length", type=int, default=64)
     parser.add_argument("--max_completion_length", type=int, default=16)
@@ -44,12 +47,12 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     config = PPOConfig(
         max_prompt_length=given.max_prompt_length, max_completion_length=given.max_completion_length,
         prompt_max_tokens=given.prompt_tokens, prepend_bos=given.prepend_bos,
+        reward=RewardConfig(
+            source=given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high,
+            columns=given.reward_columns,
+        ),
     )  # fmt: skip
-    reward = load_reward(
-        RewardConfig(
-            source=given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high
-        )
-    )
+    reward = load_reward(config.reward)
     records = read_records(given.data)
     rows: dict[str, dict[str, Any]] = {}
     for model in given.models:

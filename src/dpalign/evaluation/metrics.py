@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algorithms.ppo import PPOConfig, encode_prompt, sample
 from ..data.load import Record
+from ..errors import DPAlignError
 from ..models.policy import Policy, Rollouts
 from ..rewards import Reward
 
@@ -38,16 +40,30 @@ class Evaluation:
         return asdict(self)
 
 
-def public_prompts(policy: Policy, records: list[Record], config: PPOConfig) -> list[list[int]]:
-    """Token ids of the records' prompts; texts too short for one are left out."""
-    encoded = [encode_prompt(policy, record, config) for record in records]
-    return [ids for ids in encoded if ids is not None]
+@dataclass(frozen=True)
+class PublicPrompts:
+    """Token ids of prompts, and the columns that the reward is given; all of one length."""
+
+    ids: list[list[int]]
+    columns: dict[str, list[Any]]
+
+
+def public_prompts(
+    policy: Policy, records: list[Record], config: PPOConfig, at_most: int | None = None
+) -> PublicPrompts:
+    """Prompts of the first `at_most` records (default all); texts too short for one are left out."""
+    encoded = [(record, encode_prompt(policy, record, config)) for record in records]
+    usable = [(record, ids) for record, ids in encoded if ids is not None][:at_most]
+    if not usable:
+        raise DPAlignError("none of the public records is long enough for a prompt: lower prompt_min_tokens.")
+    columns = {name: [record.get(name) for record, _ in usable] for name in config.reward.columns}
+    return PublicPrompts([ids for _, ids in usable], columns)
 
 
 @torch.no_grad()
 def evaluate_policy(
     policy: Policy,
-    prompts: list[list[int]],
+    prompts: PublicPrompts,
     reward: Reward,
     config: PPOConfig,
     *,
@@ -61,7 +77,7 @@ def evaluate_policy(
     Returns:
         The means, and (prompt, completion) texts.
     """
-    ids, mask = policy.encode_prompts(prompts, max(len(p) for p in prompts))
+    ids, mask = policy.encode_prompts(prompts.ids, max(map(len, prompts.ids)))
     torch.manual_seed(seed)
     rollouts = sample(policy, ids, mask, config)
     logprobs = logprobs_under(policy, rollouts, config)
@@ -70,8 +86,8 @@ def evaluate_policy(
     with policy.reference():
         reference_logprobs = logprobs_under(policy, rollouts, config)
     texts = policy.decode(rollouts)
-    prompt_texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    scores = reward(prompt_texts, texts)
+    prompt_texts = policy.tokenizer.batch_decode(prompts.ids, skip_special_tokens=True)
+    scores = reward(prompt_texts, texts, prompts.columns)
     scored = scores[~scores.isnan()]
     lengths = rollouts.completion_mask.sum(1)
     return Evaluation(
@@ -81,7 +97,7 @@ def evaluate_policy(
         perplexity=float(torch.exp(-base_logprobs.sum() / lengths.sum())),
         distinct_2=distinct(rollouts.completion_ids, rollouts.completion_mask, 2),
         completion_length=float(lengths.mean()),
-        prompts=len(prompts),
+        prompts=len(prompts.ids),
     ), list(zip(prompt_texts, texts, strict=True))
 
 
@@ -110,7 +126,7 @@ def distinct(ids: Tensor, mask: Tensor, n: int) -> float:
 
 
 def evaluate_stages(
-    policy: Policy, prompts: list[list[int]], reward: Reward, config: PPOConfig, *, seed: int = 0
+    policy: Policy, prompts: PublicPrompts, reward: Reward, config: PPOConfig, *, seed: int = 0
 ) -> dict[str, tuple[Evaluation, list[tuple[str, str]]]]:
     """`evaluate_policy` of the base model and of the policy after each stage, by the stage's name."""
     results = {}

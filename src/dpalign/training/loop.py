@@ -30,6 +30,9 @@ from ..privacy.mechanism import GaussianMechanism
 from ..privacy.sampling import poisson_sample
 from .checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
 
+# After an interruption, steps whose noise would be more than this many times the planned one are dropped.
+BEARABLE_NOISE = 4.0
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -125,6 +128,7 @@ class Stage:
         self.report, self.tell = report, tell
         self.config = algorithm.config
         self.plan = plan_stage(algorithm, data.declared_units)
+        self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
         self.config_hash = hash_of(asdict(self.config) | {"units": data.declared_units, "part": (data.low, data.high)})
         self.private = self.config.insecure_seed is None and self.plan.noise_multiplier > 0
 
@@ -149,7 +153,7 @@ class Stage:
         step = self._resume()
         attempt, sigma = self._refit(step)
         self.algorithm.encode(self.policy, self.data.units)
-        while step < self.plan.steps:
+        while step < self.end:
             step = self._phase(step, attempt, sigma)
         self._save(step, "final")
         if config.gradient_checkpointing:
@@ -188,7 +192,7 @@ class Stage:
             released = self._step(phase, [place[u] for u in units], sigma, entropy, step)
             step += 1
             self._tell(step, sigma, attempt, released)
-        if step % self.config.save_steps < algorithm.minibatches or step == plan.steps:
+        if step % self.config.save_steps < algorithm.minibatches or step == self.end:
             self._save(step, ".")
         return step
 
@@ -277,15 +281,33 @@ class Stage:
         if len(intents) <= step or self.plan.noise_multiplier == 0 or remaining == 0:
             sigma = self._last_sigma(intents) if intents else self.plan.noise_multiplier
             return attempt, sigma
-        spent = self.ledger.spendings(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
-        sigma = accountant.noise_multiplier(
-            self.plan.target_epsilon, self.plan.target_delta, sampling_rate=self.plan.sampling_rate, steps=remaining,
-            passes=self.plan.passes, metrics_noise_ratio=self.config.metrics_noise_ratio,
-            spent=[s.mechanism for s in spent],
-        )  # fmt: skip
+        spent = [
+            s.mechanism for s in self.ledger.spendings(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
+        ]
+
+        def sigma_for(steps: int) -> float:
+            try:
+                return accountant.noise_multiplier(
+                    self.plan.target_epsilon, self.plan.target_delta, sampling_rate=self.plan.sampling_rate,
+                    steps=steps, passes=self.plan.passes, metrics_noise_ratio=self.config.metrics_noise_ratio, spent=spent,
+                )  # fmt: skip
+            except DPAlignError:
+                return math.inf
+
+        # A few steps of bearable noise are worth more than all of them drowned in it.
+        phase = self.algorithm.minibatches
+        bearable = BEARABLE_NOISE * self.plan.noise_multiplier
+        kept = phase * accountant.largest_where(lambda n: sigma_for(n * phase) <= bearable, 1, remaining // phase)
+        if kept == 0 and step == 0:
+            raise DPAlignError(
+                f"interruptions have spent the budget of stage {self.algorithm.name} before its first checkpoint: start a "
+                "run in another output folder."
+            )
+        self.end = step + kept
+        sigma = sigma_for(kept) if kept else self._last_sigma(intents)
         self.tell(
-            f"{len(intents) - step} drawn steps were lost by an interruption and stay spent: the remaining {remaining} "
-            f"steps run at noise multiplier {sigma:.4f} instead of {self._last_sigma(intents):.4f}."
+            f"{len(intents) - step} drawn steps were lost by an interruption and stay spent: {kept} of the remaining "
+            f"{remaining} steps run, at noise multiplier {sigma:.4f} (planned: {self.plan.noise_multiplier:.4f})."
         )
         return attempt, sigma
 
@@ -306,10 +328,10 @@ class Stage:
 
     def _tell(self, step: int, sigma: float, attempt: int, metrics: dict[str, float] | None) -> None:
         every = max(1, self.plan.steps // 100)  # the accountant is too slow to be asked at each of many steps
-        if step % every == 0 or step == self.plan.steps or not hasattr(self, "_epsilon"):
+        if step % every == 0 or step == self.end or not hasattr(self, "_epsilon"):
             self._epsilon = self.epsilon_spent()
         self.report(StepReport(self.algorithm.name, step, self.plan.steps, self._epsilon, metrics))
-        if self.log is not None and (step % self.config.logging_steps == 0 or step == self.plan.steps):
+        if self.log is not None and (step % self.config.logging_steps == 0 or step == self.end):
             line = {
                 "private": self.private,
                 "stage": self.algorithm.name,
