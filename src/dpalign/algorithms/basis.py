@@ -9,47 +9,44 @@ No record is read: the policy is public or a DP release, so this is post-process
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..errors import DPAlignError
-from ..models.policy import Policy
-
-if TYPE_CHECKING:
-    from .ppo import PPO
+from ..models.policy import Policy, Rollouts
 
 
-def align_inputs(policy: Policy, algorithm: PPO) -> None:
+def align_inputs(
+    policy: Policy,
+    score: Callable[[Rollouts], Tensor],
+    *,
+    rows: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    micro_batch_size: int,
+) -> None:
     """Sets every A of the newest adapter to the leading right singular vectors of the synthetic gradient.
 
     Args:
         policy: with the newest adapter added; its B is still zero.
+        score: the public reward of rollouts, `(rows,)`, NaN where there is none.
+        rows: synthetic rollouts to estimate the gradient from; the prompts have `prompt_tokens` tokens after BOS.
     """
-    from .ppo import sample
-
-    config, rows = algorithm.config, algorithm.config.adapter.init_rows
     start = policy.tokenizer.bos_token_id
     start = policy.tokenizer.eos_token_id if start is None else start
     if start is None:
         raise DPAlignError("init_a synthetic_gradient needs a tokenizer with a BOS or EOS token to write prompts from.")
-    length = config.prompt_max_tokens or config.prompt_min_tokens or 8
     front = torch.full((rows, 1), start, device=policy.device)
-    chunks = range(0, rows, 256)
-    with policy.reference(), policy.merged():
-        prompts = torch.cat(
-            [
-                policy.generate(
-                    front[i : i + 256], torch.ones_like(front[i : i + 256]), length, min_new_tokens=length
-                ).input_ids
-                for i in chunks
-            ]
-        )
-    rollouts = sample(policy, prompts, torch.ones_like(prompts), config)
-    texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    scores = algorithm.reward(texts, policy.decode(rollouts)).to(policy.device)
+    written = policy.sample(front, torch.ones_like(front), prompt_tokens, min_new_tokens=prompt_tokens)
+    rollouts = policy.sample(
+        written.input_ids, torch.ones_like(written.input_ids), max_new_tokens, min_new_tokens=min_new_tokens
+    )
+    scores = score(rollouts).to(policy.device)
     scores = torch.where(scores.isnan(), scores.nanmean(), scores)
     advantages = scores - scores.mean()  # synthetic rows may share statistics: no unit is among them
 
@@ -61,9 +58,9 @@ def align_inputs(policy: Policy, algorithm: PPO) -> None:
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        for i in range(0, rows, config.micro_batch_size):
-            rows_here = slice(i, i + config.micro_batch_size)
-            logprobs, _ = policy.completion_logprobs(rollouts[rows_here], config.min_completion_length)
+        for i in range(0, rows, micro_batch_size):
+            rows_here = slice(i, i + micro_batch_size)
+            logprobs, _ = policy.completion_logprobs(rollouts[rows_here], min_new_tokens)
             (-(advantages[rows_here] * logprobs.sum(1)).sum() / rows).backward()
         for layer, weight in zip(layers, weights, strict=True):
             assert weight.grad is not None

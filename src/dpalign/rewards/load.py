@@ -1,0 +1,56 @@
+"""From a setting to a checked reward."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from ..errors import DPAlignError
+from .base import PROBES, Reward, RewardConfig, RewardFunction, check_reward
+from .classifier import classifier
+from .lexicon import vader
+
+
+def load_reward(
+    config: RewardConfig, device: str | torch.device = "cpu", function: RewardFunction | None = None
+) -> Reward:
+    """Builds the reward that `config` names, or wraps `function`, and checks it.
+
+    Raises:
+        DPAlignError: unknown source, not declared public, no range, or `check_reward` refuses it.
+    """
+    low, high = config.low, config.high
+    if config.source == "vader" and function is None:
+        function = vader(config.text)
+        low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
+    else:
+        if not config.is_public:
+            raise DPAlignError(
+                f"reward {config.source!r} must be declared public (reward.is_public: true): a reward made from "
+                "private data without a guarantee would void the one printed here."
+            )
+        if function is None and config.source.startswith("classifier:"):
+            function = classifier(config.source.removeprefix("classifier:"), config, device)
+            if not config.use_logit:
+                low, high = (0.0 if low is None else low), (1.0 if high is None else high)
+        elif function is None:
+            function = _import_function(config.source)
+    if low is None or high is None:
+        raise DPAlignError(f"reward {config.source!r} needs its declared range: set reward.low and reward.high.")
+    reward = Reward(function, low, high, config.scale, config.shift)
+    check_reward(function, config.source, {c: [None] * len(PROBES) for c in config.columns})
+    return reward
+
+
+def _import_function(source: str) -> RewardFunction:
+    module, _, name = source.partition(":")
+    if not name:
+        raise DPAlignError(f"reward {source!r} is not known: use vader, classifier:PATH or module:function.")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DPAlignError(f"reward {source!r} cannot be imported: {error}") from None
+    if not callable(function):
+        raise DPAlignError(f"reward {source!r} is not a function.")
+    return function
