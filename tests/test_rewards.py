@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -149,3 +150,13 @@ def test_what_a_classifier_is_refused_for(classifier):
         loaded(folder, use_logit=True)
     with pytest.raises(DPAlignError, match="declared public"):
         load_reward(RewardConfig(source=f"classifier:{folder}"))
+
+
+def test_a_function_in_a_file_beside_the_recipe_is_found(tmp_path, monkeypatch):
+    (tmp_path / "reward_beside.py").write_text(
+        "def f(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # as for an installed command
+    reward = load_reward(RewardConfig(source="reward_beside:f", is_public=True, low=0.0, high=1.0))
+    assert reward(["a"], ["b"]).tolist() == [0.5]

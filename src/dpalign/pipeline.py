@@ -368,6 +368,7 @@ def _data_configs(recipe: Recipe, names: list[str]) -> dict[str, DataConfig]:
 def _quiet_libraries() -> None:
     # Their warnings may quote lengths or texts of records.
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
 
 

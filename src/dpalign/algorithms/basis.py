@@ -42,9 +42,12 @@ def align_inputs(
     if start is None:
         raise DPAlignError("init_a synthetic_gradient needs a tokenizer with a BOS or EOS token to write prompts from.")
     front = torch.full((rows, 1), start, device=policy.device)
-    written = policy.sample(front, torch.ones_like(front), prompt_tokens, min_new_tokens=prompt_tokens)
+    ones = torch.ones_like
+    prompts = policy.sample(
+        front, ones(front), prompt_tokens, min_new_tokens=prompt_tokens, rows_at_once=micro_batch_size
+    ).input_ids
     rollouts = policy.sample(
-        written.input_ids, torch.ones_like(written.input_ids), max_new_tokens, min_new_tokens=min_new_tokens
+        prompts, ones(prompts), max_new_tokens, min_new_tokens=min_new_tokens, rows_at_once=micro_batch_size
     )
     scores = score(rollouts).to(policy.device)
     scores = torch.where(scores.isnan(), scores.nanmean(), scores)

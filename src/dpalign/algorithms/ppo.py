@@ -256,7 +256,10 @@ class PPO:
 
 def sample(policy: Policy, ids: Tensor, mask: Tensor, config: PPOConfig) -> Rollouts:
     """Completions of `(rows, prompt)` ids with the config's lengths."""
-    return policy.sample(ids, mask, config.max_completion_length, min_new_tokens=config.min_completion_length)
+    return policy.sample(
+        ids, mask, config.max_completion_length, min_new_tokens=config.min_completion_length,
+        rows_at_once=config.micro_batch_size if policy.constant_rows else 256,  # filled-up rows cost time
+    )  # fmt: skip
 
 
 def encode_prompt(policy: Policy, record: Record, config: PPOConfig) -> list[int] | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import DPAlignError
 from ..training.loop import StagePlan, StepReport
@@ -46,7 +46,8 @@ class Reporter:
             self._tracker.log({**values, f"{report.stage}/epsilon": report.epsilon}, step=report.step)
         if self._progress is None:
             return
-        noised = "  ".join(f"{k} {v:.2f}" for k, v in (report.metrics or {}).items())
+        short = {"completion_length": "tokens"}
+        noised = " ".join(f"{short.get(k, k)} {v:.2f}" for k, v in (report.metrics or {}).items())
         spent = "inf" if math.isinf(report.epsilon) else f"{report.epsilon:.2f}"
         self._progress.update(self._task, completed=report.step, total=report.steps, epsilon=spent, noised=noised)
 
@@ -67,12 +68,10 @@ class Reporter:
             self._tracker = accelerator
         columns = (
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("epsilon spent {task.fields[epsilon]}"),
+            TextColumn("left, epsilon {task.fields[epsilon]} spent"),
             TextColumn("[dim]noised: {task.fields[noised]}"),
         )
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 
 import torch
 
@@ -47,6 +49,8 @@ def _import_function(source: str) -> RewardFunction:
     module, _, name = source.partition(":")
     if not name:
         raise DPAlignError(f"reward {source!r} is not known: use vader, classifier:PATH or module:function.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a file beside the recipe, as with `python -m`
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
