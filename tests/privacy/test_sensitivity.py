@@ -26,7 +26,7 @@ from torch import Tensor
 from dpalign.algorithms import PPO, SFT
 from dpalign.algorithms.base import unit_means
 from dpalign.data import DataConfig, build_units
-from dpalign.privacy.entropy import SystemEntropy
+from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.training import Stage
@@ -391,7 +391,7 @@ def largest_contribution(mechanism_class: type[GaussianMechanism], dtype: torch.
 
 def bare_mechanism(mechanism_class: type[GaussianMechanism], shapes: list[torch.Size], **changes) -> GaussianMechanism:
     settings = {"max_grad_norm": 1.0, "noise_multiplier": 0.0, "divisor": 1.0, "clipping": "flat"}
-    return mechanism_class(shapes, entropy=SystemEntropy(), **settings | changes)
+    return mechanism_class(shapes, **{"entropy": SystemEntropy()} | settings | changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -424,7 +424,8 @@ def sum_and_noise_error(sums: torch.dtype) -> tuple[float, float]:
         quiet.add([grads[0][start : start + 8]])
     exact = grads[0].double().sum(0)
     error = float((quiet.release()[0][0].double() - exact).norm() / exact.norm())
-    noisy = bare_mechanism(GaussianMechanism, [torch.Size([50])], dtype=sums, noise_multiplier=0.01)
+    coins = SeededEntropy(0)  # one of 50 float32 sums swallows its noise by chance in 1 of 250 runs
+    noisy = bare_mechanism(GaussianMechanism, [torch.Size([50])], dtype=sums, noise_multiplier=0.01, entropy=coins)
     noisy._sums[0] += exact.to(sums)
     return error, float((noisy.release()[0][0] == exact.to(sums)).float().mean())
 
@@ -432,7 +433,7 @@ def sum_and_noise_error(sums: torch.dtype) -> tuple[float, float]:
 def test_the_sum_and_the_noise_are_float32():
     """PRIVACY test 20: a bfloat16 sum loses gradients and noise; the default loses neither."""
     error, vanished = sum_and_noise_error(torch.float32)
-    assert error < 1e-5 and vanished < 0.1
+    assert error < 1e-5 and vanished == 0
     error, vanished = sum_and_noise_error(torch.bfloat16)
     assert error > 0.05 and vanished > 0.5
     assert bare_mechanism(GaussianMechanism, [torch.Size([2])])._sums[0].dtype == torch.float32
