@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.load import Record
 from ..errors import DPAlignError
-from ..models.policy import AdapterConfig, Policy
+from ..models import AdapterConfig
 from ..privacy.mechanism import Clipping, MetricRange
 
 
@@ -30,6 +31,8 @@ class TrainingConfig:
         adam_beta1: AdamW's.
         adam_beta2: AdamW's.
         adam_epsilon: AdamW's.
+        adam_noise_correction: subtract the variance of the privacy noise from Adam's second moment (DP-AdamBC).
+        adam_noise_floor: smallest denominator after that, as a multiple of the noise's standard deviation.
         max_grad_norm: C, the bound on one unit's gradient.
         clipping: `automatic` scales every unit's gradient to nearly C, `flat` scales only larger ones down,
             `none` is for runs without privacy.
@@ -58,6 +61,8 @@ class TrainingConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    adam_noise_correction: bool = False
+    adam_noise_floor: float = 0.1
     max_grad_norm: float = 1.0
     clipping: Clipping = "automatic"
     clipping_gamma: float = 0.01
@@ -72,6 +77,16 @@ class TrainingConfig:
     seed: int = 0
     insecure_seed: int | None = None
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
+    @property
+    def passes(self) -> int:
+        """Releases per Poisson sample (T_PPO)."""
+        return 1
+
+    @property
+    def minibatches(self) -> int:
+        """Poisson samples that are drawn together (K)."""
+        return 1
 
     def validate(self) -> None:
         """Raises DPAlignError for a setting that cannot be."""
@@ -98,37 +113,41 @@ class Batch:
     tensors: Any
 
 
-class Algorithm(Protocol):
+class Algorithm(ABC):
     """A loss per row; the loop averages a unit's rows, clips once per unit and never looks inside.
 
     No method may compute anything across units: not a mean, a maximum length or a running statistic.
+    `model` is the `AdapterStack` that the stage trains.
     """
 
     name: str
-    passes: int
-    minibatches: int
+    metrics: tuple[MetricRange, ...]  # the metrics block and its declared ranges
 
-    @property
-    def config(self) -> Any:
-        """The algorithm's `TrainingConfig`."""
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
-    @property
-    def metrics(self) -> tuple[MetricRange, ...]:
-        """The metrics block and its declared ranges."""
+    @abstractmethod
+    def setup(self, model: Any) -> None:
+        """Adds what the stage trains to the model."""
 
-    def setup(self, policy: Policy) -> None:
-        """Adds what the stage trains to the policy."""
+    def warm_up(self, model: Any) -> int:
+        """Learns from text that the model writes itself, before the first draw; reads no record. Number of updates."""
+        return 0
 
-    def encode(self, policy: Policy, units: list[list[Record]]) -> None:
+    @abstractmethod
+    def encode(self, model: Any, units: list[list[Record]]) -> None:
         """Tokenises all units of the stage, each by itself; called once, before the first draw."""
 
-    def collect(self, policy: Policy, units: list[int]) -> Any:
-        """The data of one phase for the sampled `units` (rollouts, say), made with the current policy."""
+    @abstractmethod
+    def collect(self, model: Any, units: list[int]) -> Any:
+        """The data of one phase for the sampled `units` (rollouts, say), made with the current model."""
 
+    @abstractmethod
     def batch(self, phase: Any, positions: list[int]) -> Batch:
         """Rows of the units at `positions` within the phase."""
 
-    def row_losses(self, policy: Policy, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def row_losses(self, model: Any, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
         """Loss `(rows,)` and raw metrics `(rows, len(self.metrics))` of each row."""
 
     def after_step(self, released: dict[str, float] | None) -> None:
@@ -136,6 +155,7 @@ class Algorithm(Protocol):
 
     def state(self) -> dict[str, float]:
         """What `after_step` changed, for the checkpoint."""
+        return {}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Puts a checkpoint's state back."""

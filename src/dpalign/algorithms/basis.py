@@ -16,13 +16,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from ..errors import DPAlignError
-from ..models.policy import Policy, Rollouts
+from ..models import Policy
+from ..models.generation import write_prompts
+from ..models.policy import Rollouts
 
 
 def align_inputs(
     policy: Policy,
-    score: Callable[[Rollouts], Tensor],
+    score: Callable[[Rollouts, Policy], Tensor],
     *,
     rows: int,
     prompt_tokens: int,
@@ -37,19 +38,12 @@ def align_inputs(
         score: the public reward of rollouts, `(rows,)`, NaN where there is none.
         rows: synthetic rollouts to estimate the gradient from; the prompts have `prompt_tokens` tokens after BOS.
     """
-    start = policy.tokenizer.bos_token_id
-    start = policy.tokenizer.eos_token_id if start is None else start
-    if start is None:
-        raise DPAlignError("init_a synthetic_gradient needs a tokenizer with a BOS or EOS token to write prompts from.")
-    front = torch.full((rows, 1), start, device=policy.device)
     ones = torch.ones_like
-    prompts = policy.sample(
-        front, ones(front), prompt_tokens, min_new_tokens=prompt_tokens, rows_at_once=micro_batch_size
-    ).input_ids
+    prompts = write_prompts(policy, rows, prompt_tokens, micro_batch_size)
     rollouts = policy.sample(
         prompts, ones(prompts), max_new_tokens, min_new_tokens=min_new_tokens, rows_at_once=micro_batch_size
     )
-    scores = score(rollouts).to(policy.device)
+    scores = score(rollouts, policy).to(policy.device)
     scores = torch.where(scores.isnan(), scores.nanmean(), scores)
     advantages = scores - scores.mean()  # synthetic rows may share statistics: no unit is among them
 

@@ -7,184 +7,84 @@ adapts to is the noised KL.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..data.load import Record, require_columns
-from ..data.text import cut_length, render, tokens
 from ..errors import DPAlignError
-from ..models.policy import Policy, Rollouts
-from ..privacy.mechanism import MetricRange
-from ..rewards import Reward, RewardConfig
-from .base import Batch, TrainingConfig
-from .basis import align_inputs
+from ..models import Policy
+from ..rewards import Reward
+from .base import Batch
+from .rollouts import Experience, RolloutAlgorithm, RolloutConfig, in_micro_batches
 
 
 @dataclass(kw_only=True)
-class PPOConfig(TrainingConfig):
+class PPOConfig(RolloutConfig):
     """Settings of DP-PPO. Records have `prompt`, or `text` whose first tokens become the prompt.
 
     Args:
         num_ppo_epochs: T_PPO, passes over one sample; each costs noise, and the paper found no gain above 1.
         num_mini_batches: K Poisson samples whose union is rolled out together; with 1 every update is on-policy.
-        num_generations: rollouts per prompt, averaged inside the unit before the clip.
-        max_prompt_length: most tokens of a prompt; a longer one is an error.
-        prompt_min_tokens, prompt_max_tokens: cut `text` into a prompt of that many tokens (BOS not counted).
-        prepend_bos: put the tokenizer's BOS in front of every prompt.
-        max_completion_length: most tokens sampled per completion.
-        min_completion_length: EOS is not sampled before this many tokens.
-        beta: coefficient of the per-token KL penalty against the model the stage started from.
-        adaptive_kl_target: nats per completion; adapts beta to the noised KL (Ziegler et al. 2019). Needs metrics.
-        adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
         gamma, lam: discount and lambda of generalised advantage estimation (Schulman et al. 2016).
         cliprange: clip of the probability ratio.
         cliprange_value: clip of the value update.
         vf_coef: weight of the value loss.
         noised_baseline: subtract the noised mean reward of earlier steps from the reward (needs metrics).
-        missing_eos_penalty: subtracted from the reward of a completion without EOS.
-        kl_range: declared range of the noised KL metric, in nats per completion.
-        reward: the public reward function.
     """
 
-    learning_rate: float = 3e-3
     num_ppo_epochs: int = 1
     num_mini_batches: int = 1
-    num_generations: int = 1
-    max_prompt_length: int = 64
-    prompt_min_tokens: int | None = None
-    prompt_max_tokens: int | None = None
-    prepend_bos: bool = False
-    max_completion_length: int = 16
-    min_completion_length: int = 0
-    beta: float = 0.2
-    adaptive_kl_target: float | None = None
-    adaptive_kl_horizon: float = 10000.0
     gamma: float = 1.0
     lam: float = 0.95
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
     noised_baseline: bool = False
-    missing_eos_penalty: float = 0.0
-    kl_range: tuple[float, float] = (-5.0, 15.0)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    @property
+    def passes(self) -> int:
+        return self.num_ppo_epochs
+
+    @property
+    def minibatches(self) -> int:
+        return self.num_mini_batches
 
     def validate(self) -> None:
         super().validate()
-        for name in ("num_ppo_epochs", "num_mini_batches", "num_generations", "max_completion_length"):
+        for name in ("num_ppo_epochs", "num_mini_batches"):
             if getattr(self, name) < 1:
                 raise DPAlignError(f"{name} {getattr(self, name)} must be at least 1.")
-        if (self.adaptive_kl_target is not None or self.noised_baseline) and self.metrics_noise_ratio == 0:
-            raise DPAlignError(
-                "adaptive_kl_target and noised_baseline need the noised metrics: metrics_noise_ratio > 0."
-            )
+        if self.noised_baseline and self.metrics_noise_ratio == 0:
+            raise DPAlignError("noised_baseline needs the noised metrics: metrics_noise_ratio > 0.")
 
 
-@dataclass
-class Experience:
-    """Rollouts of a phase and what was computed when they were sampled; first dimension rows.
-
-    old_logprobs, advantages, returns, old_values are None on-policy with one pass: the current forward
-    pass gives them.
-    """
-
-    rollouts: Rollouts
-    ref_logprobs: Tensor  # (rows, completion)
-    scores: Tensor  # (rows,), NaN where the reward could not be computed
-    unit_rows: list[list[int]]  # rows of each unit of the phase
-    old_logprobs: Tensor | None = None
-    old_values: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-
-
-class PPO:
+class PPO(RolloutAlgorithm):
     """The clipped surrogate with a per-token KL penalty in the reward and the score on the last token."""
 
     name = "ppo"
+    config: PPOConfig
 
     def __init__(self, config: PPOConfig, reward: Reward) -> None:
-        self.config = config
-        self.reward = reward
-        self.passes = config.num_ppo_epochs
-        self.minibatches = config.num_mini_batches
-        self.beta = config.beta
+        super().__init__(config, reward)
         self.baseline = 0.0
-        self.metrics = (
-            MetricRange("reward", reward.low - config.missing_eos_penalty, reward.high),
-            MetricRange("kl", *config.kl_range),
-            MetricRange("completion_length", 0.0, float(config.max_completion_length)),
-        )
 
     def setup(self, policy: Policy) -> None:
-        policy.add_adapter(self.name, self.config.adapter)
-        if self.config.adapter.init_a == "synthetic_gradient":
-            self._align_inputs(policy)
+        super().setup(policy)
         policy.add_value_head()
 
-    def _align_inputs(self, policy: Policy) -> None:
-        config = self.config
+    # 1. and 2. prompts and rollouts: see `RolloutAlgorithm`
 
-        def score(rollouts: Rollouts) -> Tensor:
-            prompts = rollouts.input_ids[:, : -config.max_completion_length]
-            texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-            return self.reward(texts, policy.decode(rollouts), {c: [None] * len(texts) for c in config.reward.columns})
-
-        align_inputs(
-            policy, score, rows=config.adapter.init_rows,
-            prompt_tokens=config.prompt_max_tokens or config.prompt_min_tokens or 8,
-            max_new_tokens=config.max_completion_length, min_new_tokens=config.min_completion_length,
-            micro_batch_size=config.micro_batch_size,
-        )  # fmt: skip
-
-    # 1. Prompts ----------------------------------------------------------------------------------------
-
-    def encode(self, policy: Policy, units: list[list[Record]]) -> None:
-        self.records = units
-        self.prompts = [[encode_prompt(policy, record, self.config) for record in unit] for unit in units]
-
-    # 2. Rollouts ---------------------------------------------------------------------------------------
-
-    def collect(self, policy: Policy, units: list[int]) -> Experience:
-        """Samples `num_generations` completions per prompt, scores them, and keeps what later passes need."""
-        config = self.config
-        rows = [  # (unit of the phase, prompt, record); a text too short for a prompt makes no row
-            (position, prompt, record)
-            for position, u in enumerate(units)
-            for prompt, record in zip(self.prompts[u], self.records[u], strict=True)
-            for _ in range(config.num_generations)
-            if prompt is not None
-        ]
-        unit_rows: list[list[int]] = [[] for _ in units]
-        for row, (position, _, _) in enumerate(rows):
-            unit_rows[position].append(row)
-        ids, mask = policy.encode_prompts([prompt for _, prompt, _ in rows], config.max_prompt_length)
-        rollouts = sample(policy, ids, mask, config)
-        micro = config.micro_batch_size
-        with torch.no_grad(), policy.reference():
-            ref_logprobs = _in_micro_batches(policy, rollouts, config, micro)[0]
-        prompts = policy.tokenizer.batch_decode([prompt for _, prompt, _ in rows], skip_special_tokens=True)
-        # The declared columns and no others: a key that only one record has must not change the call.
-        columns = {name: [record.get(name) for _, _, record in rows] for name in config.reward.columns}
-        scores = self.reward(prompts, policy.decode(rollouts), columns)
-        scores = scores.to(policy.device) - config.missing_eos_penalty * (1 - _has_eos(policy, rollouts))
-        experience = Experience(rollouts, ref_logprobs, scores, unit_rows)
-        if self.passes > 1 or self.minibatches > 1:
-            with torch.no_grad():
-                logprobs, values = _in_micro_batches(policy, rollouts, config, micro)
-            experience.old_logprobs, experience.old_values = logprobs, values
-            experience.advantages, experience.returns = self.advantages(
-                logprobs, ref_logprobs, values, scores, rollouts.completion_mask
-            )
-        return experience
-
-    def batch(self, phase: Experience, positions: list[int]) -> Batch:
-        rows = [(unit, row) for unit, position in enumerate(positions) for row in phase.unit_rows[position]]
-        device = phase.scores.device
-        row_unit = torch.tensor([unit for unit, _ in rows], dtype=torch.int64, device=device)
-        return Batch(row_unit, torch.tensor([row for _, row in rows], dtype=torch.int64, device=device))
+    def prepare(self, policy: Policy, experience: Experience) -> None:
+        """With several passes or minibatches the rollouts are of an older policy, whose numbers are kept."""
+        if self.config.passes == 1 and self.config.minibatches == 1:
+            return
+        with torch.no_grad():
+            logprobs, values = in_micro_batches(policy, experience.rollouts, self.config)
+        experience.old_logprobs, experience.old_values = logprobs, values
+        experience.advantages, experience.returns = self.advantages(
+            logprobs, experience.ref_logprobs, values, experience.scores, experience.rollouts.completion_mask
+        )
 
     # 3. Rewards and advantages ---------------------------------------------------------------------------
 
@@ -238,69 +138,13 @@ class PPO:
     # 5. What adapts, from noised metrics only ------------------------------------------------------------
 
     def after_step(self, released: dict[str, float] | None) -> None:
-        config = self.config
-        if released is None:
-            return
-        if config.noised_baseline:
+        super().after_step(released)
+        if released is not None and self.config.noised_baseline:
             self.baseline += 0.3 * (released["reward"] - self.baseline)
-        if config.adaptive_kl_target is not None:
-            error = max(-0.2, min(0.2, released["kl"] / config.adaptive_kl_target - 1))
-            self.beta *= 1 + error * config.expected_batch_size / config.adaptive_kl_horizon
 
     def state(self) -> dict[str, float]:
-        return {"beta": self.beta, "baseline": self.baseline}
+        return super().state() | {"baseline": self.baseline}
 
     def load_state(self, state: dict[str, float]) -> None:
-        self.beta, self.baseline = state["beta"], state["baseline"]
-
-
-def sample(policy: Policy, ids: Tensor, mask: Tensor, config: PPOConfig) -> Rollouts:
-    """Completions of `(rows, prompt)` ids with the config's lengths."""
-    return policy.sample(
-        ids, mask, config.max_completion_length, min_new_tokens=config.min_completion_length,
-        rows_at_once=config.micro_batch_size if policy.constant_rows else 256,  # filled-up rows cost time
-    )  # fmt: skip
-
-
-def encode_prompt(policy: Policy, record: Record, config: PPOConfig) -> list[int] | None:
-    """Token ids of a record's prompt; None for a text with too few tokens (the unit then adds nothing)."""
-    tokenizer = policy.tokenizer
-    if "prompt" in record:
-        prompt = render(tokenizer, record["prompt"], is_prompt=True)
-        return tokens(tokenizer, prompt, prepend_bos=config.prepend_bos)
-    text = render(tokenizer, record["text"])
-    low, high = config.prompt_min_tokens, config.prompt_max_tokens
-    length = cut_length(text, low or high or 8, high or low or 8)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    if len(ids) < length:
-        return None
-    front = [tokenizer.bos_token_id] if config.prepend_bos and tokenizer.bos_token_id is not None else []
-    return front + ids[:length]
-
-
-def check_ppo_columns(policy: Policy, records: list[Record], path: str, config: PPOConfig) -> None:
-    """Raises DPAlignError for a missing column or a prompt longer than the limit; never quotes one."""
-    require_columns(records, [("prompt",), ("text",)], path)
-    for number, record in enumerate(records, 1):
-        length = len(encode_prompt(policy, record, config) or [])
-        if length > config.max_prompt_length:
-            raise DPAlignError(
-                f"the prompt of record {number} in {path} has {length} tokens, more than max_prompt_length "
-                f"{config.max_prompt_length}: raise the limit or shorten the prompt."
-            )
-
-
-def _has_eos(policy: Policy, rollouts: Rollouts) -> Tensor:
-    eos = policy.tokenizer.eos_token_id
-    ended = (rollouts.completion_ids == eos) & (rollouts.completion_mask > 0)
-    return ended.any(1).float()
-
-
-def _in_micro_batches(policy: Policy, rollouts: Rollouts, config: PPOConfig, rows: int) -> tuple[Tensor, Tensor]:
-    parts = [
-        (policy.completion_logprobs(rollouts[chunk], config.min_completion_length), count)
-        for chunk, count in policy.chunks(len(rollouts.input_ids), rows)
-    ]
-    if not parts:
-        return rollouts.completion_mask.clone(), rollouts.completion_mask.clone()
-    return torch.cat([p[0][:count] for p, count in parts]), torch.cat([p[1][:count] for p, count in parts])
+        super().load_state(state)
+        self.baseline = state["baseline"]

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from ..data.load import Record, require_columns
 from ..data.text import render, tokens
 from ..errors import DPAlignError
-from ..models.policy import Policy
+from ..models import Policy
 from ..privacy.mechanism import MetricRange
-from .base import Batch, TrainingConfig
+from .base import Algorithm, Batch, TrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -37,20 +37,19 @@ class SFTConfig(TrainingConfig):
             raise DPAlignError(f"max_length {self.max_length} must be at least 2: one token predicts nothing.")
 
 
-class SFT:
+class SFT(Algorithm):
     """Mean negative log-likelihood per token, the mean taken inside the record."""
 
     name = "sft"
-    passes = 1
-    minibatches = 1
+    config: SFTConfig
 
     def __init__(self, config: SFTConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.metrics = (MetricRange("loss", 0.0, config.loss_range),)
 
     def setup(self, policy: Policy) -> None:
         if self.config.adapter.init_a != "random":
-            raise DPAlignError("init_a synthetic_gradient is for ppo: synthetic text has no gradient for sft.")
+            raise DPAlignError("init_a synthetic_gradient is for ppo and rloo: synthetic text has no gradient for sft.")
         policy.add_adapter(self.name, self.config.adapter)
 
     def encode(self, policy: Policy, units: list[list[Record]]) -> None:
@@ -98,15 +97,6 @@ class SFT:
         nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * learned[:, 1:]
         loss = nll.sum(1) / learned[:, 1:].sum(1).clamp(min=1)  # the mean stays inside the record
         return loss, loss.detach().unsqueeze(1)
-
-    def after_step(self, released: dict[str, float] | None) -> None:
-        pass
-
-    def state(self) -> dict[str, float]:
-        return {}
-
-    def load_state(self, state: dict[str, float]) -> None:
-        pass
 
 
 def check_sft_columns(records: list[Record], path: str) -> None:

@@ -15,13 +15,16 @@ COMMANDS = {
     "quickstart": "align a small model on demo data: the whole pipeline, no settings needed",
     "plan": "epsilon, noise, batch size or steps: any one from the others, before anything runs",
     "sft": "private supervised fine-tuning",
-    "ppo": "private PPO against a public reward",
+    "reward": "private reward model on pairwise preferences",
+    "ppo": "private PPO against a public reward or a private reward model",
+    "rloo": "private RLOO: PPO's simpler relative without a value head",
     "run": "all stages of RECIPE.yaml under one budget; resumes, skips what is done",
     "generate": "sample completions from a model or a release",
     "evaluate": "reward, KL, perplexity and diversity of models on public prompts",
     "ledger": "what has been spent on which data, by all runs",
     "export": "copy a release, or merge it into full weights",
 }
+TRAINING = ("sft", "reward", "ppo", "rloo", "run")
 EXAMPLES = """examples:
   dpalign quickstart
   dpalign plan --units 12500 --batch-size 256 --steps 4883 --delta 4e-5 --epsilon 4
@@ -45,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     as_json = "--json" in rest
     rest = [a for a in rest if a != "--json"]
-    module = importlib.import_module(f".{'train' if command in ('sft', 'ppo', 'run') else command}", __name__)
+    module = importlib.import_module(f".{'train' if command in TRAINING else command}", __name__)
     try:
-        result = module.run([command, *rest] if command in ("sft", "ppo", "run") else rest, as_json)
+        result = module.run([command, *rest] if command in TRAINING else rest, as_json)
     except DPAlignError as error:
         print(f"dpalign: error: {error}", file=sys.stderr)
         return 1

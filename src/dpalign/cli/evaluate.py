@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..algorithms.ppo import PPOConfig, check_ppo_columns
+from ..algorithms import PPOConfig
+from ..algorithms.rollouts import check_prompt_columns
 from ..data.load import read_records
 from ..errors import DPAlignError
 from ..evaluation import evaluate_policy, public_prompts
@@ -57,7 +58,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     for model in given.models:
         policy = Policy.load(ModelConfig(name_or_path=model))
-        check_ppo_columns(policy, records, given.data, config)
+        check_prompt_columns(policy, records, given.data, config)
         prompts = public_prompts(policy, records, config)
         rows[model] = evaluate_policy(policy, prompts, reward, config, seed=given.seed)[0].as_dict()
     result = {"data": given.data, "reward": given.reward, "models": rows}

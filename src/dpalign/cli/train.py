@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..algorithms import PPOConfig, SFTConfig
-from ..pipeline import STAGES, run_recipe
-from ..recipe import Recipe
+from ..algorithms import PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+from ..pipeline import run_recipe
+from ..recipe import STAGES, Recipe
 from ..reporting.progress import Reporter
 from ..reporting.tables import print_summary
 from .parsing import recipe_from
@@ -15,7 +15,9 @@ from .parsing import recipe_from
 DESCRIPTIONS = {
     "run": "Runs all stages of a recipe under one (epsilon, delta). The same command resumes an interrupted run.",
     "sft": "Private supervised fine-tuning on `text`, or on `prompt` and `completion`.",
-    "ppo": "Private PPO on `prompt`, or on the first tokens of `text`, against a public reward.",
+    "reward": "Private reward model on `chosen` and `rejected` (and `prompt`): what people prefer, as a score.",
+    "rloo": "Private RLOO: several completions of a prompt, each with the others as its baseline; no value head.",
+    "ppo": "Private PPO on `prompt`, or on the first tokens of `text`, against a public reward or a private reward model.",
 }
 
 
@@ -34,10 +36,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
 def only_stage(recipe: Recipe, name: str) -> Recipe:
     """The recipe with one stage, which takes the same units as it would in the whole recipe."""
-    present = [s for s in STAGES if getattr(recipe, s) is not None]
+    present = list(recipe.stages)
     split = recipe.split
-    if split is None and len(present) > 1:
+    if split is None and len(present) > 1 and recipe.composition == "parallel":
         split = {s: 1 / len(present) for s in present}
-    default = SFTConfig() if name == "sft" else PPOConfig()
-    stages: dict[str, Any] = dict.fromkeys(STAGES) | {name: getattr(recipe, name) or default}
+    defaults = {"sft": SFTConfig, "reward": RewardModelConfig, "ppo": PPOConfig, "rloo": RLOOConfig}
+    stages: dict[str, Any] = dict.fromkeys(STAGES) | {name: getattr(recipe, name) or defaults[name]()}
     return dataclasses.replace(recipe, split=split, **stages)

@@ -1,9 +1,14 @@
-"""Demo data: 10,605 movie-review snippets that come in the sdist of vaderSentiment (MIT, Hutto and Gilbert 2014)."""
+"""Demo data: 10,605 movie-review snippets that come in the sdist of vaderSentiment (MIT, Hutto and Gilbert 2014).
+
+Each snippet has the mean of about 20 people's ratings, -4 to 4. The files are named `demo:movie-snippets/private`,
+`demo:movie-preferences/pairs` and so on; all of them are public text, some of which plays private.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +27,10 @@ MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 SNIPPETS = 10_605
 PUBLIC = 1_000
 MIN_PUBLIC_WORDS = 8
+PREFIX = "demo:"
+TEXTS = 1_500
+PAIRS = 3_000
+MIN_DIFFERENCE = 1.0
 
 
 def movie_snippets(cache: Path | None = None) -> tuple[Path, Path]:
@@ -42,7 +51,7 @@ def movie_snippets(cache: Path | None = None) -> tuple[Path, Path]:
     if len(records) != SNIPPETS:
         raise DPAlignError(f"the demo data holds {len(records)} snippets instead of {SNIPPETS}.")
     eligible = [r["id"] for r in records if len(r["text"].split()) >= MIN_PUBLIC_WORDS]
-    chosen = set(sorted(eligible, key=lambda i: hashlib.sha256(i.encode()).digest())[:PUBLIC])
+    chosen = set(sorted(eligible, key=_digest)[:PUBLIC])
     folder.mkdir(parents=True, exist_ok=True)
     for file, keep in ((public, True), (private, False)):
         lines = [dumps(r, indent=None) for r in records if (r["id"] in chosen) == keep]
@@ -50,9 +59,85 @@ def movie_snippets(cache: Path | None = None) -> tuple[Path, Path]:
     return private, public
 
 
+def movie_preferences(cache: Path | None = None) -> dict[str, Path]:
+    """Paths of texts.jsonl, pairs.jsonl, prompts.jsonl, public_pairs.jsonl and public_prompts.jsonl.
+
+    The snippets that play private are shared out by the SHA-256 of their ids: 1,500 for SFT (texts), 6,000 for
+    pairs, and the rest as prompts. A pair is two snippets whose mean ratings differ by at least 1, each snippet
+    in one pair only; `chosen` is the one that people rated higher. The public files come from the public snippets.
+
+    Raises:
+        DPAlignError: as `movie_snippets`.
+    """
+    folder = (cache or cache_folder()) / "movie-preferences"
+    files = {n: folder / f"{n}.jsonl" for n in ("texts", "pairs", "prompts", "public_pairs", "public_prompts")}
+    if all(f.exists() for f in files.values()):
+        return files
+    private, public = (_lines(f) for f in movie_snippets(cache))
+    shuffled = sorted(private, key=lambda r: _digest(f"preferences {r['id']}"))
+    texts, rest = shuffled[:TEXTS], shuffled[TEXTS:]
+    pairs = rated_pairs(rest[: 2 * PAIRS])
+    rows = {
+        "texts": texts, "pairs": pairs, "prompts": rest[2 * PAIRS :], "public_pairs": rated_pairs(public),
+        "public_prompts": public,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in rows.items():
+        write_text(files[name], "".join(dumps(r, indent=None) + "\n" for r in records))
+    return files
+
+
+def rated_pairs(snippets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pairs with columns id, chosen, rejected, difference.
+
+    In the order of the hashes of their ids, each snippet meets the earliest one that waits and whose mean rating
+    differs from its own by at least 1.
+    """
+    pairs: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []
+    for snippet in sorted(snippets, key=lambda r: _digest(f"preferences {r['id']}")):
+        partner = next((w for w in waiting if abs(w["mean"] - snippet["mean"]) >= MIN_DIFFERENCE), None)
+        if partner is None:
+            waiting.append(snippet)
+            continue
+        waiting.remove(partner)
+        low, high = sorted((partner, snippet), key=lambda r: r["mean"])
+        pairs.append({
+            "id": f"{low['id']}+{high['id']}", "chosen": high["text"], "rejected": low["text"],
+            "difference": round(high["mean"] - low["mean"], 6),
+        })  # fmt: skip
+    return pairs
+
+
+def demo_file(name: str) -> Path:
+    """The file behind `demo:FAMILY/FILE`.
+
+    Raises:
+        DPAlignError: there is no such demo.
+    """
+    family, _, file = name.removeprefix(PREFIX).partition("/")
+    if family == "movie-snippets":
+        files = dict(zip(("private", "public"), movie_snippets(), strict=True))
+    elif family == "movie-preferences":
+        files = movie_preferences()
+    else:
+        raise DPAlignError(f"there is no demo data {name!r}; there is demo:movie-snippets and demo:movie-preferences.")
+    if file not in files:
+        raise DPAlignError(f"the demo {family} has the files {', '.join(files)}, not {file!r}.")
+    return files[file]
+
+
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/dpalign, else ~/.cache/dpalign."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpalign"
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _fetch_sdist() -> bytes:

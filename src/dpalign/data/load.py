@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DPAlignError
+from . import demo
 
 Record = dict[str, Any]
 
@@ -20,7 +21,7 @@ class DataConfig:
 
     Args:
         name: declared name of the dataset, the ledger's key; every run on one name adds up.
-        path: .jsonl, .csv or .parquet file (.gz allowed), a folder written by `datasets`, or a hub name.
+        path: .jsonl, .csv or .parquet file (.gz allowed), a folder written by `datasets`, a hub name, or `demo:NAME/FILE`.
         split: split of a `datasets` folder or hub dataset.
         unit: column that names the privacy unit (a person, say); without one each record is a unit.
         max_records_per_unit: records of a unit beyond this many are left out, by keyed hash.
@@ -51,7 +52,7 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
     Raises:
         DPAlignError: missing, empty, not UTF-8, or not what its ending says; the line is named, never quoted.
     """
-    file = Path(path)
+    file = demo.demo_file(path) if path.startswith(demo.PREFIX) else Path(path)
     kind = file.name.removesuffix(".gz").rpartition(".")[2]
     try:
         if file.is_dir():

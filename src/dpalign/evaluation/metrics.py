@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithms.ppo import PPOConfig, encode_prompt, sample
+from ..algorithms.rollouts import RolloutConfig, encode_prompt, sample
 from ..data.load import Record
 from ..errors import DPAlignError
-from ..models.policy import Policy, Rollouts
+from ..models import Policy
+from ..models.policy import Rollouts
 from ..rewards import Reward
 
 
@@ -49,7 +50,7 @@ class PublicPrompts:
 
 
 def public_prompts(
-    policy: Policy, records: list[Record], config: PPOConfig, at_most: int | None = None
+    policy: Policy, records: list[Record], config: RolloutConfig, at_most: int | None = None
 ) -> PublicPrompts:
     """Prompts of the first `at_most` records (default all); texts too short for one are left out."""
     encoded = [(record, encode_prompt(policy, record, config)) for record in records]
@@ -65,7 +66,7 @@ def evaluate_policy(
     policy: Policy,
     prompts: PublicPrompts,
     reward: Reward,
-    config: PPOConfig,
+    config: RolloutConfig,
     *,
     seed: int = 0,
 ) -> tuple[Evaluation, list[tuple[str, str]]]:
@@ -101,7 +102,7 @@ def evaluate_policy(
     ), list(zip(prompt_texts, texts, strict=True))
 
 
-def logprobs_under(policy: Policy, rollouts: Rollouts, config: PPOConfig) -> Tensor:
+def logprobs_under(policy: Policy, rollouts: Rollouts, config: RolloutConfig) -> Tensor:
     """`(rows, completion)` log-probabilities of the completions under the policy as it is switched now."""
     head, policy.value_head = policy.value_head, None
     try:
@@ -126,7 +127,7 @@ def distinct(ids: Tensor, mask: Tensor, n: int) -> float:
 
 
 def evaluate_stages(
-    policy: Policy, prompts: PublicPrompts, reward: Reward, config: PPOConfig, *, seed: int = 0
+    policy: Policy, prompts: PublicPrompts, reward: Reward, config: RolloutConfig, *, seed: int = 0
 ) -> dict[str, tuple[Evaluation, list[tuple[str, str]]]]:
     """`evaluate_policy` of the base model and of the policy after each stage, by the stage's name."""
     results = {}

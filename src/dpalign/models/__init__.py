@@ -1,5 +1,15 @@
-"""The policy: a causal language model with stacked LoRA adapters, and generation from it."""
+"""The policy and the reward model: language models with stacked LoRA adapters; generation."""
 
-from .policy import AdapterConfig, ModelConfig, Policy
+from .policy import Policy
+from .reward_model import Normalization, RewardModel, TextFormat
+from .stack import AdapterConfig, AdapterStack, ModelConfig
 
-__all__ = ["AdapterConfig", "ModelConfig", "Policy"]
+__all__ = [
+    "AdapterConfig",
+    "AdapterStack",
+    "ModelConfig",
+    "Normalization",
+    "Policy",
+    "RewardModel",
+    "TextFormat",
+]

@@ -1,26 +1,15 @@
-"""A causal language model whose stages are LoRA adapters on one frozen base.
-
-Every stage adds one adapter. Adapters of earlier stages stay unmerged, active and frozen; the
-reference model is the policy with its newest adapter off; the release is one LoRA that concatenates
-all ranks on the original base, which is exact.
-"""
+"""The policy: a causal language model with stacked adapters, a value head, and generation."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -30,55 +19,8 @@ from transformers import (
 )
 
 from ..errors import DPAlignError
-from ..privacy.entropy import SystemEntropy
-from . import embedded
 from .sampling import DrawToken
-
-RELEASE_ADAPTER = "default"
-
-
-@dataclass
-class ModelConfig:
-    """The model to align.
-
-    Args:
-        name_or_path: folder or hub name of a causal LM, a dpalign release (its stages then count towards the
-            budget), or `tiny-review-lm`, a 5M-parameter review model that ships with dpalign.
-        is_public: declares that the weights and tokenizer were made without the private data. Training refuses
-            a model for which nobody says so.
-        dtype: dtype of the frozen base: float32, bfloat16 or float16. Adapters and heads are always float32.
-        trust_remote_code: run code that comes with the model.
-    """
-
-    name_or_path: str = embedded.TINY_REVIEW_LM
-    is_public: bool = False
-    dtype: str = "float32"
-    trust_remote_code: bool = False
-
-
-@dataclass
-class AdapterConfig:
-    """The LoRA adapter that a stage trains.
-
-    Args:
-        r: rank. The noise of a private step grows with the square root of the number of trained weights.
-        lora_alpha: scale of the update is lora_alpha / r; default 2 r.
-        target_modules: layers to adapt by name ending, or `all-linear`; default: query and value projections
-            (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn).
-        layers: adapt only these layer indices; default all.
-        freeze_a: train only the B matrices; halves the trained dimension.
-        init_a: `random` (peft's), or `synthetic_gradient` (PPO): the input directions of the reward's gradient on
-            prompts that the policy writes itself; best with freeze_a. Reads no data.
-        init_rows: synthetic rollouts for `synthetic_gradient`.
-    """
-
-    r: int = 4
-    lora_alpha: int | None = None
-    target_modules: list[str] | str | None = None
-    layers: list[int] | None = None
-    freeze_a: bool = False
-    init_a: Literal["random", "synthetic_gradient"] = "random"
-    init_rows: int = 1024
+from .stack import AdapterStack, ModelConfig, load_pretrained
 
 
 @dataclass
@@ -110,25 +52,16 @@ class Rollouts:
         )
 
 
-class Policy(nn.Module):
-    """See the module's docstring. `adapters` lists the stages' names, oldest first."""
+class Policy(AdapterStack):
+    """A causal LM on an `AdapterStack`; `reference` is the model that the newest stage started from."""
+
+    task_type = "CAUSAL_LM"
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__()
-        base.requires_grad_(False)
-        base.eval()
-        _without_dropout(base)
-        _refuse_coupling(base)
+        super().__init__(base, tokenizer)
         # generate fills every unset field from here: a base's own penalties or top-k would change the sampled law.
         base.generation_config = GenerationConfig()
-        self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
-        self.tokenizer = tokenizer
-        self.adapters: list[str] = []
         self.value_head: nn.Linear | None = None
-        self.coins: SystemEntropy | None = None  # secret coins of rollouts, set by the training loop
-        # In half precision a row's rounding depends on how many rows are computed together: then every
-        # micro-batch is filled up to the same size, so that nobody's rounding tells who else is there.
-        self.constant_rows = base.dtype != torch.float32
         accepted = inspect.signature(base.forward).parameters
         self._accepts_positions = "position_ids" in accepted
         self._accepts_keep = "logits_to_keep" in accepted
@@ -140,26 +73,8 @@ class Policy(nn.Module):
         Raises:
             DPAlignError: the folder or dtype is wrong.
         """
-        path = embedded.resolve(config.name_or_path)
-        dtype = getattr(torch, config.dtype, None)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise DPAlignError(f"dtype {config.dtype!r} is not one of float32, bfloat16, float16.")
-        adapter = None
-        if (Path(path) / "adapter_config.json").exists():
-            adapter = path
-            path = embedded.resolve(LoraConfig.from_pretrained(path).base_model_name_or_path)
-        options = {"trust_remote_code": config.trust_remote_code}
-        try:
-            base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-            tokenizer = AutoTokenizer.from_pretrained(adapter or path, **options)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise DPAlignError(
-                f"cannot load a causal LM and tokenizer from {config.name_or_path!r}: {reason}"
-            ) from None
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        base.to(device)  # type: ignore[arg-type]
+        base, tokenizer, adapter = load_pretrained(AutoModelForCausalLM, config)
+        base.to(device)
         policy = cls(base, tokenizer)
         if adapter:
             policy.model = PeftModel.from_pretrained(base, adapter, adapter_name="earlier", is_trainable=False)
@@ -167,35 +82,8 @@ class Policy(nn.Module):
             policy.eval()
         return policy
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    # Stages ------------------------------------------------------------------------------------------
-
-    def add_adapter(self, name: str, config: AdapterConfig) -> None:
-        """Adds a trainable adapter on top of the frozen earlier ones; B is zero, so nothing changes yet."""
-        lora = LoraConfig(
-            r=config.r,
-            lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * config.r,
-            target_modules=config.target_modules,
-            layers_to_transform=config.layers,
-            lora_dropout=0.0,
-            bias="none",
-            fan_in_fan_out=_fan_in_fan_out(self.model),
-            task_type="CAUSAL_LM",
-        )
-        try:
-            if isinstance(self.model, PeftModel):
-                self.model.add_adapter(name, lora)
-            else:
-                self.model = get_peft_model(self.model, lora, adapter_name=name)
-        except ValueError as error:
-            raise DPAlignError(f"the adapter cannot be added: {str(error).splitlines()[0]}") from None
-        self.adapters.append(name)
-        self._freeze_a = config.freeze_a
-        self._activate(self.adapters)
-        self.eval()
+    def heads(self) -> list[nn.Linear]:
+        return [] if self.value_head is None else [self.value_head]
 
     def add_value_head(self) -> None:
         """A linear layer from the body's last hidden state to one value, float32, zero at first."""
@@ -204,95 +92,10 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def checkpoint_activations(self, on: bool) -> None:
-        """Recompute activations in the backward pass (exact: nothing here is random in training mode)."""
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
-        for module in self.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = on  # transformers recomputes only in training mode
-
     def finish_stage(self) -> None:
         """Freezes what the stage trained and drops the value head."""
         self.value_head = None
-        self.requires_grad_(False)
-
-    def stage_state(self) -> dict[str, Tensor]:
-        """The tensors of the newest adapter and the value head by name, frozen A matrices included."""
-        newest = f".{self.adapters[-1]}."
-        return {n: p.detach() for n, p in self.named_parameters() if newest in n or n.startswith("value_head.")}
-
-    def _activate(self, adapters: list[str], trainable: bool = True) -> None:
-        # peft turns gradients on for everything it activates: freeze all but the newest again.
-        self.model.base_model.set_adapter(adapters, inference_mode=True)
-        if trainable and adapters:
-            newest = adapters[-1]
-            for name, p in self.model.named_parameters():
-                if f".{newest}." in name and not (self._freeze_a and "lora_A" in name):
-                    p.requires_grad_(True)
-
-    @contextmanager
-    def only(self, adapters: list[str]) -> Iterator[None]:
-        """Within the block only `adapters` (a prefix of the stages) are on."""
-        every = self.adapters
-        with self._trainables_kept():
-            try:
-                self.adapters = adapters
-                if adapters:
-                    self.model.base_model.set_adapter(adapters, inference_mode=True)
-                    yield
-                elif every:
-                    with self.model.disable_adapter():
-                        yield
-                else:
-                    yield
-            finally:
-                self.adapters = every
-                if every:
-                    self.model.base_model.set_adapter(every, inference_mode=True)
-
-    @contextmanager
-    def _trainables_kept(self) -> Iterator[None]:
-        # peft makes every adapter that it switches on trainable, the frozen ones of earlier stages too.
-        trained = {n for n, p in self.named_parameters() if p.requires_grad}
-        try:
-            yield
-        finally:
-            for name, p in self.named_parameters():
-                p.requires_grad_(name in trained)
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Within the block the newest adapter is off: the model that the stage started from."""
-        return self.only(self.adapters[:-1])
-
-    def base(self) -> AbstractContextManager[None]:
-        """Within the block all adapters are off: the original model."""
-        return self.only([])
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """Within the block a float32 base carries its adapters merged (generation is then plain and fast).
-
-        The original weights are put back, not recomputed, so nothing drifts. A half-precision base stays
-        unmerged: rounding would lose part of a small adapter.
-        """
-        layers: list[Any] = [m for m in self.modules() if isinstance(m, LoraLayer)]
-        half = any(m.get_base_layer().weight.dtype != torch.float32 for m in layers)
-        if not layers or half or layers[0].disable_adapters:
-            yield
-            return
-        originals = [m.get_base_layer().weight.data for m in layers]
-        try:
-            with torch.no_grad(), self._trainables_kept(), self.model.disable_adapter():
-                for layer, original in zip(layers, originals, strict=True):
-                    delta = sum(layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
-                    layer.get_base_layer().weight.data = original + delta
-                yield
-        finally:
-            for layer, original in zip(layers, originals, strict=True):
-                layer.get_base_layer().weight.data = original
+        super().finish_stage()
 
     # Computation -------------------------------------------------------------------------------------
 
@@ -337,13 +140,6 @@ class Policy(nn.Module):
             return logprobs, torch.zeros_like(logprobs)
         values = self.value_head(hidden).squeeze(2)
         return logprobs, torch.where(inside, values, 0.0)
-
-    def chunks(self, rows: int, size: int) -> Iterator[tuple[list[int], int]]:
-        """Row numbers in chunks of `size`, and how many of each count: see `constant_rows`."""
-        for start in range(0, rows, size):
-            chunk = list(range(start, min(rows, start + size)))
-            filler = [chunk[-1]] * (size - len(chunk)) if self.constant_rows else []
-            yield chunk + filler, len(chunk)
 
     @torch.no_grad()
     def generate(
@@ -417,60 +213,3 @@ class Policy(nn.Module):
                 ids[row, -len(tokens) :] = torch.tensor(tokens)
                 mask[row, -len(tokens) :] = 1
         return ids.to(self.device), mask.to(self.device)
-
-    # Release -----------------------------------------------------------------------------------------
-
-    def save_adapter(self, folder: Path, base_model: str) -> None:
-        """Writes all stages as one LoRA (safetensors) that plain peft loads on the original base."""
-        layers: dict[str, Any] = {
-            n: m for n, m in self.model.base_model.model.named_modules() if isinstance(m, LoraLayer) and m.lora_A
-        }
-        rank = sum(self.model.peft_config[a].r for a in self.adapters)
-        # Layers by their full names: the stages may adapt different ones. peft's own concatenation refuses that.
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=list(layers), lora_dropout=0.0, bias="none",
-            fan_in_fan_out=_fan_in_fan_out(self.model), task_type="CAUSAL_LM",
-        )  # fmt: skip
-        self.model.add_adapter(RELEASE_ADAPTER, config)
-        try:
-            with torch.no_grad():
-                for layer in layers.values():
-                    stages = [a for a in self.adapters if a in layer.lora_A]
-                    down = torch.cat([layer.lora_A[a].weight * layer.scaling[a] for a in stages])
-                    up = torch.cat([layer.lora_B[a].weight for a in stages], 1)
-                    layer.lora_A[RELEASE_ADAPTER].weight.zero_()[: len(down)] = down
-                    layer.lora_B[RELEASE_ADAPTER].weight.zero_()[:, : len(down)] = up
-            self.model.peft_config[RELEASE_ADAPTER].base_model_name_or_path = base_model
-            self.model.save_pretrained(folder, selected_adapters=[RELEASE_ADAPTER], safe_serialization=True)
-        finally:
-            self.model.delete_adapter(RELEASE_ADAPTER)
-            self._activate(self.adapters, trainable=False)
-        (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's template; the release writes its own card
-        self.tokenizer.save_pretrained(folder)
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: its coins would be shared by the rows of a micro-batch."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def _fan_in_fan_out(model: nn.Module) -> bool:
-    return any(type(m).__name__ == "Conv1D" for m in model.modules())
-
-
-def _refuse_coupling(model: PreTrainedModel) -> None:
-    """Refuses layers through which one record changes another's gradient."""
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise DPAlignError(
-                f"{name} is a {kind}: batch statistics mix records, so no per-unit guarantee is possible."
-            )
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        raise DPAlignError("the model's load-balancing loss mixes records: set output_router_logits to false.")

@@ -68,7 +68,7 @@ class Spending:
     mechanism: SampledGaussian
 
 
-def composed_epsilon(spendings: Iterable[Spending], delta: float) -> float:
+def composed_epsilon(spendings: Iterable[Spending], delta: float, *, quick: bool = False) -> float:
     """Epsilon of all spendings on ONE dataset: the worst over its units.
 
     A unit pays for the stages whose part [low, high) contains its hash: parallel composition where
@@ -79,9 +79,8 @@ def composed_epsilon(spendings: Iterable[Spending], delta: float) -> float:
     if len({s.split for s in spendings}) > 1:
         spendings = [replace(s, low=0.0, high=1.0) for s in spendings]
     starts = sorted({s.low for s in spendings})
-    return max(
-        (epsilon([s.mechanism for s in spendings if s.low <= start < s.high], delta) for start in starts), default=0.0
-    )
+    met = [[s.mechanism for s in spendings if s.low <= start < s.high] for start in starts]
+    return max((epsilon(mechanisms, delta, quick=quick) for mechanisms in met), default=0.0)
 
 
 class Ledger:

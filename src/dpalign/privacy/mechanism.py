@@ -104,7 +104,12 @@ class GaussianMechanism:
         for g, total in zip(wide, self._sums, strict=True):
             finite = torch.where(keep.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)) if not keep.all() else g
             total += torch.tensordot(factors, finite, dims=1)
-        if metrics is not None and self.metrics:
+        if metrics is not None:
+            self.add_metrics(metrics)
+
+    def add_metrics(self, metrics: Tensor) -> None:
+        """Adds the `(units, len(self.metrics))` raw metrics of some units, where metrics are released."""
+        if self.metrics:
             self._metrics_sum += self._scaled(metrics).sum(0)
 
     def release(self) -> tuple[list[Tensor], dict[str, float] | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from ..files import replace_folder, write_json, write_text
-from ..models.policy import Policy
+from ..models import Normalization, Policy, RewardModel
 from .statement import PrivacyStatement
 
 CARD = """\
@@ -50,12 +50,17 @@ published from those is not covered{% endif %}{% if entry.demo_data %} (demo dat
 ## Use
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {{ auto_class }}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({{ base_model | tojson }})
+base = {{ auto_class }}.from_pretrained({{ base_model | tojson }}{{ options }})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
+{% if auto_class == "AutoModelForSequenceClassification" -%}
+The score of a text is the model's only logit; how a text is tokenised, and the constants that bring scores to mean 0 and
+standard deviation 1 on the SFT model's own text, are in `reward.json`. As the reward of a dpalign recipe:
+`reward: {source: "reward_model:path/to/this/folder"}`; its stages then join that run's statement.
+{% endif -%}
 """
 
 
@@ -63,11 +68,30 @@ def write_release(folder: Path, policy: Policy, statement: PrivacyStatement, bas
     """Writes the release folder in one move: the old one or the whole new one."""
     with replace_folder(folder) as temporary:
         policy.save_adapter(temporary, base_model)
-        write_json(temporary / "privacy.json", statement.as_dict())
-        environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
-        units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
-        fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
-        write_text(temporary / "README.md", environment.from_string(CARD).render(fields))
-        temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            file.chmod(0o644)
+        _describe(temporary, statement, base_model, title, "AutoModelForCausalLM", "")
+
+
+def write_reward_model(
+    folder: Path, model: RewardModel, statement: PrivacyStatement, base_model: str, title: str,
+    normalization: Normalization,
+) -> None:  # fmt: skip
+    """Writes a reward model as a release of its own, in one move."""
+    with replace_folder(folder) as temporary:
+        model.save(temporary, base_model, normalization)
+        _describe(temporary, statement, base_model, title, "AutoModelForSequenceClassification", ", num_labels=1")
+
+
+def _describe(
+    folder: Path, statement: PrivacyStatement, base_model: str, title: str, auto_class: str, options: str
+) -> None:
+    write_json(folder / "privacy.json", statement.as_dict())
+    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
+    units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
+    fields: dict[str, Any] = {
+        "statement": statement, "base_model": base_model, "title": title, "units": units, "auto_class": auto_class,
+        "options": options,
+    }  # fmt: skip
+    write_text(folder / "README.md", environment.from_string(CARD).render(fields))
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -25,7 +26,8 @@ class StageStatement:
     """One stage's mechanism.
 
     `part` is the range of a secret keyed hash that its units come from; `split` names key and identity, so that
-    parts are compared only under one split.
+    parts are compared only under one split. `id` is the same wherever the same training of a stage is stated, so that
+    a stage which a policy and its reward model both rest on is counted once.
     """
 
     stage: str
@@ -38,6 +40,7 @@ class StageStatement:
     epsilon_alone: float
     mechanisms: list[dict[str, Any]]
     private: bool
+    id: str = ""
 
     def spendings(self) -> list[Spending]:
         """One spending for each mechanism."""
@@ -87,7 +90,7 @@ def state_privacy(
     run: str, ledger: Ledger, delta: float, earlier: list[StageStatement], assumptions: list[str], demo: set[str]
 ) -> PrivacyStatement:
     """Replays the ledger's intents of `run`, with those of an earlier release, into one statement."""
-    stages = list(earlier)
+    stages = []
     by_stage: dict[tuple[str, str], list[Intent]] = {}
     for intent in ledger.intents(run=run):
         by_stage.setdefault((intent.dataset, intent.stage), []).append(intent)
@@ -99,8 +102,11 @@ def state_privacy(
                 stage=stage, dataset=dataset, part=(first.low, first.high), split=first.split, unit=first.unit,
                 declared_units=first.units, max_grad_norm=first.max_grad_norm, epsilon_alone=epsilon(mechanisms, delta),
                 mechanisms=[asdict(m) for m in mechanisms], private=all(i.private for i in intents),
+                id=hashlib.sha256(f"{run}/{stage}".encode()).hexdigest()[:16],
             )
         )  # fmt: skip
+    known = {s.id for s in stages}
+    stages = [*(s for s in earlier if not s.id or s.id not in known), *stages]
     return PrivacyStatement(
         private=all(s.private for s in stages),
         epsilon=epsilon_of(stages, delta),

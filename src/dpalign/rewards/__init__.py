@@ -1,6 +1,7 @@
-"""Public reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float]`."""
+"""Reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float]`."""
 
 from .base import Reward, RewardConfig, RewardFunction, check_reward
-from .load import load_reward
+from .learned import normalize
+from .load import is_reward_model, load_reward
 
-__all__ = ["Reward", "RewardConfig", "RewardFunction", "check_reward", "load_reward"]
+__all__ = ["Reward", "RewardConfig", "RewardFunction", "check_reward", "is_reward_model", "load_reward", "normalize"]

@@ -34,20 +34,22 @@ class RewardConfig:
 
     Args:
         source: `vader` (sentiment lexicon, -1 to 1), `classifier:PATH` (a Hugging Face text-classification
-            model), or `module:function` with the signature f(prompts, completions, **columns) -> list[float].
-        is_public: declares that the reward was made without the private data; `vader` is public by itself.
-        text: what a lexicon or classifier reads: `completion`, or `prompt+completion`.
+            model), `module:function` with the signature f(prompts, completions, **columns) -> list[float],
+            `reward_model` (that of this recipe's reward stage) or `reward_model:PATH` (the release of one).
+        is_public: declares that the reward was made without the private data; `vader` is public by itself, and the
+            release of a reward model says itself what it was made from.
+        text: what is read: `completion`, or `prompt+completion`. Default: the completion, and both for a reward model.
         label: classifier label whose score is the reward; default: the last label.
         use_logit: the label's logit instead of its probability.
         scale, shift: the reward is scale * score + shift; constants, never statistics of private data.
         low, high: declared range of the reward; clipped to it for training and for the noised metric. Needed
-            for callables and logits.
+            for callables and logits; -4 to 4 standard deviations for a reward model.
         columns: columns of the data that the function is given as keyword arguments, None where a record has none.
     """
 
     source: str = "vader"
     is_public: bool = False
-    text: str = "completion"
+    text: str | None = None
     label: str | None = None
     use_logit: bool = False
     scale: float = 1.0

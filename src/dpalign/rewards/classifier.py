@@ -26,7 +26,7 @@ def classifier(path: str, config: RewardConfig, device: str | torch.device = "cp
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
         texts = completions
-        if config.text != "completion":
+        if config.text not in (None, "completion"):
             texts = [p + c for p, c in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in range(0, len(texts), 32):

@@ -7,12 +7,14 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from .base import RewardFunction
 
 
-def vader(text: str = "completion") -> RewardFunction:
+def vader(text: str | None = None) -> RewardFunction:
     """VADER's compound score, -1 (negative) to 1 (positive) (Hutto and Gilbert, ICWSM 2014)."""
     analyzer = SentimentIntensityAnalyzer()
 
     def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
-        texts = completions if text == "completion" else [p + c for p, c in zip(prompts, completions, strict=True)]
+        texts = (
+            completions if text in (None, "completion") else [p + c for p, c in zip(prompts, completions, strict=True)]
+        )
         return [analyzer.polarity_scores(t)["compound"] for t in texts]
 
     return score

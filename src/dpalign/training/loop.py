@@ -21,72 +21,18 @@ from ..data.units import UnitDataset
 from ..errors import DPAlignError
 from ..files import dumps, private_folder
 from ..gradients import PerUnitGradients
-from ..models.policy import Policy
+from ..models import AdapterStack
 from ..privacy import accountant
-from ..privacy.accountant import SampledGaussian, with_metrics
 from ..privacy.entropy import SeededEntropy, SystemEntropy
 from ..privacy.ledger import Intent, Ledger
 from ..privacy.mechanism import GaussianMechanism
 from ..privacy.sampling import poisson_sample
 from .checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
+from .optimizer import DPAdamBC
+from .plan import StagePlan, plan_stage
 
 # After an interruption, steps whose noise would be more than this many times the planned one are dropped.
 BEARABLE_NOISE = 4.0
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What a stage will spend, fixed before anything is drawn."""
-
-    steps: int
-    sampling_rate: float
-    passes: int
-    noise_multiplier: float
-    metrics_noise_ratio: float
-    target_epsilon: float
-    target_delta: float
-    epsilon: float
-
-    def mechanism(self, steps: int) -> SampledGaussian:
-        plain = SampledGaussian(self.sampling_rate, self.noise_multiplier, steps, self.passes)
-        return with_metrics(plain, self.metrics_noise_ratio)
-
-
-def plan_stage(algorithm: Algorithm, units: float) -> StagePlan:
-    """Steps, rate and noise of a stage on `units` declared units.
-
-    Raises:
-        DPAlignError: settings that cannot be, or a target that cannot be reached.
-    """
-    config = algorithm.config
-    config.validate()
-    if config.expected_batch_size > units:
-        raise DPAlignError(
-            f"expected_batch_size {config.expected_batch_size} is larger than the {units:g} units of stage "
-            f"{algorithm.name}: a Poisson sample cannot expect more units than there are."
-        )
-    rate = config.expected_batch_size / units
-    steps = config.max_steps or max(1, math.ceil(config.num_train_epochs / rate))
-    steps = math.ceil(steps / algorithm.minibatches) * algorithm.minibatches
-    delta = config.target_delta if config.target_delta is not None else accountant.default_delta(math.ceil(units))
-    if (config.target_epsilon is None) == (config.noise_multiplier is None):
-        raise DPAlignError(
-            f"stage {algorithm.name} needs exactly one of target_epsilon (inf for no privacy) and noise_multiplier."
-        )
-    accountant.check_delta(delta)
-    if config.noise_multiplier is not None:
-        sigma = config.noise_multiplier
-    else:
-        sigma = accountant.noise_multiplier(
-            config.target_epsilon, delta, sampling_rate=rate, steps=steps, passes=algorithm.passes,
-            metrics_noise_ratio=config.metrics_noise_ratio,
-        )  # fmt: skip
-    if sigma > 0 and config.clipping == "none":
-        raise DPAlignError("clipping none has unbounded sensitivity: it is only for target_epsilon inf.")
-    plan = StagePlan(steps, rate, algorithm.passes, sigma, config.metrics_noise_ratio, 0.0, delta, 0.0)
-    reached = accountant.epsilon([plan.mechanism(steps)], delta)
-    target = config.target_epsilon if config.target_epsilon is not None else reached
-    return StagePlan(steps, rate, algorithm.passes, sigma, config.metrics_noise_ratio, target, delta, reached)
 
 
 @dataclass(frozen=True)
@@ -104,7 +50,8 @@ class Stage:
     """Runs one algorithm on one part of a dataset, from its newest checkpoint if there is one.
 
     Args:
-        policy: the policy with all earlier stages frozen.
+        model: the policy or reward model with all earlier stages frozen.
+        plan: steps and noise; default: those of the stage alone.
         folder: the run's `private/<stage>` folder.
         run: the run's identity in the ledger.
         log: file for the noised metrics, one JSON a line; outside private/ because they are private by construction.
@@ -112,28 +59,32 @@ class Stage:
 
     def __init__(
         self,
-        policy: Policy,
+        model: AdapterStack,
         algorithm: Algorithm,
         data: UnitDataset,
         *,
         folder: Path,
         run: str,
         ledger: Ledger,
+        plan: StagePlan | None = None,
         log: Path | None = None,
         report: Callable[[StepReport], None] = lambda report: None,
         tell: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.policy, self.algorithm, self.data = policy, algorithm, data
+        self.model, self.algorithm, self.data = model, algorithm, data
         self.folder, self.run, self.ledger, self.log = private_folder(folder), run, ledger, log
         self.report, self.tell = report, tell
         self.config = algorithm.config
-        self.plan = plan_stage(algorithm, data.declared_units)
+        self.plan = plan or plan_stage(algorithm.name, algorithm.config, data.declared_units)
         self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
-        self.config_hash = hash_of(asdict(self.config) | {"units": data.declared_units, "part": (data.low, data.high)})
+        settings = asdict(self.config) | {"units": data.declared_units, "part": (data.low, data.high)}
+        if any(self.plan.beside):
+            settings["beside"] = [[asdict(m) for m in others] for others in self.plan.beside]
+        self.config_hash = hash_of(settings)
         self.private = self.config.insecure_seed is None and self.plan.noise_multiplier > 0
 
     def train(self) -> None:
-        """Trains to the end and leaves the adapter frozen in the policy; private/<stage>/final holds it.
+        """Trains to the end and leaves the adapter frozen in the model; private/<stage>/final holds it.
 
         Raises:
             DPAlignError: other data or settings under this run's name, a corrupt checkpoint, a full disk, or
@@ -141,35 +92,50 @@ class Stage:
         """
         self._check_same_run()
         torch.manual_seed(self.config.seed)
-        self.algorithm.setup(self.policy)
+        self.algorithm.setup(self.model)
         if self.config.gradient_checkpointing:
-            self.policy.checkpoint_activations(True)
-        self.gradients = PerUnitGradients(self.policy)
+            self.model.checkpoint_activations(True)
+        self.gradients = PerUnitGradients(self.model)
         config = self.config
-        self.optimizer = torch.optim.AdamW(
-            self.gradients.parameters, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon, weight_decay=config.weight_decay,
-        )  # fmt: skip
+        self.optimizer = self._optimizer()
         step = self._resume()
+        if step is None:
+            step = 0
+            self._warm_up()
         attempt, sigma = self._refit(step)
-        self.algorithm.encode(self.policy, self.data.units)
+        self.algorithm.encode(self.model, self.data.units)
         while step < self.end:
             step = self._phase(step, attempt, sigma)
         self._save(step, "final")
         if config.gradient_checkpointing:
-            self.policy.checkpoint_activations(False)
-        self.policy.finish_stage()
+            self.model.checkpoint_activations(False)
+        self.model.finish_stage()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        options: dict[str, Any] = {
+            "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
+            "weight_decay": config.weight_decay,
+        }  # fmt: skip
+        if not config.adam_noise_correction:
+            return torch.optim.AdamW(self.gradients.parameters, **options)
+        deviation = self.plan.noise_multiplier * config.max_grad_norm / config.expected_batch_size
+        return DPAdamBC(self.gradients.parameters, **options, noise_deviation=deviation, floor=config.adam_noise_floor)
+
+    def _warm_up(self) -> None:
+        if self.algorithm.warm_up(self.model):
+            self._save(0, ".")  # what was learned without data is not learned again after an interruption
 
     def load_final(self) -> None:
-        """Puts a finished stage's adapter into the policy instead of training it."""
+        """Puts a finished stage's adapter into the model instead of training it."""
         loaded = load_newest(self.folder / "final")
         assert loaded is not None
         torch.manual_seed(self.config.seed)
         self._check_same_run()
         self._check_checkpoint(loaded[1])
-        self.algorithm.setup(self.policy)
+        self.algorithm.setup(self.model)
         self._load_tensors(loaded[0])
-        self.policy.finish_stage()
+        self.model.finish_stage()
 
     @property
     def is_finished(self) -> bool:
@@ -179,27 +145,27 @@ class Stage:
 
     def _phase(self, step: int, attempt: int, sigma: float) -> int:
         algorithm, plan = self.algorithm, self.plan
-        steps = range(step, step + algorithm.minibatches)
+        steps = range(step, step + self.plan.minibatches)
         self.ledger.write([self._intent(s, attempt, sigma) for s in steps])  # before anything is drawn
         entropies = [self._entropy(attempt, s) for s in steps]
         samples = [poisson_sample(len(self.data.units), plan.sampling_rate, e).tolist() for e in entropies]
         union = sorted(set().union(*samples))
-        self.policy.coins = entropies[0]  # secret rollout coins: their law ignores who else is here
-        phase = algorithm.collect(self.policy, union)
-        self.policy.coins = None
+        self.model.coins = entropies[0]  # secret rollout coins: their law ignores who else is here
+        phase = algorithm.collect(self.model, union)
+        self.model.coins = None
         place = {unit: position for position, unit in enumerate(union)}
         for step, units, entropy in zip(steps, samples, entropies, strict=True):
             released = self._step(phase, [place[u] for u in units], sigma, entropy, step)
             step += 1
             self._tell(step, sigma, attempt, released)
-        if step % self.config.save_steps < algorithm.minibatches or step == self.end:
+        if step % self.config.save_steps < self.plan.minibatches or step == self.end:
             self._save(step, ".")
         return step
 
     def _step(self, phase: Any, positions: list[int], sigma: float, entropy: SystemEntropy, step: int):
         config, algorithm = self.config, self.algorithm
         released = None
-        for passed in range(algorithm.passes):
+        for passed in range(self.plan.passes):
             mechanism = GaussianMechanism(
                 [p.shape for p in self.gradients.parameters],
                 max_grad_norm=config.max_grad_norm,
@@ -210,9 +176,9 @@ class Stage:
                 gamma=config.clipping_gamma,
                 metrics=algorithm.metrics if passed == 0 and config.metrics_noise_ratio > 0 else (),
                 metrics_noise_multiplier=config.metrics_noise_ratio * sigma,
-                device=self.policy.device,
+                device=self.model.device,
             )
-            for chunk, count in self.policy.chunks(len(positions), config.micro_batch_size):
+            for chunk, count in self.model.chunks(len(positions), config.micro_batch_size):
                 self._accumulate(mechanism, phase, [positions[i] for i in chunk], count)
             noisy, metrics = mechanism.release()
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
@@ -231,7 +197,7 @@ class Stage:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
         units = len(positions)
         with self.gradients.collect(batch.row_unit, units):
-            losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
+            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
             unit_means(losses, batch.row_unit, units).sum().backward()
         with torch.no_grad():
             rowless = torch.bincount(batch.row_unit, minlength=units) == 0  # NaN adds zero, as it would alone
@@ -287,15 +253,19 @@ class Stage:
 
         def sigma_for(steps: int) -> float:
             try:
-                return accountant.noise_multiplier(
-                    self.plan.target_epsilon, self.plan.target_delta, sampling_rate=self.plan.sampling_rate,
-                    steps=steps, passes=self.plan.passes, metrics_noise_ratio=self.config.metrics_noise_ratio, spent=spent,
+                return max(
+                    accountant.noise_multiplier(
+                        self.plan.target_epsilon, self.plan.target_delta, sampling_rate=self.plan.sampling_rate,
+                        steps=steps, passes=self.plan.passes, metrics_noise_ratio=self.config.metrics_noise_ratio,
+                        spent=[*spent, *others],
+                    )
+                    for others in self.plan.beside
                 )  # fmt: skip
             except DPAlignError:
                 return math.inf
 
         # A few steps of bearable noise are worth more than all of them drowned in it.
-        phase = self.algorithm.minibatches
+        phase = self.plan.minibatches
         bearable = BEARABLE_NOISE * self.plan.noise_multiplier
         kept = phase * accountant.largest_where(lambda n: sigma_for(n * phase) <= bearable, 1, remaining // phase)
         if kept == 0 and step == 0:
@@ -351,15 +321,15 @@ class Stage:
                 raise DPAlignError(f"{self.log} cannot be written ({error.strerror}).") from None
 
     def _save(self, step: int, where: str) -> None:
-        tensors = {f"model/{n}": t for n, t in self.policy.stage_state().items()}
+        tensors = {f"model/{n}": t for n, t in self.model.stage_state().items()}
         tensors |= optimizer_tensors(self.optimizer, self.gradients.names)
         state = {"algorithm": self.algorithm.state(), "fingerprint": self.data.fingerprint}
         save_checkpoint(self.folder / where, step, tensors, state)
 
-    def _resume(self) -> int:
+    def _resume(self) -> int | None:
         loaded = load_newest(self.folder)
         if loaded is None:
-            return 0
+            return None
         tensors, state = loaded
         self._check_checkpoint(state)
         self._load_tensors(tensors)
@@ -379,7 +349,7 @@ class Stage:
             )
 
     def _load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        current = self.policy.stage_state()
+        current = self.model.stage_state()
         for name, value in current.items():
             if f"model/{name}" not in tensors or tensors[f"model/{name}"].shape != value.shape:
                 raise DPAlignError(f"the checkpoint in {self.folder} has no fitting {name}: it is of another model.")

@@ -1,0 +1,172 @@
+"""Private reward model on pairwise preferences (Wu et al. 2024, section 3.2; Bradley and Terry 1952).
+
+A pair is two rows of one unit: its gradient is that of the pair's loss, clipped once. A judge with many pairs is one
+unit too, if the data names judges as units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ..data.load import Record, require_columns
+from ..data.text import render
+from ..errors import DPAlignError
+from ..models import AdapterStack, ModelConfig, RewardModel, TextFormat
+from ..privacy.mechanism import MetricRange
+from .base import Algorithm, Batch, TrainingConfig
+
+
+@dataclass(kw_only=True)
+class RewardModelConfig(TrainingConfig):
+    """Settings of the DP reward model. Records have `chosen` and `rejected`, and perhaps `prompt`.
+
+    Optional columns: `margin`, by how much the chosen text should score higher; `preference`, the probability that
+    `chosen` is the better one (1 if missing, 0.5 for a tie).
+
+    Args:
+        model: another model than the one that is aligned, public or a release; its tokenizer may differ. Default:
+            the run's SFT model with a new head.
+        prepend_bos: put the tokenizer's BOS in front of every text.
+        append_eos: put EOS behind every text, where the score is then read.
+        label_smoothing: probability that a judge meant the other text.
+        ties: `half` learns that tied texts score alike; `skip` gives their units no gradient.
+        center_rewards_coefficient: weight of the squared mean score of a pair, which keeps scores near 0 (Eisenstein
+            et al. 2023).
+        margin_range: declared upper end of the noised margin metric; it is clipped to +- this.
+    """
+
+    learning_rate: float = 2e-4
+    model: ModelConfig | None = None
+    prepend_bos: bool = False
+    append_eos: bool = True
+    label_smoothing: float = 0.0
+    ties: Literal["half", "skip"] = "half"
+    center_rewards_coefficient: float = 0.0
+    margin_range: float = 5.0
+
+    @property
+    def text(self) -> TextFormat:
+        """How the model reads a text."""
+        return TextFormat(self.max_length, self.prepend_bos, self.append_eos)
+
+    def validate(self) -> None:
+        super().validate()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise DPAlignError(f"label_smoothing {self.label_smoothing} is not in [0, 0.5).")
+        if self.adapter.init_a != "random":
+            raise DPAlignError("init_a synthetic_gradient is for ppo and rloo: preferences have no synthetic gradient.")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of two texts, the margin between them, and the probability that the first is the better one."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+    preference: float
+
+
+class RewardModelling(Algorithm):
+    """-log sigmoid(r(chosen) - r(rejected) - margin), its two rows in one unit."""
+
+    name = "reward"
+    config: RewardModelConfig
+
+    def __init__(self, config: RewardModelConfig) -> None:
+        super().__init__(config)
+        wide = config.margin_range
+        self.metrics = (
+            MetricRange("loss", 0.0, wide), MetricRange("accuracy", 0.0, 1.0), MetricRange("margin", -wide, wide)
+        )  # fmt: skip
+
+    def setup(self, model: AdapterStack) -> None:
+        assert isinstance(model, RewardModel)
+        model.add_adapter(self.name, self.config.adapter)
+        model.train_head()
+
+    def encode(self, model: RewardModel, units: list[list[Record]]) -> None:
+        pairs = [[encode_pair(model, record) for record in unit] for unit in units]
+        skip = self.config.ties == "skip"
+        self.pairs = [[p for p in unit if not (skip and p.preference == 0.5)] for unit in pairs]
+        self.model = model
+
+    def collect(self, model: RewardModel, units: list[int]) -> list[list[Pair]]:
+        return [self.pairs[u] for u in units]
+
+    def batch(self, phase: list[list[Pair]], positions: list[int]) -> Batch:
+        pairs = [(unit, pair) for unit, position in enumerate(positions) for pair in phase[position]]
+        ids, mask = self.model.pad([row for _, pair in pairs for row in (pair.chosen, pair.rejected)])
+        row_unit = torch.tensor([unit for unit, _ in pairs], dtype=torch.int64).repeat_interleave(2)
+        margin = torch.tensor([pair.margin for _, pair in pairs])
+        preference = torch.tensor([pair.preference for _, pair in pairs])
+        return Batch(row_unit.to(ids.device), (ids, mask, margin.to(ids.device), preference.to(ids.device)))
+
+    def row_losses(self, model: RewardModel, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
+        """The loss of a pair stands in both of its rows, whose mean the loop takes."""
+        ids, mask, margin, preference = batch.tensors
+        scores = model(ids, mask)  # (2 pairs,): chosen, rejected, chosen, rejected, ...
+        chosen, rejected = scores[0::2], scores[1::2]
+        loss = preference_loss(chosen, rejected, margin, preference, self.config.label_smoothing)
+        loss = loss + self.config.center_rewards_coefficient * ((chosen + rejected) / 2) ** 2
+        difference = (chosen - rejected).detach()
+        right = ((difference > 0) == (preference > 0.5)).float()
+        metrics = torch.stack([loss.detach(), right, difference * torch.sign(preference - 0.5)], 1)
+        return loss.repeat_interleave(2), metrics.repeat_interleave(2, 0)
+
+
+def preference_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor, preference: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy `(pairs,)` of the Bradley-Terry model, P(chosen is better) = sigmoid(chosen - rejected - margin).
+
+    Args:
+        chosen, rejected: scores. margin: asked of the better text over the other. preference: in [0, 1], the
+            probability that `chosen` is the better one; smoothing moves it towards 1/2.
+    """
+    wanted = preference * (1 - 2 * label_smoothing) + label_smoothing
+    difference = chosen - rejected
+    return -wanted * logsigmoid(difference - margin) - (1 - wanted) * logsigmoid(-difference - margin)
+
+
+def pair_texts(model: RewardModel, record: Record) -> tuple[str, str]:
+    """The two texts of a pair: prompt and answer, as strings or chat messages."""
+    texts = []
+    for name in ("chosen", "rejected"):
+        prompt, answer = record.get("prompt") or "", record[name]
+        if isinstance(answer, list):
+            prompt = prompt if isinstance(prompt, list) else []
+            texts.append(render(model.tokenizer, [*prompt, *answer]))
+        else:
+            texts.append(render(model.tokenizer, prompt, is_prompt=True) + answer if prompt else answer)
+    return texts[0], texts[1]
+
+
+def encode_pair(model: RewardModel, record: Record) -> Pair:
+    """Tokens of a pair; a missing margin is 0 and a missing preference 1."""
+    chosen, rejected = pair_texts(model, record)
+    margin, preference = record.get("margin"), record.get("preference")
+    return Pair(
+        model.encode(chosen), model.encode(rejected),
+        0.0 if margin is None else float(margin), 1.0 if preference is None else float(preference),
+    )  # fmt: skip
+
+
+def check_pair_columns(records: list[Record], path: str) -> None:
+    """Raises DPAlignError unless every record has two texts, a finite margin and a preference in [0, 1]."""
+    require_columns(records, [("chosen", "rejected")], path)
+    for number, record in enumerate(records, 1):
+        for name, low, high in (("margin", 0.0, float("inf")), ("preference", 0.0, 1.0)):
+            value = record.get(name)
+            try:
+                fits = value is None or (low <= float(value) <= high and float(value) != float("inf"))
+            except (TypeError, ValueError):
+                fits = False
+            if not fits:
+                expected = "a number in [0, 1]" if high == 1 else "a number of at least 0"
+                raise DPAlignError(f"record {number} of {path} has no valid {name}: expected {expected}.")

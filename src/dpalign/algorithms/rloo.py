@@ -1,0 +1,64 @@
+"""Private REINFORCE with a leave-one-out baseline (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740).
+
+A unit is a prompt with its group of rollouts, or all prompts of a person. The baseline of a rollout is the mean of
+the other rollouts of its own prompt, so it stays inside the unit; there is no value head to train, and so less noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import DPAlignError
+from ..models import Policy
+from .base import Batch
+from .rollouts import Experience, RolloutAlgorithm, RolloutConfig
+
+
+@dataclass(kw_only=True)
+class RLOOConfig(RolloutConfig):
+    """Settings of DP-RLOO. Records have `prompt`, or `text` whose first tokens become the prompt.
+
+    Args:
+        num_generations: rollouts per prompt, at least 2; the baseline of one is the mean of the others.
+    """
+
+    num_generations: int = 2
+
+    def validate(self) -> None:
+        super().validate()
+        if self.num_generations < 2:
+            raise DPAlignError(
+                f"num_generations {self.num_generations} must be at least 2: one rollout has no baseline."
+            )
+
+
+class RLOO(RolloutAlgorithm):
+    """REINFORCE on whole completions; the KL penalty against the reference is part of the reward."""
+
+    name = "rloo"
+
+    def row_losses(self, policy: Policy, batch: Batch, phase: Experience) -> tuple[Tensor, Tensor]:
+        """-advantage * log pi(completion), divided by the constant length; all rows of a prompt are in one batch."""
+        config, rows = self.config, batch.tensors
+        rollouts = phase.rollouts[rows]
+        mask, scores = rollouts.completion_mask, phase.scores[rows]
+        logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length)
+        kl = ((logprobs.detach() - phase.ref_logprobs[rows]) * mask).sum(1)
+        advantages = leave_one_out(scores - self.beta * kl, phase.prompt_of[rows])
+        loss = -advantages * (logprobs * mask).sum(1) / config.max_completion_length
+        return loss, torch.stack([scores, kl, mask.sum(1)], 1)
+
+
+def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
+    """`(rows,)` return of each row minus the mean return of the other rows of its group.
+
+    Args:
+        returns: `(rows,)`. group: `(rows,)` int64; every group has the same number of rows, at least 2.
+    """
+    _, place = group.unique(return_inverse=True)
+    count = torch.bincount(place)[place].to(returns)
+    total = returns.new_zeros(len(returns)).index_add_(0, place, returns)[place]
+    return returns - (total - returns) / (count - 1)

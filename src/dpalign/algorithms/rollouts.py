@@ -1,0 +1,276 @@
+"""What PPO and RLOO share: prompts, rollouts, rewards, and updates on prompts that the policy writes itself.
+
+A unit is a prompt with its rollouts, or all prompts of a person. Nothing here is computed across units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..data.load import Record, require_columns
+from ..data.text import cut_length, render, tokens
+from ..errors import DPAlignError
+from ..models import Policy
+from ..models.generation import write_prompts
+from ..models.policy import Rollouts
+from ..privacy.mechanism import MetricRange
+from ..rewards import Reward, RewardConfig
+from .base import Algorithm, Batch, TrainingConfig
+from .basis import align_inputs
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(TrainingConfig):
+    """Settings of a stage that samples completions. Records have `prompt`, or `text` whose first tokens become it.
+
+    Args:
+        num_generations: rollouts per prompt, averaged inside the unit before the clip: less variance, no privacy cost.
+        max_prompt_length: most tokens of a prompt; a longer one is an error.
+        prompt_min_tokens, prompt_max_tokens: cut `text` into a prompt of that many tokens (BOS not counted).
+        prepend_bos: put the tokenizer's BOS in front of every prompt.
+        max_completion_length: most tokens sampled per completion.
+        min_completion_length: EOS is not sampled before this many tokens.
+        beta: coefficient of the KL penalty against the model the stage started from.
+        adaptive_kl_target: nats per completion; adapts beta to the noised KL (Ziegler et al. 2019). Needs metrics.
+        adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
+        missing_eos_penalty: subtracted from the reward of a completion without EOS.
+        kl_range: declared range of the noised KL metric, in nats per completion.
+        reward: the reward function.
+        synthetic_steps: updates on prompts that the model writes itself, before the first draw. They read no record
+            and spend nothing: the model is public or a DP release, and so is the reward.
+        synthetic_batch_size: prompts of such an update.
+        synthetic_learning_rate: its peak learning rate; decays linearly to 0.
+    """
+
+    learning_rate: float = 3e-3
+    num_generations: int = 1
+    max_prompt_length: int = 64
+    prompt_min_tokens: int | None = None
+    prompt_max_tokens: int | None = None
+    prepend_bos: bool = False
+    max_completion_length: int = 16
+    min_completion_length: int = 0
+    beta: float = 0.2
+    adaptive_kl_target: float | None = None
+    adaptive_kl_horizon: float = 10000.0
+    missing_eos_penalty: float = 0.0
+    kl_range: tuple[float, float] = (-5.0, 15.0)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    synthetic_steps: int = 0
+    synthetic_batch_size: int = 256
+    synthetic_learning_rate: float = 4e-3
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt that the model writes itself."""
+        return self.prompt_max_tokens or self.prompt_min_tokens or 8
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("num_generations", "max_completion_length", "synthetic_batch_size"):
+            if getattr(self, name) < 1:
+                raise DPAlignError(f"{name} {getattr(self, name)} must be at least 1.")
+        if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:
+            raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")
+
+
+@dataclass
+class Experience:
+    """Rollouts of a phase and what was computed when they were sampled; first dimension rows.
+
+    old_logprobs, advantages, returns, old_values are None on-policy with one pass: the current forward
+    pass gives them.
+    """
+
+    rollouts: Rollouts
+    ref_logprobs: Tensor  # (rows, completion)
+    scores: Tensor  # (rows,), NaN where the reward could not be computed
+    unit_rows: list[list[int]]  # rows of each unit of the phase
+    prompt_of: Tensor  # (rows,) int64, the prompt that a row completes
+    old_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+
+class RolloutAlgorithm(Algorithm):
+    """Prompts to scored rollouts; a subclass adds the loss."""
+
+    config: RolloutConfig
+
+    def __init__(self, config: RolloutConfig, reward: Reward) -> None:
+        super().__init__(config)
+        self.reward = reward
+        self.beta = config.beta
+        self.metrics = (
+            MetricRange("reward", reward.low - config.missing_eos_penalty, reward.high),
+            MetricRange("kl", *config.kl_range),
+            MetricRange("completion_length", 0.0, float(config.max_completion_length)),
+        )
+
+    def setup(self, policy: Policy) -> None:
+        config = self.config
+        policy.add_adapter(self.name, config.adapter)
+        if config.adapter.init_a == "synthetic_gradient":
+            align_inputs(
+                policy, self._score, rows=config.adapter.init_rows, prompt_tokens=config.prompt_tokens,
+                max_new_tokens=config.max_completion_length, min_new_tokens=config.min_completion_length,
+                micro_batch_size=config.micro_batch_size,
+            )  # fmt: skip
+
+    def _score(self, rollouts: Rollouts, policy: Policy) -> Tensor:
+        prompts = rollouts.input_ids[:, : -self.config.max_completion_length]
+        texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        columns = {c: [None] * len(texts) for c in self.config.reward.columns}
+        return self.reward(texts, policy.decode(rollouts), columns)
+
+    # 1. Prompts ----------------------------------------------------------------------------------------
+
+    def encode(self, policy: Policy, units: list[list[Record]]) -> None:
+        self.records = units
+        self.prompts = [[encode_prompt(policy, record, self.config) for record in unit] for unit in units]
+
+    # 2. Rollouts ---------------------------------------------------------------------------------------
+
+    def collect(self, policy: Policy, units: list[int]) -> Experience:
+        """Samples `num_generations` completions per prompt, scores them, and keeps what later passes need."""
+        config = self.config
+        rows = [  # (unit of the phase, prompt, record); a text too short for a prompt makes no row
+            (position, prompt, record)
+            for position, u in enumerate(units)
+            for prompt, record in zip(self.prompts[u], self.records[u], strict=True)
+            for _ in range(config.num_generations)
+            if prompt is not None
+        ]
+        unit_rows: list[list[int]] = [[] for _ in units]
+        for row, (position, _, _) in enumerate(rows):
+            unit_rows[position].append(row)
+        ids, mask = policy.encode_prompts([prompt for _, prompt, _ in rows], config.max_prompt_length)
+        prompts = policy.tokenizer.batch_decode([prompt for _, prompt, _ in rows], skip_special_tokens=True)
+        # The declared columns and no others: a key that only one record has must not change the call.
+        columns = {name: [record.get(name) for _, _, record in rows] for name in config.reward.columns}
+        return self._experience(policy, ids, mask, prompts, columns, unit_rows)
+
+    def _experience(
+        self, policy: Policy, ids: Tensor, mask: Tensor, prompts: list[str], columns: dict[str, list],
+        unit_rows: list[list[int]],
+    ) -> Experience:  # fmt: skip
+        config = self.config
+        rollouts = sample(policy, ids, mask, config)
+        with torch.no_grad(), policy.reference():
+            ref_logprobs = in_micro_batches(policy, rollouts, config)[0]
+        scores = self.reward(prompts, policy.decode(rollouts), columns)
+        scores = scores.to(policy.device) - config.missing_eos_penalty * (1 - _has_eos(policy, rollouts))
+        prompt_of = torch.arange(len(scores), device=policy.device) // config.num_generations
+        experience = Experience(rollouts, ref_logprobs, scores, unit_rows, prompt_of)
+        self.prepare(policy, experience)
+        return experience
+
+    def prepare(self, policy: Policy, experience: Experience) -> None:
+        """Adds what later passes over the same rollouts need; nothing, on-policy."""
+
+    def batch(self, phase: Experience, positions: list[int]) -> Batch:
+        rows = [(unit, row) for unit, position in enumerate(positions) for row in phase.unit_rows[position]]
+        device = phase.scores.device
+        row_unit = torch.tensor([unit for unit, _ in rows], dtype=torch.int64, device=device)
+        return Batch(row_unit, torch.tensor([row for _, row in rows], dtype=torch.int64, device=device))
+
+    # 3. Updates on self-written prompts ------------------------------------------------------------------
+
+    def warm_up(self, policy: Policy) -> int:
+        """`synthetic_steps` updates of the same loss on prompts that the policy's reference writes; no record is read.
+
+        Without noise or clipping per unit: the prompts are no one's. Synthetic text for private training: Yu et al.
+        2024 (arXiv 2402.13659); here it is the model's own, so that it costs nothing beyond the model.
+        """
+        config = self.config
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.synthetic_learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        count, group = config.synthetic_batch_size, config.num_generations
+        for step in range(config.synthetic_steps):
+            optimizer.param_groups[0]["lr"] = config.synthetic_learning_rate * (1 - step / config.synthetic_steps)
+            with policy.reference():
+                ids = write_prompts(policy, count, config.prompt_tokens, config.micro_batch_size)
+            ids = ids.repeat_interleave(group, 0)
+            texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            columns = {c: [None] * len(texts) for c in config.reward.columns}
+            rows = [list(range(i * group, (i + 1) * group)) for i in range(count)]
+            phase = self._experience(policy, ids, torch.ones_like(ids), texts, columns, rows)
+            for start in range(0, count, config.micro_batch_size):
+                batch = self.batch(phase, list(range(start, min(count, start + config.micro_batch_size))))
+                losses, _ = self.row_losses(policy, batch, phase)
+                (losses.nan_to_num(0.0).sum() / (count * group)).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return config.synthetic_steps
+
+    # 4. What adapts, from noised metrics only ------------------------------------------------------------
+
+    def after_step(self, released: dict[str, float] | None) -> None:
+        config = self.config
+        if released is not None and config.adaptive_kl_target is not None:
+            error = max(-0.2, min(0.2, released["kl"] / config.adaptive_kl_target - 1))
+            self.beta *= 1 + error * config.expected_batch_size / config.adaptive_kl_horizon
+
+    def state(self) -> dict[str, float]:
+        return {"beta": self.beta}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.beta = state["beta"]
+
+
+def sample(policy: Policy, ids: Tensor, mask: Tensor, config: RolloutConfig) -> Rollouts:
+    """Completions of `(rows, prompt)` ids with the config's lengths."""
+    return policy.sample(
+        ids, mask, config.max_completion_length, min_new_tokens=config.min_completion_length,
+        rows_at_once=config.micro_batch_size if policy.constant_rows else 256,  # filled-up rows cost time
+    )  # fmt: skip
+
+
+def encode_prompt(policy: Policy, record: Record, config: RolloutConfig) -> list[int] | None:
+    """Token ids of a record's prompt; None for a text with too few tokens (the unit then adds nothing)."""
+    tokenizer = policy.tokenizer
+    if "prompt" in record:
+        prompt = render(tokenizer, record["prompt"], is_prompt=True)
+        return tokens(tokenizer, prompt, prepend_bos=config.prepend_bos)
+    text = render(tokenizer, record["text"])
+    low, high = config.prompt_min_tokens, config.prompt_max_tokens
+    length = cut_length(text, low or high or 8, high or low or 8)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) < length:
+        return None
+    front = [tokenizer.bos_token_id] if config.prepend_bos and tokenizer.bos_token_id is not None else []
+    return front + ids[:length]
+
+
+def check_prompt_columns(policy: Policy, records: list[Record], path: str, config: RolloutConfig) -> None:
+    """Raises DPAlignError for a missing column or a prompt longer than the limit; never quotes one."""
+    require_columns(records, [("prompt",), ("text",)], path)
+    for number, record in enumerate(records, 1):
+        length = len(encode_prompt(policy, record, config) or [])
+        if length > config.max_prompt_length:
+            raise DPAlignError(
+                f"the prompt of record {number} in {path} has {length} tokens, more than max_prompt_length "
+                f"{config.max_prompt_length}: raise the limit or shorten the prompt."
+            )
+
+
+def in_micro_batches(policy: Policy, rollouts: Rollouts, config: RolloutConfig) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and values `(rows, completion)` of rollouts, `micro_batch_size` rows at a time."""
+    parts = [
+        (policy.completion_logprobs(rollouts[chunk], config.min_completion_length), count)
+        for chunk, count in policy.chunks(len(rollouts.input_ids), config.micro_batch_size)
+    ]
+    if not parts:
+        return rollouts.completion_mask.clone(), rollouts.completion_mask.clone()
+    return torch.cat([p[0][:count] for p, count in parts]), torch.cat([p[1][:count] for p, count in parts])
+
+
+def _has_eos(policy: Policy, rollouts: Rollouts) -> Tensor:
+    eos = policy.tokenizer.eos_token_id
+    ended = (rollouts.completion_ids == eos) & (rollouts.completion_mask > 0)
+    return ended.any(1).float()

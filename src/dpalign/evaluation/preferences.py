@@ -1,0 +1,79 @@
+"""How well a reward model agrees with people on public pairs: accuracy, calibration, margins. Exact, so public only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms.reward import pair_texts
+from ..data.load import Record
+from ..errors import DPAlignError
+from ..models import RewardModel
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class PairEvaluation:
+    """Agreement on the pairs that have a better text.
+
+    accuracy: share of pairs whose better text scores higher (equal scores count half); accuracy_ci95: half-width of its
+    95% interval. calibration_error: expected difference between the stated probability that a text is the better one and
+    how often it is, over 10 bins (Guo et al. 2017). nll: nats per pair. margin, margin_std: score of the better text
+    minus that of the other.
+    """
+
+    accuracy: float
+    accuracy_ci95: float
+    calibration_error: float
+    nll: float
+    margin: float
+    margin_std: float
+    pairs: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_pairs(model: RewardModel, records: list[Record]) -> PairEvaluation:
+    """Scores both texts of every public pair and compares them with the given preference.
+
+    Raises:
+        DPAlignError: all pairs are ties.
+    """
+    texts = [pair_texts(model, record) for record in records]
+    preference = torch.tensor([1.0 if r.get("preference") is None else float(r["preference"]) for r in records])
+    scores = model.score([text for pair in texts for text in pair])
+    return agreement(scores[0::2] - scores[1::2], preference)
+
+
+def agreement(difference: Tensor, preference: Tensor) -> PairEvaluation:
+    """Agreement of score differences `(pairs,)` with preferences `(pairs,)` in [0, 1]; ties (1/2) are left out.
+
+    Raises:
+        DPAlignError: all pairs are ties.
+    """
+    decided = preference != 0.5
+    if not decided.any():
+        raise DPAlignError("all pairs are ties: there is nothing to agree with.")
+    margin = torch.where(preference[decided] > 0.5, difference[decided], -difference[decided]).double()
+    right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    accuracy, count = float(right.mean()), len(margin)
+    confidence = torch.sigmoid(margin.abs())  # what the model says of the text that it prefers
+    place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    gaps = [
+        float((confidence[place == b].mean() - right[place == b].mean()).abs() * (place == b).sum())
+        for b in place.unique()
+    ]
+    return PairEvaluation(
+        accuracy=accuracy,
+        accuracy_ci95=1.96 * (accuracy * (1 - accuracy) / count) ** 0.5,
+        calibration_error=sum(gaps) / count,
+        nll=float(-torch.nn.functional.logsigmoid(margin).mean()),
+        margin=float(margin.mean()),
+        margin_std=float(margin.std()) if count > 1 else 0.0,
+        pairs=count,
+    )

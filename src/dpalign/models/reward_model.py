@@ -1,0 +1,209 @@
+"""The reward model: a sequence classifier with one output on stacked adapters.
+
+A causal LM becomes one by a linear layer on the last token's hidden state (Wu et al. 2024, section 3.2), which is
+what transformers' `AutoModelForSequenceClassification` builds; a sequence-classification model gets a new head.
+It reads text and has its own tokenizer, which need not be the policy's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.text import tokens
+from ..errors import DPAlignError
+from ..files import write_json
+from .policy import Policy
+from .stack import AdapterStack, ModelConfig, load_pretrained
+
+FORMAT_FILE = "reward.json"
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a reward model reads a text; fixed when it is trained.
+
+    max_length: longest sequence in tokens; of a longer text the last tokens are read, because answers end texts.
+    """
+
+    max_length: int = 128
+    prepend_bos: bool = False
+    append_eos: bool = True
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Reward = scale * score + shift; constants from public text or a DP release's own text, never private text."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+class RewardModel(AdapterStack):
+    """Scores `(rows,)` of texts; the head is float32 whatever the base's dtype."""
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextFormat | None = None):
+        super().__init__(base, tokenizer)
+        self.text = text or TextFormat()
+        for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+            config.pad_token_id = tokenizer.pad_token_id  # transformers finds the last token of a text by it
+        heads = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        if not heads:
+            raise DPAlignError(f"{type(base).__name__} has no linear head of one output: a reward model needs one.")
+        self.head_name = heads[-1]
+        head = base.get_submodule(self.head_name)
+        head.float().register_forward_pre_hook(_widen)
+
+    @classmethod
+    def load(
+        cls, config: ModelConfig, device: str | torch.device = "cpu", text: TextFormat | None = None
+    ) -> RewardModel:
+        """A new head on a public model or a release, or the reward model of a release with its head.
+
+        Raises:
+            DPAlignError: the folder or dtype is wrong.
+        """
+        options = {"num_labels": 1, "ignore_mismatched_sizes": True}
+        base, tokenizer, adapter = load_pretrained(AutoModelForSequenceClassification, config, **options)
+        base.to(device)
+        model = cls(base, tokenizer, text)
+        model.reset_head()
+        if adapter is None:
+            return model
+        lora = LoraConfig.from_pretrained(adapter)
+        lora.task_type = lora.modules_to_save = None
+        model.model = PeftModel.from_pretrained(base, adapter, adapter_name="earlier", config=lora)
+        model.adapters.append("earlier")
+        model.requires_grad_(False)
+        model.eval()
+        if (Path(adapter) / FORMAT_FILE).exists():
+            value = json.loads((Path(adapter) / FORMAT_FILE).read_text(encoding="utf-8"))
+            model.text = TextFormat(**value["text"])
+            saved = load_file(Path(adapter) / "adapter_model.safetensors")
+            with torch.no_grad():
+                for name, p in model.head.named_parameters():
+                    p.copy_(saved[f"base_model.model.{model.head_name}.{name}"])
+        return model
+
+    @classmethod
+    def from_policy(cls, policy: Policy, text: TextFormat | None = None) -> RewardModel:
+        """A new head on the policy's body and adapters; the frozen weights are shared, not copied.
+
+        Raises:
+            DPAlignError: transformers has no sequence classifier of this architecture.
+        """
+        causal = policy.model.get_base_model() if policy.adapters else policy.model
+        config = AutoConfig.for_model(**{**causal.config.to_dict(), "num_labels": 1})
+        try:
+            with torch.device("meta"):
+                base = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype)
+        except ValueError:
+            raise DPAlignError(
+                f"transformers has no sequence classifier for {type(causal).__name__}: name another model in reward.model."
+            ) from None
+        body = {
+            k.replace(".base_layer.", "."): v for k, v in causal.base_model.state_dict().items() if ".lora_" not in k
+        }
+        base.base_model.load_state_dict(body, assign=True, strict=True)
+        _fill_buffers(base, causal)
+        head = [m for m in base.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
+        head.to_empty(device=causal.device)
+        model = cls(base, policy.tokenizer, text)
+        model.reset_head()
+        if policy.adapters:
+            model.copy_adapters(policy)
+        return model
+
+    @property
+    def head(self) -> Any:
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return base.get_submodule(self.head_name)
+
+    def heads(self) -> list[nn.Linear]:
+        return [self.head]
+
+    def reset_head(self) -> None:
+        """Zero: all texts score alike at first, so there is no random score to unlearn under noise."""
+        with torch.no_grad():
+            for p in self.head.parameters():
+                p.zero_()
+
+    def train_head(self) -> None:
+        """Makes the weight of the head trainable; a bias cancels in the difference of two scores and stays frozen."""
+        self.head.weight.requires_grad_(True)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores `(rows,)` float32 of right-padded `(rows, length)` ids."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, 0]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, at most `text.max_length` (its last ones)."""
+        ids = tokens(self.tokenizer, text, prepend_bos=self.text.prepend_bos)
+        if self.text.append_eos and self.tokenizer.eos_token_id is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return ids[-self.text.max_length :]
+
+    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Right-pads token lists to `(rows, max_length)` ids and mask: a length taken from the data would show."""
+        ids = torch.full((len(rows), self.text.max_length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    @torch.no_grad()
+    def score(self, texts: list[str], rows_at_once: int = 64) -> Tensor:
+        """Scores `(rows,)` of texts, each by itself."""
+        encoded = [self.encode(text) for text in texts]
+        parts = [
+            self(*self.pad([encoded[i] for i in chunk]))[:count].cpu()
+            for chunk, count in self.chunks(len(texts), rows_at_once)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def save(self, folder: Path, base_model: str, normalization: Normalization) -> None:
+        """Adapter and head as a peft SEQ_CLS adapter that plain peft loads on the base, tokenizer, and reward.json."""
+        self.save_adapter(folder, base_model)
+        file = folder / "adapter_model.safetensors"
+        head = {f"base_model.model.{self.head_name}.{n}": p.detach().cpu() for n, p in self.head.named_parameters()}
+        save_file({**load_file(file), **head}, file, metadata={"format": "pt"})
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, config | {"task_type": "SEQ_CLS", "modules_to_save": [self.head_name]})
+        write_json(folder / FORMAT_FILE, {"text": asdict(self.text), "normalization": asdict(normalization)})
+
+
+def normalization_of(folder: Path) -> Normalization:
+    """The constants that a released reward model carries.
+
+    Raises:
+        DPAlignError: the folder is no reward model's release.
+    """
+    try:
+        value = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
+        return Normalization(**value["normalization"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DPAlignError(f"{folder} is not the release of a reward model (it has no valid {FORMAT_FILE}).") from None
+
+
+def _widen(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    hidden = arguments[0]
+    return (hidden.to(torch.promote_types(hidden.dtype, torch.float32)),)
+
+
+def _fill_buffers(base: PreTrainedModel, causal: PreTrainedModel) -> None:
+    # Buffers that no checkpoint holds (rotary frequencies) are still on the meta device.
+    theirs = dict(causal.base_model.named_buffers())
+    for name, buffer in list(base.base_model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            base.base_model.get_submodule(owner)._buffers[leaf] = theirs[name]

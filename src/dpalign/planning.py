@@ -1,0 +1,344 @@
+"""Everything between a recipe and its first draw: whose data each stage may sample, what it will spend, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .algorithms import RolloutConfig, SFTConfig
+from .algorithms.reward import RewardModelConfig
+from .data.load import Record, read_records
+from .data.units import UnitDataset, build_units, check_disjoint, count_units
+from .errors import DPAlignError
+from .evaluation.private import PrivateEvaluationConfig, plan_evaluation
+from .models import embedded
+from .privacy import accountant
+from .privacy.budget import StageBudget, allocate
+from .privacy.ledger import Ledger, Spending
+from .recipe import STAGES, Recipe
+from .reporting.statement import PrivacyStatement, StageStatement, epsilon_of
+from .rewards import is_reward_model
+from .rewards.load import RELEASED
+from .training import StagePlan, plan_stage
+
+Part = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage before anything was drawn.
+
+    part: the range of the dataset's hash that its units come from. alone: the plan with the whole budget for itself.
+    plan: the plan that runs.
+    """
+
+    name: str
+    config: Any
+    dataset: str
+    split: str
+    part: Part
+    units: float
+    unit: str
+    alone: StagePlan
+    plan: StagePlan
+
+    @property
+    def spending(self) -> Spending:
+        return self.at(self.plan)
+
+    def at(self, plan: StagePlan) -> Spending:
+        """What it spends under a plan."""
+        return Spending(self.dataset, "", self.name, self.split, *self.part, plan.mechanism())
+
+
+# The data ------------------------------------------------------------------------------------------------------------
+
+
+def read_stage_records(recipe: Recipe, cache: Path | None = None) -> dict[str, list[Record]]:
+    """Records by stage; a file that several stages share is read once.
+
+    Raises:
+        DPAlignError: no path, or what `read_records` refuses.
+    """
+    by_source: dict[tuple[str, str], list[Record]] = {}
+    for name in recipe.stages:
+        config = recipe.data_of(name)
+        if not config.path:
+            raise DPAlignError(f"the recipe names no data for stage {name}: set data.path (and data.name).")
+        if (config.path, config.split) not in by_source:
+            by_source[config.path, config.split] = read_records(config.path, config.split, cache)
+    return {n: by_source[recipe.data_of(n).path, recipe.data_of(n).split] for n in recipe.stages}
+
+
+def stage_units(
+    recipe: Recipe, records: dict[str, list[Record]], ledger: Ledger
+) -> tuple[dict[str, UnitDataset], list[str]]:
+    """The units that each stage may sample, and the assumptions that remain unchecked.
+
+    Raises:
+        DPAlignError: stages share units that they must not share (it says how many), or cannot be compared.
+    """
+    configs = {name: recipe.data_of(name) for name in recipe.stages}
+    assumptions = check_disjoint(
+        {name: (records[name], config) for name, config in configs.items()}, recipe.units_disjoint == "declared"
+    )
+    parts = split_parts(recipe)
+    data = {name: build_units(records[name], configs[name], ledger, *parts[name]) for name in configs}
+    assumptions += [
+        f"the number of units of {c.name!r} is public" for c in configs.values() if c.declared_units is None
+    ]
+    return data, sorted(set(assumptions))
+
+
+def split_parts(recipe: Recipe) -> dict[str, Part]:
+    """Range of the hash for each stage; stages on one dataset get disjoint ranges, in order, unless it gives ranges.
+
+    With `split` given, its keys fix the parts even for stages that this run skips, so that `dpalign sft`
+    and `dpalign ppo` on one recipe take the same units as `dpalign run`.
+
+    Raises:
+        DPAlignError: fractions or ranges that cannot be.
+    """
+    split = dict(recipe.split or {})
+    fractions = {name: value for name, value in split.items() if not isinstance(value, list)}
+    ranges = {name: value for name, value in split.items() if isinstance(value, list)}
+    if set(split) - set(STAGES) or any(f <= 0 for f in fractions.values()) or sum(fractions.values()) > 1 + 1e-9:
+        raise DPAlignError(
+            f"split {split} must give stages ({', '.join(STAGES)}) positive fractions that add up to at most 1."
+        )
+    if any(len(r) != 2 or not 0 <= r[0] < r[1] <= 1 for r in ranges.values()):
+        raise DPAlignError(f"split {split}: a range is [low, high] with 0 <= low < high <= 1.")
+    if fractions and (ranges or recipe.composition == "sequential"):
+        raise DPAlignError(
+            f"split {split}: fractions make disjoint parts; leave split out for stages that share all units, or give "
+            "every stage a range [low, high]."
+        )
+    parts: dict[str, Part] = {}
+    configs = {name: recipe.data_of(name) for name in recipe.stages}
+    one_dataset = len({c.name for c in configs.values()}) == 1
+    for dataset in {c.name for c in configs.values()}:
+        sharing = [n for n in configs if configs[n].name == dataset]
+        missing = [n for n in sharing if n not in split]
+        if recipe.composition == "sequential" or ranges:
+            if ranges and missing and one_dataset:
+                raise DPAlignError(f"split {split} gives stage {missing[0]} no range of the data.")
+            parts |= {n: (float(ranges[n][0]), float(ranges[n][1])) if n in ranges else (0.0, 1.0) for n in sharing}
+            continue
+        if fractions and one_dataset:
+            if missing:
+                raise DPAlignError(f"split {split} gives stage {missing[0]} no fraction of the data.")
+            shares = {n: float(fractions[n]) for n in STAGES if n in fractions}
+        else:
+            shares = {n: 1 / len(sharing) for n in sharing}
+        start = 0.0
+        for name, share in shares.items():
+            if name in sharing:
+                parts[name] = (start, min(1.0, start + share))
+            start += share
+    return parts
+
+
+# The budget ----------------------------------------------------------------------------------------------------------
+
+
+def plan_recipe(
+    recipe: Recipe, data: Mapping[str, UnitDataset] | None, delta: float, earlier: list[StageStatement]
+) -> dict[str, PlannedStage]:
+    """Steps and noise of every stage; their noise is raised together where sequential composition asks for it.
+
+    Args:
+        data: the stages' units; None plans by the declared numbers of units alone.
+        earlier: stages of a release that is trained further.
+
+    Raises:
+        DPAlignError: a target that cannot be reached, or kinds of units that cannot be compared.
+    """
+    parts = split_parts(recipe)
+    stages: dict[str, PlannedStage] = {}
+    for name in recipe.stages:
+        source, config = recipe.data_of(name), stage_config(recipe, name, delta)
+        if data is not None:
+            units, split, unit = data[name].declared_units, data[name].split, data[name].unit
+        else:
+            units, split, unit = _declared_units(recipe, name, parts[name]), "", source.unit or "record"
+        is_evaluation = isinstance(config, PrivateEvaluationConfig)
+        alone = plan_evaluation(config, units) if is_evaluation else plan_stage(name, config, units)
+        stages[name] = PlannedStage(name, config, source.name, split, parts[name], units, unit, alone, alone)
+    kinds = {(s.dataset, s.unit) for s in stages.values()} | {(s.dataset, s.unit) for s in earlier}
+    if len(kinds) > len({dataset for dataset, _ in kinds}):
+        raise DPAlignError("two stages name different units of one dataset: use one data.unit throughout.")
+    if recipe.composition == "parallel" or math.isinf(recipe.target_epsilon):
+        return stages
+    budgets = [_budget(recipe, stage) for stage in stages.values()]
+    spent = tuple(sp for s in earlier for sp in s.spendings())
+    factors = allocate(budgets, recipe.target_epsilon, delta, allocation=recipe.allocation, spent=spent)
+    return _together(stages, factors, recipe.target_epsilon, spent)
+
+
+def _budget(recipe: Recipe, stage: PlannedStage) -> StageBudget:
+    given = getattr(recipe, stage.name)
+    fixed = given.target_epsilon is not None or given.noise_multiplier is not None
+    size = stage.units if stage.name == "evaluation" else given.expected_batch_size
+    return StageBudget(stage.at(stage.alone), size, fixed)
+
+
+def _together(
+    stages: dict[str, PlannedStage], factors: dict[str, float], target: float, spent: tuple[Spending, ...]
+) -> dict[str, PlannedStage]:
+    noised = {
+        name: replace(
+            stage, plan=stage.alone.at(stage.alone.noise_multiplier * factors[name], stage.alone.target_epsilon)
+        )
+        for name, stage in stages.items()
+    }
+    planned = {}
+    for name, stage in noised.items():
+        low, high = stage.part
+        others = [s.spending for other, s in noised.items() if other != name] + list(spent)
+        others = [s for s in others if s.dataset == stage.dataset]
+        others = [replace(s, low=0.0, high=1.0) if s.split != stage.split else s for s in others]
+        starts = sorted({low, *(s.low for s in others if low <= s.low < high)})
+        met = {tuple(s.mechanism for s in others if s.low <= start < s.high) for start in starts}
+        if any(met):
+            stage = replace(stage, plan=stage.plan.at(stage.plan.noise_multiplier, target, tuple(sorted(met, key=str))))
+        planned[name] = stage
+    return planned
+
+
+def check_budget(recipe: Recipe, stages: dict[str, PlannedStage], earlier: list[StageStatement], delta: float) -> float:
+    """Composes everything that the run is about to spend, with what its model has spent, before the first draw.
+
+    Returns:
+        Epsilon of the whole.
+
+    Raises:
+        DPAlignError: it is more than the target.
+    """
+    planned = list(earlier)
+    for stage in stages.values():
+        planned.append(
+            StageStatement(
+                stage=stage.name, dataset=stage.dataset, part=stage.part, split=stage.split, unit=stage.unit,
+                declared_units=stage.units, max_grad_norm=getattr(stage.config, "max_grad_norm", 1.0),
+                epsilon_alone=stage.plan.epsilon, mechanisms=[asdict(stage.plan.mechanism())],
+                private=stage.plan.noise_multiplier > 0,
+            )
+        )  # fmt: skip
+    together = epsilon_of(planned, delta)
+    if together > recipe.target_epsilon:
+        raise DPAlignError(
+            f"all stages together would spend epsilon {together:.3f} at delta {delta:.3g}, more than the target "
+            f"{recipe.target_epsilon:g}: give the stages disjoint units (split), let them share the budget "
+            "(composition: sequential), lower their target_epsilon or noise, or raise the run's target_epsilon."
+        )
+    return together
+
+
+def stage_config(recipe: Recipe, name: str, delta: float) -> Any:
+    """A stage's settings with the run's epsilon and delta where it has none of its own."""
+    config = getattr(recipe, name)
+    if config.target_epsilon is None and config.noise_multiplier is None:
+        config = replace(config, target_epsilon=recipe.target_epsilon)
+    if config.target_delta not in (None, delta):
+        raise DPAlignError(f"stage {name} has another target_delta than the run: the stages share one.")
+    return replace(config, target_delta=delta)
+
+
+def run_delta(recipe: Recipe, records: dict[str, list[Record]] | None) -> float:
+    """The run's one delta; by default that of its largest dataset."""
+    if recipe.target_delta is not None:
+        accountant.check_delta(recipe.target_delta)
+        return recipe.target_delta
+    if records is None:
+        totals = [_declared_units(recipe, name, (0.0, 1.0)) for name in recipe.stages]
+    else:
+        totals = [count_units(records[name], recipe.data_of(name)) for name in recipe.stages]
+    return accountant.default_delta(math.ceil(max(totals)))
+
+
+def _declared_units(recipe: Recipe, name: str, part: Part) -> float:
+    declared = recipe.data_of(name).declared_units
+    if declared is None:
+        raise DPAlignError(f"stage {name} has no data file here and no declared number of units: set declared_units.")
+    return declared * (part[1] - part[0])
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def check_provenance(recipe: Recipe) -> tuple[list[StageStatement], list[str]]:
+    """Refuses models of unknown past; returns the stages and assumptions of the releases that enter the run.
+
+    Raises:
+        DPAlignError: a model is neither embedded, declared public, nor a private release; or a release's
+            datasets differ from this run's and nobody declares them disjoint.
+    """
+    entering = [(recipe.model.name_or_path, recipe.model.is_public)]
+    if recipe.reward is not None and recipe.reward.model is not None:
+        entering.append((recipe.reward.model.name_or_path, recipe.reward.model.is_public))
+    if recipe.rollouts is not None and is_reward_model(recipe.rollouts.reward):
+        if recipe.rollouts.reward.source == RELEASED and recipe.reward is None:
+            raise DPAlignError("reward.source reward_model needs a section reward in the recipe, or a path behind it.")
+        if recipe.rollouts.reward.source != RELEASED:
+            path = recipe.rollouts.reward.source.removeprefix(f"{RELEASED}:")
+            entering.append((path, recipe.rollouts.reward.is_public))
+    stages: dict[str, StageStatement] = {}
+    assumptions: set[str] = set()
+    for name, is_public in entering:
+        for number, stage in enumerate(_past(recipe, name, is_public, assumptions)):
+            stages[stage.id or f"{name}/{number}"] = stage  # a stage that two releases share is spent once
+    return list(stages.values()), sorted(assumptions)
+
+
+def _past(recipe: Recipe, name: str, is_public: bool, assumptions: set[str]) -> list[StageStatement]:
+    path = Path(embedded.resolve(name)) / "privacy.json"
+    if not path.exists():
+        if name != embedded.TINY_REVIEW_LM and not is_public:
+            raise DPAlignError(
+                f"model {name!r} must be declared public (model.is_public: true), or be a dpalign release: weights "
+                "made from the private data would void the guarantee."
+            )
+        return []
+    value = json.loads(path.read_text(encoding="utf-8"))
+    stages = PrivacyStatement.stages_from(value)
+    assumptions |= set(value["assumptions"])
+    if not value["private"] and not math.isinf(recipe.target_epsilon):
+        raise DPAlignError(
+            f"model {name} was trained without privacy on private data: nothing trained from it can be private; start "
+            "from a public model or a private release."
+        )
+    datasets = {s.dataset for s in stages} | {recipe.data_of(n).name for n in recipe.stages}
+    if len(datasets) > 1:
+        if recipe.units_disjoint != "declared":
+            raise DPAlignError(
+                f"the release {name} was trained on {sorted({s.dataset for s in stages})}, which cannot be compared with "
+                "this run's data: use the same data.name, or declare units_disjoint: declared."
+            )
+        assumptions.add(f"the units of {', '.join(map(repr, sorted(datasets)))} are disjoint (declared)")
+    return stages
+
+
+def check_lengths(name: str, config: SFTConfig | RewardModelConfig | RolloutConfig, model_config: Any) -> None:
+    """Refuses lengths that the model cannot hold: otherwise the one long record that is drawn would tell.
+
+    Raises:
+        DPAlignError: too long, or positions whose scaling depends on the longest row of a batch.
+    """
+    model = model_config.get_text_config()
+    needed = config.max_length
+    if isinstance(config, RolloutConfig):
+        needed = config.max_prompt_length + config.max_completion_length
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is not None and needed > limit:
+        raise DPAlignError(
+            f"stage {name} needs {needed} positions and the model has {limit}: lower the stage's lengths."
+        )
+    scaling = getattr(model, "rope_parameters", None) or {}
+    if scaling.get("rope_type") in ("dynamic", "longrope") and needed > scaling.get(
+        "original_max_position_embeddings", limit or needed
+    ):
+        raise DPAlignError("the model scales positions by the longest row of a batch: lower the stage's lengths.")

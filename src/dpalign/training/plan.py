@@ -1,0 +1,84 @@
+"""What a stage will spend, fixed before anything is drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ..algorithms.base import TrainingConfig
+from ..errors import DPAlignError
+from ..privacy import accountant
+from ..privacy.accountant import SampledGaussian, with_metrics
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Steps and noise of a stage.
+
+    target_epsilon: what must not be exceeded by this stage together with `beside`.
+    epsilon: of this stage alone.
+    beside: what other stages spend on the same units, for each of the sets of stages that a unit may meet
+        (sequential composition); nothing, where units are in one stage only.
+    """
+
+    steps: int
+    sampling_rate: float
+    passes: int
+    minibatches: int
+    noise_multiplier: float
+    metrics_noise_ratio: float
+    target_epsilon: float
+    target_delta: float
+    epsilon: float
+    beside: tuple[tuple[SampledGaussian, ...], ...] = ((),)
+
+    def mechanism(self, steps: int | None = None) -> SampledGaussian:
+        """What `steps` of it are, to the accountant; default: all."""
+        count = self.steps if steps is None else steps
+        plain = SampledGaussian(self.sampling_rate, self.noise_multiplier, count, self.passes)
+        return with_metrics(plain, self.metrics_noise_ratio)
+
+    def at(
+        self, noise_multiplier: float, target_epsilon: float, beside: tuple[tuple[SampledGaussian, ...], ...] = ((),)
+    ) -> StagePlan:
+        """The same steps at another noise multiplier, beside other stages."""
+        plan = replace(self, noise_multiplier=noise_multiplier, target_epsilon=target_epsilon, beside=beside)
+        return replace(plan, epsilon=accountant.epsilon([plan.mechanism()], self.target_delta))
+
+
+def plan_stage(name: str, config: TrainingConfig, units: float) -> StagePlan:
+    """Steps, rate and noise of a stage by itself, on `units` declared units.
+
+    Raises:
+        DPAlignError: settings that cannot be, or a target that cannot be reached.
+    """
+    config.validate()
+    if config.expected_batch_size > units:
+        raise DPAlignError(
+            f"expected_batch_size {config.expected_batch_size} is larger than the {units:g} units of stage "
+            f"{name}: a Poisson sample cannot expect more units than there are."
+        )
+    rate = config.expected_batch_size / units
+    steps = config.max_steps or max(1, math.ceil(config.num_train_epochs / rate))
+    steps = math.ceil(steps / config.minibatches) * config.minibatches
+    delta = config.target_delta if config.target_delta is not None else accountant.default_delta(math.ceil(units))
+    if (config.target_epsilon is None) == (config.noise_multiplier is None):
+        raise DPAlignError(
+            f"stage {name} needs exactly one of target_epsilon (inf for no privacy) and noise_multiplier."
+        )
+    accountant.check_delta(delta)
+    if config.noise_multiplier is not None:
+        sigma = config.noise_multiplier
+    else:
+        assert config.target_epsilon is not None
+        sigma = accountant.noise_multiplier(
+            config.target_epsilon, delta, sampling_rate=rate, steps=steps, passes=config.passes,
+            metrics_noise_ratio=config.metrics_noise_ratio,
+        )  # fmt: skip
+    if sigma > 0 and config.clipping == "none":
+        raise DPAlignError("clipping none has unbounded sensitivity: it is only for target_epsilon inf.")
+    plan = StagePlan(
+        steps, rate, config.passes, config.minibatches, sigma, config.metrics_noise_ratio, 0.0, delta, 0.0
+    )  # fmt: skip
+    plan = plan.at(sigma, 0.0)
+    return replace(plan, target_epsilon=plan.epsilon if config.target_epsilon is None else config.target_epsilon)
