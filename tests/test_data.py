@@ -11,14 +11,15 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpalign.algorithms import SFT, PPOConfig, SFTConfig
-from dpalign.algorithms.ppo import encode_prompt
+from dpalign.algorithms import SFT, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+from dpalign.algorithms.rollouts import encode_prompt
 from dpalign.data import build_units
 from dpalign.data.load import DataConfig, read_records
 from dpalign.errors import DPAlignError
 from dpalign.models import ModelConfig, Policy
-from dpalign.pipeline import split_parts
+from dpalign.planning import split_parts
 from dpalign.privacy.ledger import Ledger
+from dpalign.recipe import Recipe
 from dpalign.training import plan_stage
 from helpers import reviews
 from tiny import tiny_policy
@@ -182,13 +183,12 @@ def test_equal_records_are_different_units(ledger):
 
 
 def test_declared_units_are_what_counts_whatever_the_file_holds(ledger):
-    config = DataConfig(name="d", declared_units=1000)
-    data = build_units(reviews(40), config, ledger, 0.5, 1)
+    data = build_units(reviews(40), DataConfig(name="d", declared_units=1000), ledger, 0.5, 1)
     assert data.declared_units == 500 and 0 < len(data.units) < 40
-    algorithm = SFT(SFTConfig(expected_batch_size=25, num_train_epochs=3, noise_multiplier=1.0))
-    plan = plan_stage(algorithm, data.declared_units)
+    config = SFTConfig(expected_batch_size=25, num_train_epochs=3, noise_multiplier=1.0)
+    plan = plan_stage("sft", config, data.declared_units)
     assert (plan.sampling_rate, plan.steps) == (0.05, 60) and plan.target_delta == 1e-5
-    assert plan_stage(algorithm, 50_000).target_delta == pytest.approx(2e-6)
+    assert plan_stage("sft", config, 50_000).target_delta == pytest.approx(2e-6)
 
 
 def test_the_fingerprint_is_of_contents_and_tells_an_outsider_nothing(ledger, tmp_path):
@@ -202,6 +202,13 @@ def test_the_fingerprint_is_of_contents_and_tells_an_outsider_nothing(ledger, tm
     assert fingerprint(rows, Ledger(tmp_path / "other.sqlite")) != fingerprint(rows)
 
 
+def parts_of(stages: list[str], split: dict | None, **changes) -> dict[str, tuple[float, float]]:
+    sections: dict = {"sft": SFTConfig(), "reward": RewardModelConfig(), "ppo": PPOConfig(), "rloo": RLOOConfig()}
+    return split_parts(
+        Recipe(**{"data": DataConfig(name="d"), "split": split} | {s: sections[s] for s in stages} | changes)
+    )
+
+
 @pytest.mark.parametrize(
     ("names", "split", "parts"),
     [
@@ -209,12 +216,40 @@ def test_the_fingerprint_is_of_contents_and_tells_an_outsider_nothing(ledger, tm
         (["sft", "ppo"], {"ppo": 0.75, "sft": 0.25}, {"sft": (0, 0.25), "ppo": (0.25, 1)}),
         (["ppo"], {"sft": 0.25, "ppo": 0.5}, {"ppo": (0.25, 0.75)}),
         (["ppo"], None, {"ppo": (0, 1)}),
+        (["sft", "reward", "rloo"], {"sft": 0.25, "reward": 0.25, "rloo": 0.5}, {"sft": (0, 0.25), "reward": (0.25, 0.5), "rloo": (0.5, 1)}),
+        (["sft", "ppo"], {"sft": [0.5, 1], "ppo": [0, 0.5]}, {"sft": (0.5, 1), "ppo": (0, 0.5)}),
     ],
-)
+)  # fmt: skip
 def test_stages_on_one_dataset_get_disjoint_parts(names, split, parts):
-    assert split_parts(names, {n: DataConfig(name="d") for n in names}, split) == parts
+    assert parts_of(names, split) == parts
 
 
 def test_stages_on_their_own_datasets_get_all_of_them():
-    configs = {"sft": DataConfig(name="d"), "ppo": DataConfig(name="e")}
-    assert split_parts(["sft", "ppo"], configs, None) == {"sft": (0, 1), "ppo": (0, 1)}
+    own = {"sft_data": DataConfig(name="d"), "ppo_data": DataConfig(name="e")}
+    assert parts_of(["sft", "ppo"], None, **own) == {"sft": (0, 1), "ppo": (0, 1)}
+
+
+def test_stages_in_sequential_composition_share_all_units_or_their_ranges():
+    stages, together = ["sft", "reward", "ppo"], {"composition": "sequential"}
+    assert parts_of(stages, None, **together) == dict.fromkeys(stages, (0, 1))
+    ranges = {"sft": [0, 0.5], "reward": [0.25, 1], "ppo": [0, 1]}
+    assert parts_of(stages, ranges, **together) == {"sft": (0, 0.5), "reward": (0.25, 1), "ppo": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("split", "composition", "says"),
+    [
+        ({"sft": 0.5, "ppo": 0.5}, "sequential", "fractions make disjoint parts"),
+        ({"sft": [0, 0.5], "ppo": 0.5}, "parallel", "fractions make disjoint parts"),
+        ({"sft": [0, 0.5]}, "sequential", "gives stage ppo no range"),
+        ({"sft": 0.5}, "parallel", "gives stage ppo no fraction"),
+        ({"sft": [0.5, 0.5], "ppo": [0, 1]}, "sequential", "0 <= low < high <= 1"),
+        ({"sft": [0, 1.5], "ppo": [0, 1]}, "sequential", "0 <= low < high <= 1"),
+        ({"sft": [0, 0.5, 1], "ppo": [0, 1]}, "sequential", "a range is"),
+        ({"sft": 0.5, "ppo": 0.6}, "parallel", "add up to at most 1"),
+        ({"sft": 0.5, "pppo": 0.5}, "parallel", "must give stages"),
+    ],
+)
+def test_splits_that_cannot_be(split, composition, says):
+    with pytest.raises(DPAlignError, match=says):
+        parts_of(["sft", "ppo"], split, composition=composition)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpalign.algorithms import PPO, PPOConfig
 from dpalign.algorithms.base import Batch
-from dpalign.algorithms.ppo import Experience
+from dpalign.algorithms.rollouts import Experience
 from dpalign.errors import DPAlignError
 from dpalign.evaluation import evaluate_policy, public_prompts
 from dpalign.models import AdapterConfig, Policy
@@ -72,6 +72,7 @@ def test_loss_worked_by_hand():
     zeros, ids = torch.zeros(2, 3), torch.zeros(2, 5, dtype=torch.int64)
     phase = Experience(
         Rollouts(ids, ids, mask), ref_logprobs=zeros - 0.25, scores=torch.tensor([1.0, 2.0]), unit_rows=[[0, 1]],
+        prompt_of=torch.tensor([0, 0]),
         old_logprobs=zeros, old_values=zeros, advantages=torch.tensor([[1.0, -1.0, 5.0], [2.0, 0.0, 1.0]]),
         returns=torch.tensor([[0.5, 0.5, 9.0], [0.0, 0.0, 0.0]]),
     )  # fmt: skip

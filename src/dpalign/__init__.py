@@ -12,19 +12,23 @@ from .errors import DPAlignError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .algorithms import PPOConfig, SFTConfig
+    from .algorithms import PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
     from .models import AdapterConfig, ModelConfig
     from .pipeline import run_recipe
     from .recipe import Recipe
-    from .trainers import DPPPOTrainer, DPSFTTrainer
+    from .trainers import DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
 
 _HOMES = {
     "AdapterConfig": "models",
     "DPPPOTrainer": "trainers",
+    "DPRLOOTrainer": "trainers",
+    "DPRewardTrainer": "trainers",
     "DPSFTTrainer": "trainers",
     "ModelConfig": "models",
     "PPOConfig": "algorithms",
+    "RLOOConfig": "algorithms",
     "Recipe": "recipe",
+    "RewardModelConfig": "algorithms",
     "SFTConfig": "algorithms",
     "run_recipe": "pipeline",
 }
@@ -33,10 +37,14 @@ __all__ = [
     "AdapterConfig",
     "DPAlignError",
     "DPPPOTrainer",
+    "DPRLOOTrainer",
+    "DPRewardTrainer",
     "DPSFTTrainer",
     "ModelConfig",
     "PPOConfig",
+    "RLOOConfig",
     "Recipe",
+    "RewardModelConfig",
     "SFTConfig",
     "__version__",
     "run_recipe",

@@ -29,7 +29,7 @@ from .evaluation import evaluate_pairs, evaluate_stages, public_prompts
 from .evaluation.private import evaluate_privately
 from .files import private_folder, write_json
 from .models import AdapterStack, Normalization, Policy, RewardModel, embedded
-from .models.reward_model import normalization_of
+from .models.reward_model import is_classifier, normalization_of
 from .planning import (
     PlannedStage,
     check_budget,
@@ -78,6 +78,11 @@ class Run:
         """Names of the datasets that are public data playing private."""
         configs = [self.recipe.data_of(name) for name in self.recipe.stages]
         return {c.name for c in configs if c.is_demo}
+
+    @property
+    def all_demo(self) -> bool:
+        """Whether no dataset is really private."""
+        return self.demo == {self.recipe.data_of(name).name for name in self.recipe.stages}
 
     def statement(self) -> PrivacyStatement:
         """What has been spent so far."""
@@ -144,8 +149,14 @@ def _load_models(run: Run, records: dict[str, list[Record]], reward_function: Re
     # All that can be refused is refused here, before the first draw.
     recipe, stages = run.recipe, run.recipe.stages
     device = _device(recipe.device)
-    of_policy = {"sft", "ppo", "rloo"} & set(stages)
-    if run.policy is None and (of_policy or (recipe.reward and not recipe.reward.model and not run.reward_model)):
+    if recipe.reward is not None and run.reward_model is None:
+        config = recipe.reward.model
+        if config is None and set(stages) == {"reward"} and run.policy is None and is_classifier(recipe.model):
+            config = recipe.model
+        if config is not None:
+            run.reward_model = RewardModel.load(config, device, recipe.reward.text)
+    needs_policy = {"sft", "ppo", "rloo"} & set(stages) or run.reward_model is None
+    if run.policy is None and needs_policy:
         run.policy = Policy.load(recipe.model, device)
     source = {name: recipe.data_of(name).path or recipe.data_of(name).name for name in stages}
     if "sft" in stages:
@@ -154,8 +165,6 @@ def _load_models(run: Run, records: dict[str, list[Record]], reward_function: Re
         check_lengths("sft", stages["sft"], run.policy.model.config)
     if recipe.reward is not None:
         check_pair_columns(records["reward"], source["reward"])
-        if run.reward_model is None and recipe.reward.model is not None:
-            run.reward_model = RewardModel.load(recipe.reward.model, device, recipe.reward.text)
         model = run.reward_model or run.policy
         assert model is not None
         check_lengths("reward", recipe.reward, model.model.config)
@@ -273,7 +282,7 @@ def _finish(run: Run, started: float) -> dict[str, Any]:
     summary |= _evaluate(run)
     resources = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
     write_json(run.private / "resources.json", resources)
-    if run.demo == {run.recipe.data_of(name).name for name in run.recipe.stages}:
+    if run.all_demo:
         summary |= resources  # of private data, time and memory would tell how long the longest record is
     write_json(run.folder / "summary.json", summary)
     return summary
@@ -315,14 +324,25 @@ def _evaluate(run: Run) -> dict[str, Any]:
         return {}
     assert run.policy is not None
     prompts = public_prompts(run.policy, read_records(data.eval_path, data.split), config, recipe.eval_prompts)
+    reference = load_reward(recipe.reference_reward, run.policy.device) if recipe.reference_reward else None
     with run.reporter.status("measuring on the public prompts"):
-        results = evaluate_stages(run.policy, prompts, run.reward, config)
+        results = evaluate_stages(
+            run.policy, prompts, run.reward, config, seed=recipe.eval_seed, reference_reward=reference
+        )
     texts = [
         {"prompt": prompt, **{stage: results[stage][1][i][1] for stage in results}}
         for i, (prompt, _) in enumerate(results["pretrained"][1][:SAMPLES])
     ]
     write_json(run.folder / "completions.json", texts)
-    return {"evaluation": {stage: result.as_dict() for stage, (result, _) in results.items()}}
+    rows = {stage: result.as_dict() for stage, (result, _) in results.items()}
+    if reference is None:
+        return {"evaluation": rows}
+    write_json(run.private / "reference_evaluation.json", {"outside_the_guarantee": True, "evaluation": rows})
+    if run.all_demo:
+        return {"evaluation": rows, "outside_the_guarantee": ["reference_reward"]}
+    run.reporter.note("the reference reward's numbers are outside the guarantee: private/reference_evaluation.json")
+    hidden = {stage: {k: v for k, v in row.items() if not k.startswith("reference_")} for stage, row in rows.items()}
+    return {"evaluation": hidden}
 
 
 def peak_memory_mb() -> float:

@@ -267,6 +267,23 @@ def _declared_units(recipe: Recipe, name: str, part: Part) -> float:
     return declared * (part[1] - part[0])
 
 
+def parameter_count(recipe: Recipe) -> float | None:
+    """Weights of the model, from its configuration alone; None where that is not here."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = embedded.resolve(recipe.model.name_or_path)
+    if (Path(path) / "adapter_config.json").exists():
+        path = embedded.resolve(str(LoraConfig.from_pretrained(path).base_model_name_or_path))
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            return float(AutoModelForCausalLM.from_config(config).num_parameters())
+    except (OSError, ValueError):
+        return None
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from .algorithms import PPOConfig, RewardModelConfig, RLOOConfig, RolloutConfig,
 from .data.load import DataConfig
 from .evaluation.private import PrivateEvaluationConfig
 from .models import ModelConfig
+from .rewards import RewardConfig
 
 STAGES = ("sft", "reward", "ppo", "rloo", "evaluation")  # in the order in which they run
 
@@ -44,6 +45,10 @@ class Recipe:
         units_disjoint: `checked` compares the unit columns of separate datasets; `declared` takes your word,
             and the statement says so.
         eval_prompts: most public prompts that are measured at the end; default: all.
+        eval_seed: seed of the sampling that is measured.
+        reference_reward: a second reward for the measurement at the end, which trains nothing and decides nothing: a
+            reward model without privacy, say. Its numbers are outside the guarantee, and stay in private/ unless all
+            data is demo data.
         ledger: the private file that records every spending; default: $DPALIGN_LEDGER, else
             ~/.local/share/dpalign/ledger.sqlite.
         report_to: `tensorboard` writes the noised metrics for it, through accelerate; `none`.
@@ -70,6 +75,8 @@ class Recipe:
     evaluation_data: DataConfig | None = None
     units_disjoint: Literal["checked", "declared"] = "checked"
     eval_prompts: int | None = None
+    eval_seed: int = 0
+    reference_reward: RewardConfig | None = None
     ledger: str | None = None
     report_to: Literal["none", "tensorboard"] = "none"
     device: str = "auto"

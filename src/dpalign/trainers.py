@@ -12,10 +12,12 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .algorithms import PPOConfig, SFTConfig
+from .algorithms import RewardModelConfig, SFTConfig
+from .algorithms.reward import check_pair_columns
 from .data.load import DataConfig, Record
 from .errors import DPAlignError
-from .models import AdapterConfig, ModelConfig, Policy
+from .evaluation import evaluate_pairs
+from .models import AdapterConfig, ModelConfig, Policy, RewardModel
 from .pipeline import run_recipe
 from .recipe import Recipe
 from .reporting.progress import Reporter
@@ -42,26 +44,30 @@ class _DPTrainer:
         declared_units: int | None = None,
         max_records_per_unit: int = 1,
         ledger: str | None = None,
+        eval_is_public: bool = False,
         report_to: str = "none",
         quiet: bool = False,
     ) -> None:
-        if eval_dataset is not None:
+        if eval_dataset is not None and not (eval_is_public and self.stage == "reward"):
             raise DPAlignError(
-                "eval_dataset would be measured without noise: evaluate the release on public prompts with "
-                "`dpalign evaluate --eval_is_public`."
+                "eval_dataset would be measured without noise: declare it public with eval_is_public=True (reward models), "
+                "or evaluate the release on public prompts with `dpalign evaluate --eval_is_public`."
             )
         if peft_config is not None:
             args = dataclasses.replace(args, adapter=adapter_from(peft_config))
         self.args = args
         self._records = _records(train_dataset)
+        self._eval_records = _records(eval_dataset) if eval_dataset is not None else None
         self._policy: Policy | None = None
+        self._reward_model: RewardModel | None = None
         name = model if isinstance(model, str) else (model.config._name_or_path or "model")
         if not isinstance(model, str):
             if processing_class is None:
                 raise DPAlignError("a model object needs its tokenizer: give processing_class.")
-            if processing_class.pad_token_id is None:
-                processing_class.pad_token = processing_class.eos_token
-            self._policy = Policy(model, processing_class)
+            if type(model).__name__.endswith("ForSequenceClassification"):
+                self._reward_model = RewardModel(model, processing_class)
+            else:
+                self._policy = Policy(model, processing_class)
         stages: dict[str, Any] = {self.stage: args}
         self._recipe = Recipe(
             output_dir=output_dir,
@@ -96,24 +102,25 @@ class _DPTrainer:
             reporter=self._reporter,
             records={self.stage: self._records},
             policy=self._policy,
+            reward_model=self._reward_model,
             reward_function=self._reward_function,
         )
         return self.summary
 
     def save_model(self, output_dir: str) -> None:
         """Copies the release (adapter, tokenizer, card, privacy statement) to `output_dir`."""
-        release = Path(self._recipe.output_dir) / "release"
-        if not release.is_dir():
+        shutil.copytree(self._release(), output_dir, dirs_exist_ok=True)
+
+    def _release(self) -> Path:
+        release = Path(self._recipe.output_dir) / ("reward_model" if self.stage == "reward" else "release")
+        if not (release / "privacy.json").is_file():
             raise DPAlignError("there is no release yet: call train() first.")
-        shutil.copytree(release, output_dir, dirs_exist_ok=True)
+        return release
 
     @property
     def privacy(self) -> dict[str, Any]:
         """The release's privacy statement."""
-        path = Path(self._recipe.output_dir) / "release" / "privacy.json"
-        if not path.is_file():
-            raise DPAlignError("there is no release yet: call train() first.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((self._release() / "privacy.json").read_text(encoding="utf-8"))
 
 
 class DPSFTTrainer(_DPTrainer):
@@ -134,20 +141,41 @@ class DPSFTTrainer(_DPTrainer):
         super().__init__(model, args, train_dataset, *rest, **options)
 
 
-class DPPPOTrainer(_DPTrainer):
-    """Private PPO. Arguments as for `DPSFTTrainer`, with `args` a `PPOConfig`.
+class DPRewardTrainer(_DPTrainer):
+    """Private reward model. Arguments as for `DPSFTTrainer`, with `args` a `RewardModelConfig`.
 
     Args:
-        reward_funcs: a function f(prompts, completions, **columns) -> list[float] that scores every row by
-            itself; its range is `args.reward.low` to `args.reward.high`. Without one, `args.reward`.
+        model: a causal LM, which gets a head, or a sequence-classification model with num_labels=1.
+        train_dataset: dicts with `chosen` and `rejected`, perhaps `prompt`, `margin`, `preference` (0.5 for a tie).
+        eval_dataset: pairs that `eval_is_public` declares public; train() then reports accuracy, calibration and
+            margins on them.
+        unit: column that names whom to protect (a judge, say); without one, each pair is a unit.
     """
 
-    stage = "ppo"
+    stage = "reward"
+
+    def __init__(
+        self, model: str | PreTrainedModel, args: RewardModelConfig, train_dataset: Any, *rest: Any, **options: Any
+    ):
+        super().__init__(model, args, train_dataset, *rest, **options)
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> dict[str, Any]:
+        if self._eval_records is not None:
+            check_pair_columns(self._eval_records, "eval_dataset")
+        summary = super().train(resume_from_checkpoint)
+        if self._eval_records is not None:
+            model = RewardModel.load(ModelConfig(name_or_path=str(self._release())))
+            summary["reward_model"] = evaluate_pairs(model, self._eval_records).as_dict()
+        return summary
+
+
+class _RolloutTrainer(_DPTrainer):
+    """A trainer that samples completions and scores them with `reward_funcs`, or as `args.reward` says."""
 
     def __init__(
         self,
         model: str | PreTrainedModel,
-        args: PPOConfig,
+        args: Any,
         train_dataset: Any,
         *rest: Any,
         reward_funcs: Callable[..., list[float]] | None = None,
@@ -158,6 +186,23 @@ class DPPPOTrainer(_DPTrainer):
             args = dataclasses.replace(args, reward=dataclasses.replace(args.reward, source=source))
         super().__init__(model, args, train_dataset, *rest, **options)
         self._reward_function = reward_funcs
+
+
+class DPPPOTrainer(_RolloutTrainer):
+    """Private PPO. Arguments as for `DPSFTTrainer`, with `args` a `PPOConfig`.
+
+    Args:
+        reward_funcs: a function f(prompts, completions, **columns) -> list[float] that scores every row by
+            itself; its range is `args.reward.low` to `args.reward.high`. Without one, `args.reward`.
+    """
+
+    stage = "ppo"
+
+
+class DPRLOOTrainer(_RolloutTrainer):
+    """Private RLOO. Arguments as for `DPPPOTrainer`, with `args` an `RLOOConfig`."""
+
+    stage = "rloo"
 
 
 def adapter_from(config: LoraConfig) -> AdapterConfig:

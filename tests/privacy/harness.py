@@ -21,11 +21,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpalign.algorithms import PPO, SFT, Algorithm, PPOConfig, SFTConfig
-from dpalign.algorithms.ppo import sample as ppo_sample
+from dpalign.algorithms import (
+    PPO,
+    RLOO,
+    SFT,
+    Algorithm,
+    PPOConfig,
+    RewardModelConfig,
+    RewardModelling,
+    RLOOConfig,
+    SFTConfig,
+)
+from dpalign.algorithms.rollouts import RolloutConfig
+from dpalign.algorithms.rollouts import sample as own_sample
 from dpalign.data import UnitDataset
 from dpalign.data.load import Record
-from dpalign.models import AdapterConfig
+from dpalign.models import AdapterConfig, AdapterStack, RewardModel
 from dpalign.models.policy import Rollouts
 from dpalign.privacy.ledger import Intent, Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
@@ -87,12 +98,12 @@ def run_stage(
     folder: Path | None = None,
     ledger: Ledger | None = None,
 ) -> Trace:
-    """Trains `algorithm` on `data` with fixed coins; adapter and value head start random, not at zero.
+    """Trains `algorithm` on `data` with fixed coins; adapter and head start random, not at zero.
 
     Args:
         answers_are_fixed: every release is answered by the same made-up gradient and metrics, so that later
             releases see equal earlier ones; False lets the real answer through.
-        dtype: of the base; adapter and value head are float64 with a float64 base and float32 otherwise.
+        dtype: of the base; adapter and head are float64 with a float64 base and float32 otherwise.
         sampler: which units take part; it may raise `Interrupted`.
     """
     trace, calls = Trace(), Counter[str]()
@@ -126,12 +137,12 @@ def run_stage(
 
     setup = algorithm.setup
 
-    def wide_setup(policy) -> None:
-        setup(policy)
+    def wide_setup(model) -> None:
+        setup(model)
         if dtype == torch.float64:
-            policy.to(dtype)
+            model.to(dtype)
         generator = torch.Generator().manual_seed(7)
-        for p in policy.parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 p.data = 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
@@ -141,13 +152,15 @@ def run_stage(
         tempfile.TemporaryDirectory() as temporary,
         patch("dpalign.training.loop.GaussianMechanism", Recorder),
         patch("dpalign.training.loop.poisson_sample", draw),
-        patch("dpalign.algorithms.ppo.sample", completions_of_prompts if completions_are_fixed else ppo_sample),
+        patch("dpalign.algorithms.rollouts.sample", completions_of_prompts if completions_are_fixed else own_sample),
         suppress(Interrupted),
     ):
         folder = folder or Path(temporary)
         log = folder / "metrics.jsonl"
-        policy = tiny_policy(kind, dtype)
-        stage = stage_class(policy, algorithm, data, folder=folder, run="run", ledger=ledger, log=log)
+        model: AdapterStack = tiny_policy(kind, dtype)
+        if isinstance(algorithm, RewardModelling):
+            model = RewardModel.from_policy(model, algorithm.config.text)
+        stage = stage_class(model, algorithm, data, folder=folder, run="run", ledger=ledger, log=log)
         stage.train()
         trace.log = [json.loads(line) for line in log.read_text().splitlines()]
         trace.files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
@@ -155,7 +168,7 @@ def run_stage(
     return trace
 
 
-def completions_of_prompts(policy, ids: Tensor, mask: Tensor, config: PPOConfig) -> Rollouts:
+def completions_of_prompts(policy, ids: Tensor, mask: Tensor, config: RolloutConfig) -> Rollouts:
     """A fixed completion for every (prompt, how often it came before), some ended by EOS."""
     width, seen = config.max_completion_length, Counter[tuple]()
     completions = torch.zeros(len(ids), width, dtype=torch.int64)
@@ -196,6 +209,21 @@ def ppo(algorithm: type[PPO] = PPO, **changes) -> PPO:
     return algorithm(PPOConfig(**SMALL | settings | changes), reward)
 
 
+def rloo(algorithm: type[RLOO] = RLOO, **changes) -> RLOO:
+    """DP-RLOO whose reward is the record's `score` times a share that the completion fixes."""
+    settings: dict = {"expected_batch_size": 8, "max_prompt_length": 8, "max_completion_length": 6, "beta": 0.05}
+    settings |= {"num_generations": 2, "reward": RewardConfig(columns=["score"])}
+    return algorithm(RLOOConfig(**SMALL | settings | changes), Reward(shared_score, -1e6, 1e6))
+
+
+def shared_score(prompts: list[str], completions: list[str], score: list) -> list[float]:
+    return [s * (zlib.crc32(c.encode()) % 100) / 100 for c, s in zip(completions, score, strict=True)]
+
+
+def reward(algorithm: type[RewardModelling] = RewardModelling, **changes) -> RewardModelling:
+    return algorithm(RewardModelConfig(**SMALL | {"expected_batch_size": 8, "max_length": 24} | changes))
+
+
 def texts(count: int = 8) -> list[list[Record]]:
     """Short, nearly equal texts: their gradients point the same way, so a coupling moves them all."""
     return [[{"id": f"t{i:02}", "text": f"w1 w2 w3 w{10 + i}"}] for i in range(count)]
@@ -209,8 +237,19 @@ def prompts(count: int = 8, score: float = 4.0, spread: float = 4.0) -> list[lis
     ]
 
 
+def pairs(count: int = 8) -> list[list[Record]]:
+    """Short pairs that differ in two words: their gradients point the same way."""
+    return [
+        [{"id": f"r{i:02}", "chosen": f"w1 w2 w3 w{10 + i}", "rejected": f"w1 w2 w4 w{30 + i}", "margin": 0.1 * i}]
+        for i in range(count)
+    ]
+
+
 LONG_TEXT: list[Record] = [{"id": "x2", "text": words(40, 1)}]
 HUGE_SCORE: list[Record] = [{"id": "x2", "prompt": "w7 w8 w9 w10 w11", "score": -1e5}]
+HUGE_PAIR: list[Record] = [
+    {"id": "x2", "chosen": words(40, 1), "rejected": "w7", "margin": 1e6, "preference": 0.0}
+]
 
 
 def neighbours(units: list[list[Record]], outlier: list[Record]) -> tuple[UnitDataset, UnitDataset]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
@@ -13,6 +14,7 @@ from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
 from dpalign.privacy.accountant import SampledGaussian, epsilon, noise_multiplier
 from dpalign.privacy.ledger import Spending, composed_epsilon
+from dpalign.training import Stage
 from tiny import dataset
 
 DELTA = 4e-5
@@ -126,20 +128,24 @@ def test_passes_over_one_sample():
     assert epsilon_of_four_passes(passes_for_free) < 4.01
 
 
-def epsilon_of_the_ledger(passes_are_counted: bool) -> float:
+class JournalsOnePass(Stage):
+    def _intent(self, step, attempt, sigma):
+        return replace(super()._intent(step, attempt, sigma), passes=1)
+
+
+def epsilon_of_the_ledger(stage_class: type[Stage]) -> float:
     """What the ledger of a PPO stage with 4 passes replays to; three samples of everyone at sigma 8."""
     algorithm = ppo(num_ppo_epochs=4, max_steps=3, noise_multiplier=8.0, metrics_noise_ratio=0.0)
-    if not passes_are_counted:
-        algorithm.passes = 1
-    trace = run_stage(algorithm, dataset(prompts()), sampler=everyone)
+    trace = run_stage(algorithm, dataset(prompts()), sampler=everyone, stage_class=stage_class)
+    assert len(trace.sums) == 12
     return epsilon([i.mechanism for i in trace.intents], DELTA)
 
 
 def test_the_ledger_counts_the_passes():
     """PRIVACY test 9 in the loop: three samples, four passes each, are twelve unsampled releases at sigma 8."""
     truth = epsilon([SampledGaussian(1.0, 8.0, 12)], DELTA)
-    assert epsilon_of_the_ledger(True) == pytest.approx(truth, rel=1e-3)
-    assert epsilon_of_the_ledger(False) < 0.6 * truth
+    assert epsilon_of_the_ledger(Stage) == pytest.approx(truth, rel=1e-3)
+    assert epsilon_of_the_ledger(JournalsOnePass) < 0.6 * truth
 
 
 def test_metrics_and_rows_that_are_not_counted():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
 from harness import (
+    HUGE_PAIR,
     HUGE_SCORE,
     LONG_TEXT,
     Interrupted,
@@ -16,8 +17,11 @@ from harness import (
     neighbours,
     nobody,
     own_coins,
+    pairs,
     ppo,
     prompts,
+    reward,
+    rloo,
     run_stage,
     sft,
     texts,
@@ -40,13 +44,11 @@ class NoisePerMicroBatch(GaussianMechanism):
 
 class NoNoiseAfterFirstPass(Stage):
     def _step(self, phase, positions, sigma, entropy, step):
-        self.algorithm.passes, passes = 1, self.algorithm.passes
+        plan, self.plan = self.plan, replace(self.plan, passes=1)
         super()._step(phase, positions, sigma, entropy, step)
-        released = [
-            super(NoNoiseAfterFirstPass, self)._step(phase, positions, 0.0, entropy, step) for _ in range(passes - 1)
-        ]
-        self.algorithm.passes = passes
-        return released
+        for _ in range(plan.passes - 1):
+            super()._step(phase, positions, 0.0, entropy, step)
+        self.plan = plan
 
 
 def noise_variances(algorithm, data, **settings) -> list[float]:
@@ -131,6 +133,7 @@ def noisy_steps(algorithm, data, **settings) -> tuple[int, int, int]:
 
 
 EMPTY = {"noise_multiplier": 1.0, "max_steps": 3}
+TIES = [[{"id": str(i), "chosen": "w1", "rejected": "w2", "preference": 0.5}] for i in range(8)]
 NO_PROMPT = [[{"id": str(i), "text": "w1"}] for i in range(8)]
 
 
@@ -141,6 +144,10 @@ NO_PROMPT = [[{"id": str(i), "text": "w1"}] for i in range(8)]
         (partial(ppo, max_prompt_length=4, **EMPTY), prompts(), nobody),
         (partial(ppo, num_mini_batches=3, num_ppo_epochs=1, **EMPTY), prompts(), nobody),
         (partial(ppo, prompt_min_tokens=3, prompt_max_tokens=3, max_prompt_length=4, **EMPTY), NO_PROMPT, everyone),
+        (partial(rloo, max_prompt_length=4, **EMPTY), prompts(), nobody),
+        (partial(rloo, prompt_min_tokens=3, prompt_max_tokens=3, max_prompt_length=4, **EMPTY), NO_PROMPT, everyone),
+        (partial(reward, **EMPTY), pairs(), nobody),
+        (partial(reward, ties="skip", **EMPTY), TIES, everyone),
     ],
 )
 def test_an_empty_sample_takes_its_noisy_step(algorithm, data, sampler):
@@ -160,7 +167,7 @@ class StopsEarly(Stage):
     """Drops the second pass where the raw mean score is extreme."""
 
     def _step(self, phase, positions, sigma, entropy, step):
-        self.algorithm.passes = 1 if phase.scores.abs().mean() > 1e3 else 2
+        self.plan = replace(self.plan, passes=1 if phase.scores.abs().mean() > 1e3 else 2)
         return super()._step(phase, positions, sigma, entropy, step)
 
 
@@ -205,6 +212,10 @@ CUTS = {"prompt_min_tokens": 3, "prompt_max_tokens": 3}
         (partial(ppo, num_mini_batches=2, **NOISED), prompts(), HUGE_SCORE, {"sampler": own_coins}),
         (partial(ppo, num_ppo_epochs=2, **NOISED), prompts(), BAD_SCORE, {}),
         (partial(ppo, noised_baseline=True, adaptive_kl_target=1.0, **NOISED), prompts(), NOT_A_SCORE, {}),
+        (partial(rloo, **NOISED), prompts(), BAD_SCORE, {}),
+        (partial(rloo, adaptive_kl_target=1.0, **NOISED), prompts(), NOT_A_SCORE, {"sampler": own_coins}),
+        (partial(reward, **NOISED), pairs(), HUGE_PAIR, {"sampler": own_coins}),
+        (partial(reward, ties="skip", **NOISED), pairs(), [TIES[0][0] | {"id": "x"}], {}),
         (partial(ppo, **CUTS, **NOISED), NO_PROMPT, [{"id": "x", "text": "w1 w2 w3 w4", "score": 1.0}], {}),
     ],
 )

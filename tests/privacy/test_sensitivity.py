@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from harness import (
+    HUGE_PAIR,
     HUGE_SCORE,
     LONG_TEXT,
     TOLERANCE,
@@ -15,15 +17,18 @@ from harness import (
     moved,
     neighbours,
     own_coins,
+    pairs,
     ppo,
     prompts,
+    reward,
+    rloo,
     run_stage,
     sft,
     texts,
 )
 from torch import Tensor
 
-from dpalign.algorithms import PPO, SFT
+from dpalign.algorithms import PPO, RLOO, SFT, Algorithm, RewardModelling
 from dpalign.algorithms.base import unit_means
 from dpalign.data import DataConfig, build_units
 from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
@@ -32,7 +37,7 @@ from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.training import Stage
 from tiny import dataset, words
 
-Algorithms = Callable[[], SFT | PPO]
+Algorithms = Callable[[], Algorithm]
 
 
 # Broken on purpose -----------------------------------------------------------------------------------------
@@ -68,6 +73,34 @@ class BatchTokenMean(SFT):
         return loss * tokens / tokens.mean(), metrics
 
 
+class BatchBaseline(RLOO):
+    """The baseline of a rollout is the mean of all others of the batch."""
+
+    def row_losses(self, policy, batch, phase):
+        return super().row_losses(policy, batch, replace(phase, prompt_of=torch.zeros_like(phase.prompt_of)))
+
+
+class CentredMargins(RewardModelling):
+    def batch(self, phase, positions):
+        batch = super().batch(phase, positions)
+        ids, mask, margin, preference = batch.tensors
+        return replace(batch, tensors=(ids, mask, margin - margin.mean(), preference))
+
+
+class ScaledByMeanScore(RewardModelling):
+    def row_losses(self, model, batch, phase):
+        loss, metrics = super().row_losses(model, batch, phase)
+        return loss / model(*batch.tensors[:2]).detach().abs().mean(), metrics
+
+
+class CentredOverTheBatch(RewardModelling):
+    """Keeps the mean score of the batch near 0, instead of that of each pair."""
+
+    def row_losses(self, model, batch, phase):
+        loss, metrics = super().row_losses(model, batch, phase)
+        return loss + model(*batch.tensors[:2]).mean() ** 2, metrics
+
+
 class ClipTheBatch(GaussianMechanism):
     def add(self, grads, metrics=None):
         super().add([g.sum(0, keepdim=True) for g in grads], metrics)
@@ -97,16 +130,29 @@ class ClipRows(Stage):
         batch = self.algorithm.batch(phase, positions)
         rows = len(batch.row_unit)
         with self.gradients.collect(torch.arange(rows), rows):
-            losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
+            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
             losses.sum().backward()
         mechanism.add(self.gradients.grads(), metrics)
+
+
+class ClipPairs(Stage):
+    """One clip for every pair of a judge."""
+
+    def _accumulate(self, mechanism, phase, positions, count):
+        batch = self.algorithm.batch(phase, positions)
+        units = len(batch.row_unit) // 2
+        row_unit = torch.arange(units).repeat_interleave(2)
+        with self.gradients.collect(row_unit, units):
+            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
+            unit_means(losses, row_unit, units).sum().backward()
+        mechanism.add(self.gradients.grads(), unit_means(metrics, row_unit, units))
 
 
 class MicroBatchMean(Stage):
     def _accumulate(self, mechanism, phase, positions, count):
         batch = self.algorithm.batch(phase, positions)
         with self.gradients.collect(batch.row_unit, len(positions)):
-            losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
+            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
             losses.mean().backward()
         mechanism.add(self.gradients.grads(), metrics)
 
@@ -142,6 +188,8 @@ class EveryColumn(PPO):
 SFT_CASE = (texts(), LONG_TEXT)
 ODD_KEY_CASE = (prompts(), [{**HUGE_SCORE[0], "note": "a column that nobody else has"}])
 PPO_CASE = (prompts(), HUGE_SCORE)
+PAIR_CASE = (pairs(), HUGE_PAIR)
+LONG_PAIR_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(60, 2)}])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -157,6 +205,12 @@ PPO_CASE = (prompts(), HUGE_SCORE)
         (partial(ppo, num_ppo_epochs=2, learning_rate=0.1), PPO_CASE, {}),
         (partial(ppo, num_mini_batches=2, num_ppo_epochs=2, learning_rate=0.1), PPO_CASE, {"sampler": own_coins}),
         (partial(ppo, max_steps=3, noised_baseline=True, adaptive_kl_target=1.0), PPO_CASE, {}),
+        (rloo, PPO_CASE, {}),
+        (partial(rloo, num_generations=3, max_steps=2, clipping="automatic"), PPO_CASE, {"sampler": own_coins}),
+        (reward, PAIR_CASE, {}),
+        (reward, LONG_PAIR_CASE, {}),
+        (partial(reward, clipping="automatic", gradient_checkpointing=True), PAIR_CASE, {}),
+        (partial(reward, center_rewards_coefficient=0.5, label_smoothing=0.1, max_steps=2), PAIR_CASE, {"sampler": own_coins}),
     ],
 )
 def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settings):
@@ -176,6 +230,10 @@ def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settin
         (ppo, PPO_CASE, {"mechanism": ClipEachTensor}),
         (ppo, PPO_CASE, {"mechanism": ValueHeadUnclipped}),
         (partial(ppo, num_mini_batches=2), PPO_CASE, {"sampler": cut_by_position}),
+        (partial(rloo, BatchBaseline, micro_batch_size=20), PPO_CASE, {}),
+        (partial(reward, CentredMargins, micro_batch_size=20), PAIR_CASE, {}),
+        (partial(reward, micro_batch_size=20), PAIR_CASE, {"mechanism": ClipTheBatch}),
+        (reward, PAIR_CASE, {"mechanism": ClipEachTensor}),
     ],
 )
 def test_the_neighbour_test_kills(algorithm, case, settings):
@@ -194,6 +252,7 @@ def change_of_others(algorithm: Algorithms, units: list, mates: tuple[list, list
 
 SHORT_TEXT = [{"id": "x", "text": "w1 w2"}]
 OTHER_SCORE = [{"id": "x", "prompt": "w1", "score": 1e5}]
+OTHER_PAIR = [{"id": "x", "chosen": "w60 w61", "rejected": "w62 w63 w64", "preference": 0.5}]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +261,9 @@ OTHER_SCORE = [{"id": "x", "prompt": "w1", "score": 1e5}]
         (partial(sft, micro_batch_size=20), texts(), (LONG_TEXT, SHORT_TEXT)),
         (partial(ppo, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(ppo, num_ppo_epochs=2), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(rloo, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(reward, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
+        (partial(reward, micro_batch_size=20, ties="skip"), pairs(), (HUGE_PAIR, OTHER_PAIR)),
     ],
 )
 def test_a_batch_mate_changes_nobody_else(algorithm, units, mates):
@@ -215,6 +277,10 @@ def test_a_batch_mate_changes_nobody_else(algorithm, units, mates):
         (partial(sft, BatchTokenMean, max_grad_norm=5.0, micro_batch_size=20), texts(), (LONG_TEXT, SHORT_TEXT)),
         (partial(ppo, WhitenedAdvantages, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(ppo, WhitenedRewards), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(rloo, BatchBaseline, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(reward, CentredMargins, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
+        (partial(reward, ScaledByMeanScore, max_grad_norm=9.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
+        (partial(reward, CentredOverTheBatch, max_grad_norm=9.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
     ],
 )
 def test_the_batch_mate_test_kills(algorithm, units, mates):
@@ -230,6 +296,7 @@ CUT_PROMPTS = [
     *([{"id": str(i), "text": words(5, i), "score": 1.0}] for i in range(3)), TOO_SHORT, TOO_SHORT,
     *([{"id": str(i), "text": words(5, i), "score": 1.0}] for i in range(3, 6)), TOO_SHORT,
 ]  # fmt: skip
+JUDGES = [[pair for (pair,) in pairs(12)[4 * i : 4 * i + 1 + i % 4]] for i in range(3)]  # one, two and three pairs
 
 
 def variation(algorithm: Callable, units: list, changes: list[dict], **settings) -> float:
@@ -253,6 +320,12 @@ MICRO = [{"micro_batch_size": size} for size in (20, 1, 2, 3)]
         (sft, texts(), MICRO),
         (partial(ppo, num_generations=2, num_ppo_epochs=2, learning_rate=0.1), prompts(), MICRO),
         (partial(ppo, **CUT), CUT_PROMPTS, MICRO),
+        (partial(rloo, num_generations=3), prompts(), PROMPT_WIDTHS),
+        (partial(rloo, num_generations=3), prompts(), MICRO),
+        (partial(rloo, **CUT), CUT_PROMPTS, MICRO),
+        (reward, pairs(), WIDTHS[::2]),
+        (partial(reward, center_rewards_coefficient=0.5), JUDGES, MICRO),
+        (partial(reward, ties="skip"), [*pairs(), OTHER_PAIR, OTHER_PAIR], MICRO),
     ],
 )
 def test_padding_and_micro_batches_change_nothing(kind, algorithm, units, changes):
@@ -274,7 +347,7 @@ class RowlessUnitsCount(Stage):
         if len(batch.row_unit) == 0:
             return
         with self.gradients.collect(batch.row_unit, len(positions)):
-            losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
+            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
             unit_means(losses, batch.row_unit, len(positions)).sum().backward()
         mechanism.add(self.gradients.grads(), unit_means(metrics, batch.row_unit, len(positions)))
 
@@ -288,6 +361,10 @@ class RowlessUnitsCount(Stage):
         (partial(sft, max_grad_norm=5.0), texts(), MICRO, {"stage_class": MicroBatchMean}),
         (sft, texts(), MICRO, {"mechanism": ClipTheBatch}),
         (partial(ppo, **CUT), CUT_PROMPTS, MICRO, {"stage_class": RowlessUnitsCount}),
+        (partial(rloo, BatchBaseline), prompts(), MICRO, {}),
+        (partial(reward, CentredMargins), [*pairs(), HUGE_PAIR], MICRO, {}),
+        (partial(reward, max_grad_norm=5.0), pairs(), MICRO, {"stage_class": MicroBatchMean}),
+        (partial(reward, ties="skip"), [*pairs(), OTHER_PAIR, OTHER_PAIR], MICRO, {"stage_class": RowlessUnitsCount}),
     ],
 )
 def test_the_invariance_test_kills(algorithm, units, changes, settings):
@@ -319,28 +396,16 @@ def test_the_divisor_is_the_expected_batch_size():
 # 12, 13, 14 ------------------------------------------------------------------------------------------------
 
 
-class Pairs(SFT):
-    """A preference pair: the chosen text becomes likelier, the rejected one less likely."""
-
-    def encode(self, policy, units):
-        pairs = [[{"text": unit[0][side]} for side in ("chosen", "rejected")] for unit in units]
-        super().encode(policy, pairs)
-
-    def row_losses(self, policy, batch, phase):
-        loss, metrics = super().row_losses(policy, batch, phase)
-        return loss * torch.tensor([1.0, -1.0]).repeat(len(loss) // 2), metrics
-
-
-PAIRS = [[{"id": str(i), "chosen": words(5, 2 * i), "rejected": words(5, 2 * i + 1)}] for i in range(8)]
-PAIR = [{"id": "x", "chosen": words(20, 90), "rejected": words(20, 91)}]
-
-
 @pytest.mark.parametrize(
     ("algorithm", "units", "outlier"),
     [
-        (partial(sft, Pairs), PAIRS, PAIR),
-        (partial(sft, Pairs, clipping="automatic"), PAIRS, PAIR),
+        (reward, *PAIR_CASE),
+        (reward, *LONG_PAIR_CASE),
+        (partial(reward, clipping="automatic"), *PAIR_CASE),
+        (partial(ppo, num_generations=2), *PPO_CASE),
         (partial(ppo, num_generations=4), *PPO_CASE),
+        (rloo, *PPO_CASE),
+        (partial(rloo, num_generations=4), *PPO_CASE),
     ],
 )
 def test_a_pair_and_a_group_of_rollouts_are_one_unit(algorithm, units, outlier):
@@ -349,20 +414,67 @@ def test_a_pair_and_a_group_of_rollouts_are_one_unit(algorithm, units, outlier):
     assert sensitivity(algorithm, units, outlier, stage_class=ClipRows) > 1.2
 
 
-def person_sensitivity(unit: str | None) -> float:
-    """What a person with 10 texts (bounded to 3) moves the sum by, over C."""
-    people = [{"person": f"a{i}", "text": f"w1 w2 w{i}"} for i in range(8) for _ in range(2)]
-    x = [{"person": "x", "text": f"w40 w41 w42 w{i}"} for i in range(10)]
+def people(of: Callable[[int], dict], of_x: Callable[[int], dict]) -> tuple[list[dict], list[dict]]:
+    """Records of eight people with two each, and of x, who has ten."""
+    return (
+        [{"person": f"a{i}"} | of(2 * i + k) for i in range(8) for k in range(2)],
+        [{"person": "x"} | of_x(i) for i in range(10)],
+    )
+
+
+WRITERS = people(lambda i: {"text": f"w1 w2 w{i}"}, lambda i: {"text": f"w40 w41 w42 w{i}"})
+JUDGED = people(
+    lambda i: {"chosen": f"w1 w2 w3 w{10 + i}", "rejected": f"w1 w2 w4 w{30 + i}"},
+    lambda i: {"chosen": f"w40 w41 w{50 + i}", "rejected": f"w42 w{70 + i}", "margin": 10.0**i, "preference": 1.0},
+)
+ASKERS = people(
+    lambda i: {"prompt": f"w1 w2 w{i}", "score": 4.0}, lambda i: {"prompt": f"w40 w41 w{i}", "score": 10.0**i}
+)
+
+
+def person_sensitivity(algorithm: Algorithms, rows: tuple[list, list], unit: str | None, **settings) -> float:
+    """What a person with 10 records (bounded to 3) moves the sum by, over C."""
     config = DataConfig(name="people", unit=unit, max_records_per_unit=3, declared_units=8)
-    ledger = Ledger(":memory:")
-    one, other = (run_stage(sft(), build_units(rows, config, ledger)) for rows in (people, people + x))
+    ledger, (others, x) = Ledger(":memory:"), rows
+    one, other = (run_stage(algorithm(), build_units(r, config, ledger), **settings) for r in (others, others + x))
     return moved(one.sums, other.sums)
 
 
-def test_a_person_is_one_unit():
-    """PRIVACY test 14: a person's records share one clip; with records as units the person counts often."""
-    assert 0.3 < person_sensitivity("person") <= TOLERANCE
-    assert person_sensitivity(None) > 3
+@pytest.mark.parametrize(
+    ("algorithm", "rows", "mutant"),
+    [
+        (sft, WRITERS, ClipRows),
+        (reward, JUDGED, ClipPairs),
+        (partial(ppo, num_generations=2), ASKERS, ClipRows),
+        (rloo, ASKERS, ClipRows),
+    ],
+)
+def test_a_person_is_one_unit(algorithm, rows, mutant):
+    """PRIVACY test 14: a person's records share one clip, be they texts, judged pairs or prompts with their groups."""
+    assert 0.3 < person_sensitivity(algorithm, rows, "person") <= TOLERANCE
+    assert person_sensitivity(algorithm, rows, "person", stage_class=mutant) > 1.5
+    assert person_sensitivity(algorithm, rows, None) > 3
+
+
+def test_the_baseline_stays_inside_the_prompts_group():
+    """PRIVACY test 14: a person's two prompts do not share a baseline, and neither do two people."""
+    owners = [[{"id": f"{i}", "prompt": f"w{i} w{j}", "score": 1.0} for j in (1, 2)] for i in range(3)]
+    seen = []
+
+    class Watched(RLOO):
+        def collect(self, policy, units):
+            phase = super().collect(policy, units)
+            phase.scores = torch.tensor([1.0, 3.0, 10.0, 20.0, 0.0, 0.0, 5.0, 4.0, 7.0, 7.0, -1.0, 1.0])
+            return phase
+
+        def row_losses(self, policy, batch, phase):
+            logprobs = policy.completion_logprobs(phase.rollouts[batch.tensors])[0].detach().sum(1)
+            losses, metrics = super().row_losses(policy, batch, phase)
+            seen.append(-losses.detach() / logprobs * self.config.max_completion_length)
+            return losses, metrics
+
+    run_stage(rloo(Watched, beta=0.0, micro_batch_size=2), dataset(owners))
+    assert torch.cat(seen).tolist() == pytest.approx([-2, 2, -10, 10, 0, 0, 1, -1, 0, 0, -2, 2])
 
 
 # 20 --------------------------------------------------------------------------------------------------------
@@ -407,6 +519,8 @@ def test_half_precision_gradients_keep_the_bound(dtype):
     [
         (sft, partial(sft, BatchTokenMean, max_grad_norm=5.0, micro_batch_size=20), SFT_CASE),
         (partial(ppo, num_ppo_epochs=2, num_generations=2), partial(ppo, WhitenedRewards), PPO_CASE),
+        (rloo, partial(rloo, BatchBaseline, micro_batch_size=20), PPO_CASE),
+        (reward, partial(reward, CentredMargins, micro_batch_size=20), PAIR_CASE),
     ],
 )
 def test_the_whole_step_on_a_bfloat16_base(kind, algorithm, mutant, case):
@@ -459,6 +573,9 @@ class Overflows(SFT):
         (ppo, prompts(), {"id": "x", "prompt": "w40 w41", "score": float("nan")}),
         (ppo, prompts(), {"id": "x", "prompt": "w40 w41", "score": float("inf")}),
         (partial(ppo, num_ppo_epochs=2), prompts(), {"id": "x", "prompt": "w40 w41", "score": None}),
+        (rloo, prompts(), {"id": "x", "prompt": "w40 w41", "score": float("nan")}),
+        (rloo, prompts(), {"id": "x", "prompt": "w40 w41", "score": "many"}),
+        (reward, pairs(), {"id": "x", "chosen": "w40 w41", "rejected": "w42", "margin": 1e39}),
     ],
 )
 def test_a_unit_that_is_not_finite_adds_zero(algorithm, units, broken):

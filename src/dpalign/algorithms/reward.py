@@ -32,7 +32,9 @@ class RewardModelConfig(TrainingConfig):
         model: another model than the one that is aligned, public or a release; its tokenizer may differ. Default:
             the run's SFT model with a new head.
         prepend_bos: put the tokenizer's BOS in front of every text.
-        append_eos: put EOS behind every text, where the score is then read.
+        append_eos: put EOS behind every text and read the score there, instead of at the last token of the text. A
+            causal LM says little at EOS before it is trained to: measure before you use it.
+        pooling: `last`: a text's score is its last token's; `mean`: the mean of its tokens' scores, for causal LMs.
         label_smoothing: probability that a judge meant the other text.
         ties: `half` learns that tied texts score alike; `skip` gives their units no gradient.
         center_rewards_coefficient: weight of the squared mean score of a pair, which keeps scores near 0 (Eisenstein
@@ -43,7 +45,8 @@ class RewardModelConfig(TrainingConfig):
     learning_rate: float = 2e-4
     model: ModelConfig | None = None
     prepend_bos: bool = False
-    append_eos: bool = True
+    append_eos: bool = False
+    pooling: Literal["last", "mean"] = "last"
     label_smoothing: float = 0.0
     ties: Literal["half", "skip"] = "half"
     center_rewards_coefficient: float = 0.0
@@ -52,7 +55,7 @@ class RewardModelConfig(TrainingConfig):
     @property
     def text(self) -> TextFormat:
         """How the model reads a text."""
-        return TextFormat(self.max_length, self.prepend_bos, self.append_eos)
+        return TextFormat(self.max_length, self.prepend_bos, self.append_eos, self.pooling)
 
     def validate(self) -> None:
         super().validate()

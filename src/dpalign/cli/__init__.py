@@ -13,14 +13,15 @@ from ..version import __version__
 
 COMMANDS = {
     "quickstart": "align a small model on demo data: the whole pipeline, no settings needed",
-    "plan": "epsilon, noise, batch size or steps: any one from the others, before anything runs",
+    "plan": "epsilon, noise, batch size or steps, or the budget of RECIPE.yaml, before anything runs",
     "sft": "private supervised fine-tuning",
     "reward": "private reward model on pairwise preferences",
     "ppo": "private PPO against a public reward or a private reward model",
     "rloo": "private RLOO: PPO's simpler relative without a value head",
     "run": "all stages of RECIPE.yaml under one budget; resumes, skips what is done",
     "generate": "sample completions from a model or a release",
-    "evaluate": "reward, KL, perplexity and diversity of models on public prompts",
+    "evaluate": "models side by side on public prompts: reward, win rate, ROUGE, KL, perplexity",
+    "sweep": "a recipe over epsilons and seeds: the privacy-utility table and figure",
     "ledger": "what has been spent on which data, by all runs",
     "export": "copy a release, or merge it into full weights",
 }

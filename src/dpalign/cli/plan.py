@@ -16,11 +16,17 @@ from .arguments import Parser
 
 DESCRIPTION = """Computes any one of epsilon, noise multiplier, batch size and steps from the others, for Poisson
 samples of privacy units (add or remove one unit). Shows how the noise per update falls with the batch size and
-what that costs in compute. Metrics noise is not included."""
+what that costs in compute. Metrics noise is not included.
+
+`dpalign plan RECIPE.yaml [--field value ...]` shows the budget of a whole recipe instead, stage by stage."""
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
-    """Returns the completed plan."""
+    """Returns the completed plan, or that of a recipe."""
+    if arguments and not arguments[0].startswith("-"):
+        from . import plan_recipe  # imports torch, which the arithmetic does without
+
+        return plan_recipe.run(arguments, as_json)
     parser = Parser(prog="dpalign plan", description=DESCRIPTION)
     parser.add_argument("--units", "--declared_units", type=float, required=True, help="privacy units of the stage")
     parser.add_argument("--batch-size", "--expected_batch_size", type=float, help="expected units in a sample")

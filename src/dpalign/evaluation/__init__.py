@@ -1,14 +1,37 @@
 """Measuring models: exactly on public prompts and pairs, or by one noisy release on private units."""
 
-from .metrics import Evaluation, evaluate_policy, evaluate_stages, logprobs_under, public_prompts
+from .guarantee import stated_epsilon
+from .metrics import (
+    Evaluation,
+    Measured,
+    PublicPrompts,
+    evaluate_policy,
+    evaluate_stages,
+    logprobs_under,
+    measure_policy,
+    public_prompts,
+)
 from .preferences import PairEvaluation, evaluate_pairs
+from .text_overlap import reference_texts, rouge
+from .win_rate import WinRate, higher_wins, judged, load_judge, win_rate
 
 __all__ = [
     "Evaluation",
+    "Measured",
     "PairEvaluation",
+    "PublicPrompts",
+    "WinRate",
     "evaluate_pairs",
     "evaluate_policy",
     "evaluate_stages",
+    "higher_wins",
+    "judged",
+    "load_judge",
     "logprobs_under",
+    "measure_policy",
     "public_prompts",
+    "reference_texts",
+    "rouge",
+    "stated_epsilon",
+    "win_rate",
 ]

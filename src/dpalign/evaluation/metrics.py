@@ -1,4 +1,4 @@
-"""Reward, KL, perplexity and distinct-n of sampled completions of public prompts.
+"""Reward, KL, perplexity, distinct-n and ROUGE of sampled completions of public prompts.
 
 Everything here is exact, so it is for prompts that are declared public only.
 """
@@ -6,7 +6,7 @@ Everything here is exact, so it is for prompts that are declared public only.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,15 +18,18 @@ from ..errors import DPAlignError
 from ..models import Policy
 from ..models.policy import Rollouts
 from ..rewards import Reward
+from .text_overlap import rouge
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over prompts, with the half-width of a 95% interval where it makes sense.
+    """Means over prompts, with the half-width of a 95% interval (`_ci95`, normal) where it makes sense.
 
-    reward: mean reward of the completions. kl: nats per completion against the model that the newest stage started from.
-    perplexity: of the completions under the frozen base model. distinct_2: distinct over all token
-    bigrams. completion_length: tokens.
+    reward: mean reward of the completions; unscored: completions that the reward could not score, which its mean leaves
+    out. reference_reward: the same under a second reward that is used for evaluation only. kl: nats per completion
+    against the model that the newest stage started from. perplexity: of the completions under the frozen base model; its
+    interval is the delta method's. distinct_n: distinct over all token n-grams, without an interval because it depends
+    on the number of completions. completion_length: tokens. rouge1, rouge2, rougeL: F1 against reference texts.
     """
 
     reward: float
@@ -36,32 +39,65 @@ class Evaluation:
     distinct_2: float
     completion_length: float
     prompts: int
+    unscored: int = 0
+    kl_ci95: float = math.nan
+    perplexity_ci95: float = math.nan
+    completion_length_ci95: float = math.nan
+    distinct_1: float = math.nan
+    distinct_3: float = math.nan
+    reference_reward: float | None = None
+    reference_reward_ci95: float | None = None
+    reference_unscored: int | None = None
+    rouge1: float | None = None
+    rouge1_ci95: float | None = None
+    rouge2: float | None = None
+    rouge2_ci95: float | None = None
+    rougeL: float | None = None
+    rougeL_ci95: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """Without what was not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class PublicPrompts:
-    """Token ids of prompts, and the columns that the reward is given; all of one length."""
+    """Token ids of prompts, the columns that the reward is given, and the records they are of; all of one length."""
 
     ids: list[list[int]]
     columns: dict[str, list[Any]]
+    records: list[Record] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's evaluation and what it rests on: texts and rewards `(prompts,)`, NaN where there is none."""
+
+    evaluation: Evaluation
+    prompts: list[str]
+    completions: list[str]
+    rewards: Tensor
 
 
 def public_prompts(
     policy: Policy, records: list[Record], config: RolloutConfig, at_most: int | None = None
 ) -> PublicPrompts:
-    """Prompts of the first `at_most` records (default all); texts too short for one are left out."""
-    encoded = [(record, encode_prompt(policy, record, config)) for record in records]
-    usable = [(record, ids) for record, ids in encoded if ids is not None][:at_most]
+    """Prompts of the first `at_most` usable records (default all); texts too short for one are left out."""
+    usable: list[tuple[Record, list[int]]] = []
+    for record in records:
+        if at_most is not None and len(usable) >= at_most:
+            break
+        ids = encode_prompt(policy, record, config)
+        if ids is not None:
+            usable.append((record, ids))
     if not usable:
-        raise DPAlignError("none of the public records is long enough for a prompt: lower prompt_min_tokens.")
+        raise DPAlignError(
+            "none of the public records is long enough for a prompt: lower prompt_min_tokens (--prompt_tokens)."
+        )
     columns = {name: [record.get(name) for record, _ in usable] for name in config.reward.columns}
-    return PublicPrompts([ids for _, ids in usable], columns)
+    return PublicPrompts([ids for _, ids in usable], columns, [record for record, _ in usable])
 
 
-@torch.no_grad()
 def evaluate_policy(
     policy: Policy,
     prompts: PublicPrompts,
@@ -69,14 +105,30 @@ def evaluate_policy(
     config: RolloutConfig,
     *,
     seed: int = 0,
+    reference_reward: Reward | None = None,
 ) -> tuple[Evaluation, list[tuple[str, str]]]:
+    """`measure_policy`, with the texts as pairs of prompt and completion."""
+    measured = measure_policy(policy, prompts, reward, config, seed=seed, reference_reward=reference_reward)
+    return measured.evaluation, list(zip(measured.prompts, measured.completions, strict=True))
+
+
+@torch.no_grad()
+def measure_policy(
+    policy: Policy,
+    prompts: PublicPrompts,
+    reward: Reward,
+    config: RolloutConfig,
+    *,
+    seed: int = 0,
+    reference_reward: Reward | None = None,
+    references: list[str] | None = None,
+) -> Measured:
     """Samples one completion per prompt from the policy and measures it.
 
     Args:
         seed: of the sampling; the same for every model that is compared.
-
-    Returns:
-        The means, and (prompt, completion) texts.
+        reference_reward: a second reward, for evaluation only.
+        references: the text that each completion is compared with by ROUGE.
     """
     ids, mask = policy.encode_prompts(prompts.ids, max(map(len, prompts.ids)))
     torch.manual_seed(seed)
@@ -89,17 +141,48 @@ def evaluate_policy(
     texts = policy.decode(rollouts)
     prompt_texts = policy.tokenizer.batch_decode(prompts.ids, skip_special_tokens=True)
     scores = reward(prompt_texts, texts, prompts.columns)
-    scored = scores[~scores.isnan()]
     lengths = rollouts.completion_mask.sum(1)
-    return Evaluation(
-        reward=float(scored.mean()),
-        reward_ci95=1.96 * float(scored.std()) / math.sqrt(max(1, len(scored))),
-        kl=float((logprobs - reference_logprobs).sum(1).mean()),
-        perplexity=float(torch.exp(-base_logprobs.sum() / lengths.sum())),
-        distinct_2=distinct(rollouts.completion_ids, rollouts.completion_mask, 2),
-        completion_length=float(lengths.mean()),
-        prompts=len(prompts.ids),
-    ), list(zip(prompt_texts, texts, strict=True))
+    mean_reward, reward_ci95, unscored = _mean(scores)
+    kl, kl_ci95, _ = _mean((logprobs - reference_logprobs).sum(1))
+    length, length_ci95, _ = _mean(lengths)
+    perplexity, perplexity_ci95 = perplexity_of(base_logprobs.sum(1), lengths)
+    more: dict[str, Any] = {}
+    for n in (1, 2, 3):
+        more[f"distinct_{n}"] = distinct(rollouts.completion_ids, rollouts.completion_mask, n)
+    if reference_reward is not None:
+        names = ("reference_reward", "reference_reward_ci95", "reference_unscored")
+        more |= zip(names, _mean(reference_reward(prompt_texts, texts, prompts.columns)), strict=True)
+    if references is not None:
+        for name, values in rouge(texts, references).items():
+            more[name], more[f"{name}_ci95"], _ = _mean(values)
+    evaluation = Evaluation(
+        reward=mean_reward, reward_ci95=reward_ci95, unscored=unscored, kl=kl, kl_ci95=kl_ci95, perplexity=perplexity,
+        perplexity_ci95=perplexity_ci95, completion_length=length, completion_length_ci95=length_ci95,
+        prompts=len(prompts.ids), **more,
+    )  # fmt: skip
+    return Measured(evaluation, prompt_texts, texts, scores)
+
+
+def _mean(values: Tensor) -> tuple[float, float, int]:
+    # Mean, half-width of its 95% normal interval (NaN of fewer than two values), and how many values were NaN.
+    known = values[~values.isnan()].double()
+    half = 1.96 * float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    return float(known.mean()), half, len(values) - len(known)
+
+
+def perplexity_of(logprobs: Tensor, lengths: Tensor) -> tuple[float, float]:
+    """exp of the mean negative log-probability per token, and the half-width of its 95% interval.
+
+    The mean is a ratio of two sums over completions, whose error the delta method gives.
+
+    Args:
+        logprobs, lengths: `(rows,)` nats and tokens of each completion.
+    """
+    logprobs, lengths = logprobs.double(), lengths.double()
+    nats = float(-logprobs.sum() / lengths.sum())
+    residual = (-logprobs - nats * lengths) / lengths.mean()
+    half = 1.96 * float(residual.std()) / math.sqrt(len(lengths)) if len(lengths) > 1 else math.nan
+    return math.exp(nats), math.exp(nats) * half
 
 
 def logprobs_under(policy: Policy, rollouts: Rollouts, config: RolloutConfig) -> Tensor:
@@ -127,13 +210,18 @@ def distinct(ids: Tensor, mask: Tensor, n: int) -> float:
 
 
 def evaluate_stages(
-    policy: Policy, prompts: PublicPrompts, reward: Reward, config: RolloutConfig, *, seed: int = 0
-) -> dict[str, tuple[Evaluation, list[tuple[str, str]]]]:
+    policy: Policy, prompts: PublicPrompts, reward: Reward, config: RolloutConfig, *, seed: int = 0,
+    reference_reward: Reward | None = None,
+) -> dict[str, tuple[Evaluation, list[tuple[str, str]]]]:  # fmt: skip
     """`evaluate_policy` of the base model and of the policy after each stage, by the stage's name."""
+
+    def measure() -> tuple[Evaluation, list[tuple[str, str]]]:
+        return evaluate_policy(policy, prompts, reward, config, seed=seed, reference_reward=reference_reward)
+
     results = {}
     with policy.base():
-        results["pretrained"] = evaluate_policy(policy, prompts, reward, config, seed=seed)
+        results["pretrained"] = measure()
     for count, name in enumerate(policy.adapters, 1):
         with policy.only(policy.adapters[:count]):
-            results[name] = evaluate_policy(policy, prompts, reward, config, seed=seed)
+            results[name] = measure()
     return results

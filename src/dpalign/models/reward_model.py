@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from ..data.text import tokens
 from ..errors import DPAlignError
 from ..files import write_json
+from . import embedded
 from .policy import Policy
 from .stack import AdapterStack, ModelConfig, load_pretrained
 
@@ -32,11 +33,13 @@ class TextFormat:
     """How a reward model reads a text; fixed when it is trained.
 
     max_length: longest sequence in tokens; of a longer text the last tokens are read, because answers end texts.
+    pooling: the score of a text is that of its last token, or the mean of all its tokens' scores.
     """
 
     max_length: int = 128
     prepend_bos: bool = False
-    append_eos: bool = True
+    append_eos: bool = False
+    pooling: str = "last"
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,13 @@ class RewardModel(AdapterStack):
         return model
 
     @property
+    def classifier(self) -> Any:
+        """The sequence classifier under the adapters."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
     def head(self) -> Any:
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return base.get_submodule(self.head_name)
+        return self.classifier.get_submodule(self.head_name)
 
     def heads(self) -> list[nn.Linear]:
         return [self.head]
@@ -142,7 +149,12 @@ class RewardModel(AdapterStack):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores `(rows,)` float32 of right-padded `(rows, length)` ids."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, 0]
+        if self.text.pooling == "last":
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, 0]
+        hidden = self.classifier.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return (self.head(hidden).squeeze(2) * attention_mask).sum(1) / attention_mask.sum(1)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, at most `text.max_length` (its last ones)."""
@@ -180,6 +192,17 @@ class RewardModel(AdapterStack):
         config = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, config | {"task_type": "SEQ_CLS", "modules_to_save": [self.head_name]})
         write_json(folder / FORMAT_FILE, {"text": asdict(self.text), "normalization": asdict(normalization)})
+
+
+def is_classifier(config: ModelConfig) -> bool:
+    """Whether a model that can be read here is a sequence classifier, and so no policy."""
+    try:
+        known = AutoConfig.from_pretrained(
+            embedded.resolve(config.name_or_path), trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return False  # a release, a short name, or something whose loading will say what is wrong
+    return any(name.endswith("ForSequenceClassification") for name in known.architectures or [])
 
 
 def normalization_of(folder: Path) -> Normalization:

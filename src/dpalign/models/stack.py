@@ -50,7 +50,8 @@ class AdapterConfig:
     """The LoRA adapter that a stage trains.
 
     Args:
-        r: rank. The noise of a private step grows with the square root of the number of trained weights.
+        r: rank; 0 trains no adapter (a reward model's head alone). The noise of a private step grows with the square
+            root of the number of trained weights.
         lora_alpha: scale of the update is lora_alpha / r; default 2 r.
         target_modules: layers to adapt by name ending, or `all-linear`; default: query and value projections
             (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn).
@@ -100,14 +101,14 @@ class AdapterStack(nn.Module):
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
         """Adds a trainable adapter on top of the frozen earlier ones; B is zero, so nothing changes yet."""
         self._add(name, self._lora(config))
-        self._freeze_a = config.freeze_a
+        self._trained = () if config.r == 0 else ("lora_B",) if config.freeze_a else ("lora_A", "lora_B")
         self._activate(self.adapters)
         self.eval()
 
     def _lora(self, config: AdapterConfig) -> LoraConfig:
         return LoraConfig(
-            r=config.r,
-            lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * config.r,
+            r=max(1, config.r),
+            lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * max(1, config.r),
             target_modules=config.target_modules,
             layers_to_transform=config.layers,
             lora_dropout=0.0,
@@ -168,7 +169,7 @@ class AdapterStack(nn.Module):
         if trainable and adapters:
             newest = adapters[-1]
             for name, p in self.model.named_parameters():
-                if f".{newest}." in name and not (self._freeze_a and "lora_A" in name):
+                if f".{newest}." in name and any(f".{matrix}." in name for matrix in self._trained):
                     p.requires_grad_(True)
 
     @contextmanager

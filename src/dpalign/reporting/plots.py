@@ -1,9 +1,10 @@
-"""Plots of what is private by construction."""
+"""Plots of what is private by construction, and of what was measured on public prompts."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+from .tables import OUTSIDE, labelled
+
+MARKERS = "osD^vP*X"
 
 
 def read_metrics(path: Path, stage: str) -> list[dict[str, Any]]:
@@ -50,3 +55,51 @@ def plot_noised_reward(runs: dict[str, Path], target: Path, *, half_range: float
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
+
+
+def plot_evaluation(
+    rows: dict[str, dict[str, Any]], target: Path, *, title: str, outside: Collection[str] = ()
+) -> None:
+    """Reward against KL, one labelled point per model with bars of its 95% intervals; a second panel for the reference
+    reward if it was measured.
+
+    Args:
+        rows: evaluations by model.
+        outside: columns that no privacy guarantee covers; title and panel say so, and of models of epsilon inf the legend.
+    """
+    panels = {"reward": "reward"}
+    if any("reference_reward" in row for row in rows.values()):
+        panels["reference_reward"] = "reference reward"
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(6.5 * len(panels), 4.8), layout="constrained", squeeze=False
+    )
+    for axes, (key, label) in zip(grid[0], panels.items(), strict=True):
+        for number, (name, row) in enumerate(rows.items()):
+            half = {k: _bar(row.get(f"{k}_ci95")) for k in ("kl", key)}
+            bar = axes.errorbar(
+                row["kl"], row[key], xerr=half["kl"], yerr=half[key], fmt=MARKERS[number % len(MARKERS)], capsize=3,
+                label=labelled(name, row),
+            )  # fmt: skip
+            axes.annotate(
+                name,
+                (row["kl"], row[key]),
+                textcoords="offset points",
+                xytext=(6, 5),
+                fontsize=8,
+                color=bar[0].get_color(),
+            )
+        axes.set(xlabel="KL to the base model (nats per completion)", ylabel=f"mean {label} (bars: 95% intervals)")
+        if key in outside:
+            axes.set_title(f"{label}: {OUTSIDE}", color="firebrick", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.margins(0.15)
+    grid[0][0].legend(fontsize=8)
+    hidden = [label for key, label in panels.items() if key in outside]
+    hidden += [name for name, row in rows.items() if row.get("epsilon") == math.inf]
+    figure.suptitle(title + (f"\n{OUTSIDE}: {', '.join(hidden)}" if hidden else ""), fontsize=11)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def _bar(half: float | None) -> float | None:
+    return None if half is None or math.isnan(half) else half

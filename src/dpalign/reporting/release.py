@@ -57,7 +57,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 {% if auto_class == "AutoModelForSequenceClassification" -%}
-The score of a text is the model's only logit; how a text is tokenised, and the constants that bring scores to mean 0 and
+The score of a text is the model's only logit{% if pooling == "mean" %}, but averaged over all tokens instead of read at the
+last one: `model.base_model.model.score(hidden_states).squeeze(-1)`, mean over the text{% endif %}; how a text is tokenised, and the constants that bring scores to mean 0 and
 standard deviation 1 on the SFT model's own text, are in `reward.json`. As the reward of a dpalign recipe:
 `reward: {source: "reward_model:path/to/this/folder"}`; its stages then join that run's statement.
 {% endif -%}
@@ -68,7 +69,7 @@ def write_release(folder: Path, policy: Policy, statement: PrivacyStatement, bas
     """Writes the release folder in one move: the old one or the whole new one."""
     with replace_folder(folder) as temporary:
         policy.save_adapter(temporary, base_model)
-        _describe(temporary, statement, base_model, title, "AutoModelForCausalLM", "")
+        _describe(temporary, statement, base_model, title, auto_class="AutoModelForCausalLM", options="", pooling="")
 
 
 def write_reward_model(
@@ -78,20 +79,18 @@ def write_reward_model(
     """Writes a reward model as a release of its own, in one move."""
     with replace_folder(folder) as temporary:
         model.save(temporary, base_model, normalization)
-        _describe(temporary, statement, base_model, title, "AutoModelForSequenceClassification", ", num_labels=1")
+        _describe(
+            temporary, statement, base_model, title, auto_class="AutoModelForSequenceClassification",
+            options=", num_labels=1", pooling=model.text.pooling,
+        )  # fmt: skip
 
 
-def _describe(
-    folder: Path, statement: PrivacyStatement, base_model: str, title: str, auto_class: str, options: str
-) -> None:
+def _describe(folder: Path, statement: PrivacyStatement, base_model: str, title: str, **texts: str) -> None:
     write_json(folder / "privacy.json", statement.as_dict())
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
     units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
-    fields: dict[str, Any] = {
-        "statement": statement, "base_model": base_model, "title": title, "units": units, "auto_class": auto_class,
-        "options": options,
-    }  # fmt: skip
-    write_text(folder / "README.md", environment.from_string(CARD).render(fields))
+    fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
+    write_text(folder / "README.md", environment.from_string(CARD).render(fields | texts))
     folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
-EVALUATION_COLUMNS = ("reward", "kl", "perplexity", "distinct_2", "completion_length")
+OUTSIDE = "outside the guarantee"
+# Column: header, and decimals of its values. The brief ones fit a terminal of 80 columns.
+BRIEF = {
+    "reward": ("reward", 3),
+    "reference_reward": ("reference reward", 3),
+    "kl": ("KL (nats)", 2),
+    "perplexity": ("perplexity", 2),
+    "distinct_2": ("distinct-2", 3),
+    "completion_length": ("tokens", 2),
+}
+FULL = {
+    "epsilon": ("epsilon", 4),
+    "reward": BRIEF["reward"],
+    "reference_reward": BRIEF["reference_reward"],
+    "win_rate": ("win rate", 3),
+    "kl": BRIEF["kl"],
+    "perplexity": BRIEF["perplexity"],
+    "distinct_1": ("distinct-1", 3),
+    "distinct_2": BRIEF["distinct_2"],
+    "distinct_3": ("distinct-3", 3),
+    "rouge1": ("ROUGE-1", 3),
+    "rouge2": ("ROUGE-2", 3),
+    "rougeL": ("ROUGE-L", 3),
+    "completion_length": BRIEF["completion_length"],
+}
+WITH_INTERVAL = ("reward", "reference_reward", "rouge1", "rouge2", "rougeL")  # the brief table shows no others
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -23,7 +51,7 @@ def print_summary(summary: dict[str, Any]) -> None:
                 markup=False,
             )
     if "evaluation" in summary:
-        console.print(evaluation_table(summary["evaluation"]))
+        console.print(evaluation_table(summary["evaluation"], outside=summary.get("outside_the_guarantee", ())))
     console.print(f"release: {summary['release']}", markup=False)
 
 
@@ -34,14 +62,75 @@ def guarantee(summary: dict[str, Any]) -> str:
     return f"({summary['epsilon']:.4g}, {summary['delta']:.3g})-differentially private, adding or removing one unit."
 
 
-def evaluation_table(rows: dict[str, dict[str, Any]], title: str = "On public prompts") -> Table:
-    """One row per model."""
-    table = Table(title=title)
-    table.add_column("model")
-    for column in ("reward", "KL (nats)", "perplexity", "distinct-2", "tokens"):
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        reward = f"{row['reward']:.3f} ± {row['reward_ci95']:.3f}"
-        rest = [f"{row[c]:.3f}" if c == "distinct_2" else f"{row[c]:.2f}" for c in EVALUATION_COLUMNS[1:]]
-        table.add_row(name, reward, *rest)
+def evaluation_table(
+    rows: dict[str, dict[str, Any]],
+    title: str = "On public prompts",
+    outside: Collection[str] = (),
+    *,
+    full: bool = False,
+    transposed: bool = False,
+) -> Table:
+    """One row per model, with the columns that were measured.
+
+    Args:
+        outside: columns whose numbers no privacy guarantee covers; the table says so, and of models of epsilon inf.
+        full: all columns and intervals, instead of those that fit a narrow terminal.
+        transposed: one column per model.
+    """
+    columns = {c: v for c, v in (FULL if full else BRIEF).items() if any(c in row for row in rows.values())}
+    headers = [f"{header}\n({OUTSIDE})" if c in outside else header for c, (header, _) in columns.items()]
+    names = [escape(labelled(name, row)) for name, row in rows.items()]
+    cells = [[_cell(row, c, decimals, full) for c, (_, decimals) in columns.items()] for row in rows.values()]
+    if transposed:
+        headers, names, cells = names, headers, [list(column) for column in zip(*cells, strict=True)]
+    table = Table(title=title, caption="\n".join(map(escape, unscored(rows))) or None)
+    table.add_column("" if transposed else "model", overflow="fold")
+    for header in headers:
+        table.add_column(header, justify="right", overflow="fold")
+    for name, row in zip(names, cells, strict=True):
+        table.add_row(name, *row)
     return table
+
+
+def print_evaluation(rows: dict[str, dict[str, Any]], title: str, outside: Collection[str], notes: list[str]) -> None:
+    """The full table and notes below; a column per model on a terminal that is too narrow for a row per model."""
+    console = Console(highlight=False)
+    table = evaluation_table(rows, title, outside, full=True)
+    needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    if needed > console.width and console.is_terminal:
+        table = evaluation_table(rows, title, outside, full=True, transposed=True)
+    elif needed > console.width:
+        console = Console(highlight=False, width=needed)  # a file keeps its lines whole
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def labelled(name: str, row: dict[str, Any]) -> str:
+    """The model's name, with a label if its own statement says that it was trained without privacy."""
+    return f"{name} ({OUTSIDE})" if row.get("epsilon") == math.inf else name
+
+
+def _cell(row: dict[str, Any], column: str, decimals: int, full: bool) -> str:
+    value, half = row.get(column), row.get(f"{column}_ci95", math.nan)
+    if value is None:
+        return "baseline" if column == "win_rate" else ""
+    if math.isnan(value):
+        return "-"
+    if column == "epsilon":
+        return f"{value:.{decimals}g}"
+    text = f"{value:.{decimals}f}"
+    if column == "win_rate":
+        return f"{text} \\[{row['win_rate_low']:.{decimals}f}, {row['win_rate_high']:.{decimals}f}]"  # \\[: no markup
+    shown = (full or column in WITH_INTERVAL) and not math.isnan(half)
+    return f"{text} ± {half:.{decimals}f}" if shown else text
+
+
+def unscored(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence for each model with completions that a reward could not score: its mean is of the others."""
+    return [
+        f"the {reward} could not score {row[key]} of {row['prompts']} completions of {name}"
+        for name, row in rows.items()
+        for key, reward in (("unscored", "reward"), ("reference_unscored", "reference reward"))
+        if row.get(key)
+    ]

@@ -1,0 +1,201 @@
+"""The report of a sweep: rows with mean and 95% interval over seeds, a table, Markdown and the privacy-utility figure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..files import write_text
+
+SINGLE = "* one run: its interval is over prompts"
+AVERAGED = ("reference_reward", "kl", "perplexity", "distinct_2", "completion_length")
+SHARE_OF = ("reward", "reference_reward")
+
+
+def summarize_sweep(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per epsilon and varied value: means over seeds; `share`, how much of the non-private gain is kept.
+
+    The interval of a mean over seeds is Student's t; that of a single run is over its prompts, and says so. A share is
+    (reward - reward at epsilon 0) / (reward at inf - reward at epsilon 0), where both were run.
+    """
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["epsilon"], run["value"]), []).append(run)
+    rows = []
+    for (epsilon, value), found in groups.items():
+        rewards = [float(r["reward"]) for r in found]
+        row: dict[str, Any] = {
+            "epsilon": epsilon if epsilon == "inf" else float(epsilon),
+            "reward_mean": statistics.mean(rewards),
+            "reward_ci95": interval(rewards) if len(found) > 1 else found[0]["reward_ci95_prompts"],
+            "interval_over": "seeds" if len(found) > 1 else "prompts",
+            "seeds": len(found),
+        }
+        if value is not None:
+            row["value"] = value
+        for name in AVERAGED:
+            values = [float(r[name]) for r in found if r.get(name) is not None]
+            if values:
+                row[name] = statistics.mean(values)
+                row[f"{name}_ci95"] = interval(values)
+        models = [r["reward_model"] for r in found if r.get("reward_model")]
+        if models:
+            accuracies = [float(m["accuracy"]) for m in models]
+            row["reward_model_accuracy"], row["reward_model_accuracy_ci95"] = (
+                statistics.mean(accuracies),
+                interval(accuracies),
+            )
+        sft = [float(r["before"]["sft"]["reward"]) for r in found if "sft" in (r.get("before") or {})]
+        if sft:
+            row["reward_sft"] = statistics.mean(sft)
+        reference_sft = [
+            r["before"]["sft"]["reference_reward"]
+            for r in found
+            if "reference_reward" in (r.get("before") or {}).get("sft", {})
+        ]
+        if reference_sft:
+            row["reference_reward_sft"] = statistics.mean(reference_sft)
+        if found[0].get("noise_multipliers"):
+            row["noise_multipliers"] = found[0]["noise_multipliers"]
+        seconds = [float(r["seconds"]) for r in found if r.get("seconds") is not None]
+        if seconds:
+            row["seconds"] = statistics.mean(seconds)
+        rows.append(row)
+    _add_shares(rows)
+    return rows
+
+
+def _add_shares(rows: list[dict[str, Any]]) -> None:
+    for value in {r.get("value") for r in rows}:
+        same = [r for r in rows if r.get("value") == value]
+        ends = {r["epsilon"]: r for r in same if r["epsilon"] in (0.0, "inf")}
+        if len(ends) < 2:
+            continue
+        low, high = ends[0.0]["reward_mean"], ends["inf"]["reward_mean"]
+        for row in same:
+            if row["epsilon"] not in (0.0, "inf") and high != low:
+                row["share"] = (row["reward_mean"] - low) / (high - low)
+
+
+def interval(values: list[float]) -> float:
+    """Half-width of the 95% interval of the mean (Student's t); NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    def mean(name: str, digits: int) -> str:
+        half = row.get(f"{name}_ci95", math.nan)
+        mean_of = row["reward_mean"] if name == "reward" else row[name]
+        return f"{mean_of:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+    epsilon = row["epsilon"] if row["epsilon"] == "inf" else f"{row['epsilon']:g}"
+    cells = {"epsilon": epsilon}
+    if "value" in row:
+        cells["value"] = row["value"]
+    cells["reward"] = mean("reward", 3) + ("" if row["interval_over"] == "seeds" else "*")
+    if "share" in row:
+        cells["share"] = f"{row['share']:.2f}"
+    for name, heading, digits in (
+        ("reference_reward", "reference reward", 3), ("reward_model_accuracy", "reward model accuracy", 3),
+        ("kl", "KL (nats)", 2), ("perplexity", "perplexity", 1), ("distinct_2", "distinct-2", 3),
+    ):  # fmt: skip
+        if name in row:
+            cells[heading] = mean(name, digits)
+    sigmas = row.get("noise_multipliers") or {}
+    if any(float(s) for s in sigmas.values()):
+        cells["sigma"] = ", ".join(f"{stage} {float(sigma):.3f}" for stage, sigma in sigmas.items())
+    cells["seeds"] = str(row["seeds"])
+    return cells
+
+
+def _grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
+    rows = [_cells(row) for row in result["rows"]]
+    order = (
+        "epsilon", "value", "reward", "share", "reference reward", "reward model accuracy", "KL (nats)", "perplexity",
+        "distinct-2", "sigma", "seeds",
+    )  # fmt: skip
+    return [name for name in order if any(name in row for row in rows)], rows
+
+
+def sweep_table(result: dict[str, Any]) -> Table:
+    """For the terminal."""
+    headings, rows = _grid(result)
+    headings = [h for h in headings if h != "sigma"]  # in sweep.md and sweep.json; a terminal is narrow
+    table = Table(title="Mean and 95% interval over seeds, on public prompts", caption=SINGLE)
+    for heading in headings:
+        name = result["varied"] if heading == "value" else heading
+        table.add_column(str(name), justify="right")
+    for row in rows:
+        table.add_row(*[row.get(heading, "") for heading in headings])
+    return table
+
+
+def write_markdown(target: Path, result: dict[str, Any]) -> None:
+    """The same table with the command that made it."""
+    headings, rows = _grid(result)
+    names = [str(result["varied"]) if h == "value" else h for h in headings]
+    lines = [
+        f"`{result['command']}`", "",
+        "Mean and 95% interval over seeds (Student's t; * one run: its interval is over prompts), on public prompts. `share` is "
+        "the part of the non-private gain over the pretrained model that is kept.", "",
+        f"| {' | '.join(names)} |", f"|{'---|' * len(headings)}",
+        *[f"| {' | '.join(row.get(h, '') for h in headings)} |" for row in rows], "",
+        *[entry["sentence"] for entry in result["spent_by_tuning"]],
+    ]  # fmt: skip
+    write_text(target, "\n".join(lines) + "\n")
+
+
+def plot_sweep(result: dict[str, Any], target: Path) -> None:
+    """Reward against epsilon with intervals, the pretrained model and the run without privacy as lines; or against the
+    varied field's values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    rows = result["rows"]
+    if result["varied"]:
+        labels = [
+            f"{r['value']}" if len({x["epsilon"] for x in rows}) == 1 else f"{r['value']} (ε {r['epsilon']})"
+            for r in rows
+        ]
+        axes.errorbar(labels, [r["reward_mean"] for r in rows], [_half(r) for r in rows], fmt="o", capsize=4)
+        axes.set(xlabel=result["varied"], ylabel="reward")
+    else:
+        middle = sorted((r for r in rows if r["epsilon"] not in (0.0, "inf")), key=lambda r: r["epsilon"])
+        epsilons = [r["epsilon"] for r in middle]
+        axes.errorbar(
+            epsilons,
+            [r["reward_mean"] for r in middle],
+            [_half(r) for r in middle],
+            marker="o",
+            capsize=4,
+            label="private",
+        )
+        for end, label, style in (("inf", "without privacy", "--"), (0.0, "pretrained (epsilon 0)", ":")):
+            for row in (r for r in rows if r["epsilon"] == end):
+                line = axes.axhline(row["reward_mean"], linestyle=style, color="gray", label=label)
+                axes.axhspan(
+                    row["reward_mean"] - _half(row), row["reward_mean"] + _half(row), alpha=0.12, color=line.get_color()
+                )
+        if epsilons:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
+        axes.set(xlabel="epsilon", ylabel="reward (95% interval)")
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def _half(row: dict[str, Any]) -> float:
+    return 0.0 if math.isnan(row["reward_ci95"]) else row["reward_ci95"]
