@@ -202,7 +202,7 @@ def _run_reward(run: Run) -> None:
             )
     data = run.recipe.data_of("reward")
     if data.eval_path and data.eval_is_public:
-        pairs = read_records(data.eval_path, data.split)
+        pairs = read_records(data.eval_path, data.eval_split)
         check_pair_columns(pairs, data.eval_path)
         run.results["reward_model"] = evaluate_pairs(run.reward_model, pairs).as_dict()
 
@@ -323,7 +323,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     if config is None or run.reward is None or not data.eval_path or not data.eval_is_public:
         return {}
     assert run.policy is not None
-    prompts = public_prompts(run.policy, read_records(data.eval_path, data.split), config, recipe.eval_prompts)
+    prompts = public_prompts(run.policy, read_records(data.eval_path, data.eval_split), config, recipe.eval_prompts)
     reference = load_reward(recipe.reference_reward, run.policy.device) if recipe.reference_reward else None
     with run.reporter.status("measuring on the public prompts"):
         results = evaluate_stages(
@@ -335,11 +335,12 @@ def _evaluate(run: Run) -> dict[str, Any]:
     ]
     write_json(run.folder / "completions.json", texts)
     rows = {stage: result.as_dict() for stage, (result, _) in results.items()}
-    if reference is None:
+    if reference is None or recipe.reference_reward is None:
         return {"evaluation": rows}
-    write_json(run.private / "reference_evaluation.json", {"outside_the_guarantee": True, "evaluation": rows})
-    if run.all_demo:
-        return {"evaluation": rows, "outside_the_guarantee": ["reference_reward"]}
+    outside = recipe.reference_reward.source != "vader" and not recipe.reference_reward.is_public
+    write_json(run.private / "reference_evaluation.json", {"outside_the_guarantee": outside, "evaluation": rows})
+    if run.all_demo or not outside:
+        return {"evaluation": rows} | ({"outside_the_guarantee": ["reference_reward"]} if outside else {})
     run.reporter.note("the reference reward's numbers are outside the guarantee: private/reference_evaluation.json")
     hidden = {stage: {k: v for k, v in row.items() if not k.startswith("reference_")} for stage, row in rows.items()}
     return {"evaluation": hidden}

@@ -114,8 +114,8 @@ def split_parts(recipe: Recipe) -> dict[str, Part]:
         raise DPAlignError(f"split {split}: a range is [low, high] with 0 <= low < high <= 1.")
     if fractions and (ranges or recipe.composition == "sequential"):
         raise DPAlignError(
-            f"split {split}: fractions make disjoint parts; leave split out for stages that share all units, or give "
-            "every stage a range [low, high]."
+            f"split {split}: fractions make disjoint parts; leave split out (--split null) for stages that share all "
+            "units, or give every stage a range [low, high]."
         )
     parts: dict[str, Part] = {}
     configs = {name: recipe.data_of(name) for name in recipe.stages}

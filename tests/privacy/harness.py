@@ -247,9 +247,7 @@ def pairs(count: int = 8) -> list[list[Record]]:
 
 LONG_TEXT: list[Record] = [{"id": "x2", "text": words(40, 1)}]
 HUGE_SCORE: list[Record] = [{"id": "x2", "prompt": "w7 w8 w9 w10 w11", "score": -1e5}]
-HUGE_PAIR: list[Record] = [
-    {"id": "x2", "chosen": words(40, 1), "rejected": "w7", "margin": 1e6, "preference": 0.0}
-]
+HUGE_PAIR: list[Record] = [{"id": "x2", "chosen": words(40, 1), "rejected": "w7", "margin": 1e6, "preference": 0.0}]
 
 
 def neighbours(units: list[list[Record]], outlier: list[Record]) -> tuple[UnitDataset, UnitDataset]:

@@ -77,7 +77,15 @@ class BatchBaseline(RLOO):
     """The baseline of a rollout is the mean of all others of the batch."""
 
     def row_losses(self, policy, batch, phase):
-        return super().row_losses(policy, batch, replace(phase, prompt_of=torch.zeros_like(phase.prompt_of)))
+        phase = replace(phase, prompt_of=torch.zeros_like(phase.prompt_of))
+        return super().row_losses(policy, replace(batch, row_unit=torch.zeros_like(batch.row_unit)), phase)
+
+
+class FilledUpBaseline(RLOO):
+    """Rows that only fill a micro-batch up count in the baseline of the unit that they repeat."""
+
+    def row_losses(self, policy, batch, phase):
+        return super().row_losses(policy, replace(batch, row_unit=torch.zeros_like(batch.row_unit)), phase)
 
 
 class CentredMargins(RewardModelling):
@@ -188,8 +196,10 @@ class EveryColumn(PPO):
 SFT_CASE = (texts(), LONG_TEXT)
 ODD_KEY_CASE = (prompts(), [{**HUGE_SCORE[0], "note": "a column that nobody else has"}])
 PPO_CASE = (prompts(), HUGE_SCORE)
+GOOD_CASE = (prompts(), [{"id": "x2", "prompt": "w1 w2 w9 w3", "score": 1e5}])
 PAIR_CASE = (pairs(), HUGE_PAIR)
 LONG_PAIR_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(60, 2)}])
+INFINITE_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(9, 2), "margin": 1e39}])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -209,8 +219,13 @@ LONG_PAIR_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(60, 2
         (partial(rloo, num_generations=3, max_steps=2, clipping="automatic"), PPO_CASE, {"sampler": own_coins}),
         (reward, PAIR_CASE, {}),
         (reward, LONG_PAIR_CASE, {}),
+        (reward, INFINITE_CASE, {}),
         (partial(reward, clipping="automatic", gradient_checkpointing=True), PAIR_CASE, {}),
-        (partial(reward, center_rewards_coefficient=0.5, label_smoothing=0.1, max_steps=2), PAIR_CASE, {"sampler": own_coins}),
+        (
+            partial(reward, center_rewards_coefficient=0.5, label_smoothing=0.1, max_steps=2),
+            PAIR_CASE,
+            {"sampler": own_coins},
+        ),
     ],
 )
 def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settings):
@@ -232,7 +247,7 @@ def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settin
         (partial(ppo, num_mini_batches=2), PPO_CASE, {"sampler": cut_by_position}),
         (partial(rloo, BatchBaseline, micro_batch_size=20), PPO_CASE, {}),
         (partial(reward, CentredMargins, micro_batch_size=20), PAIR_CASE, {}),
-        (partial(reward, micro_batch_size=20), PAIR_CASE, {"mechanism": ClipTheBatch}),
+        (partial(rloo, FilledUpBaseline, max_grad_norm=90.0, micro_batch_size=8), GOOD_CASE, {}),
         (reward, PAIR_CASE, {"mechanism": ClipEachTensor}),
     ],
 )
@@ -280,7 +295,11 @@ def test_a_batch_mate_changes_nobody_else(algorithm, units, mates):
         (partial(rloo, BatchBaseline, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(reward, CentredMargins, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, ScaledByMeanScore, max_grad_norm=9.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
-        (partial(reward, CentredOverTheBatch, max_grad_norm=9.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
+        (
+            partial(reward, CentredOverTheBatch, max_grad_norm=9.0, micro_batch_size=20),
+            pairs(),
+            (HUGE_PAIR, OTHER_PAIR),
+        ),
     ],
 )
 def test_the_batch_mate_test_kills(algorithm, units, mates):
@@ -324,7 +343,7 @@ MICRO = [{"micro_batch_size": size} for size in (20, 1, 2, 3)]
         (partial(rloo, num_generations=3), prompts(), MICRO),
         (partial(rloo, **CUT), CUT_PROMPTS, MICRO),
         (reward, pairs(), WIDTHS[::2]),
-        (partial(reward, center_rewards_coefficient=0.5), JUDGES, MICRO),
+        (partial(reward, center_rewards_coefficient=0.5, expected_batch_size=2), JUDGES, MICRO),
         (partial(reward, ties="skip"), [*pairs(), OTHER_PAIR, OTHER_PAIR], MICRO),
     ],
 )
@@ -362,6 +381,7 @@ class RowlessUnitsCount(Stage):
         (sft, texts(), MICRO, {"mechanism": ClipTheBatch}),
         (partial(ppo, **CUT), CUT_PROMPTS, MICRO, {"stage_class": RowlessUnitsCount}),
         (partial(rloo, BatchBaseline), prompts(), MICRO, {}),
+        (partial(rloo, FilledUpBaseline, max_grad_norm=90.0), prompts(), MICRO, {}),
         (partial(reward, CentredMargins), [*pairs(), HUGE_PAIR], MICRO, {}),
         (partial(reward, max_grad_norm=5.0), pairs(), MICRO, {"stage_class": MicroBatchMean}),
         (partial(reward, ties="skip"), [*pairs(), OTHER_PAIR, OTHER_PAIR], MICRO, {"stage_class": RowlessUnitsCount}),
@@ -441,19 +461,19 @@ def person_sensitivity(algorithm: Algorithms, rows: tuple[list, list], unit: str
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "rows", "mutant"),
+    ("algorithm", "rows", "mutant", "often"),
     [
-        (sft, WRITERS, ClipRows),
-        (reward, JUDGED, ClipPairs),
-        (partial(ppo, num_generations=2), ASKERS, ClipRows),
-        (rloo, ASKERS, ClipRows),
+        (sft, WRITERS, ClipRows, 3),
+        (reward, JUDGED, ClipPairs, 3),
+        (partial(ppo, num_generations=2), ASKERS, ClipRows, 2),
+        (rloo, ASKERS, ClipRows, 2),
     ],
 )
-def test_a_person_is_one_unit(algorithm, rows, mutant):
+def test_a_person_is_one_unit(algorithm, rows, mutant, often):
     """PRIVACY test 14: a person's records share one clip, be they texts, judged pairs or prompts with their groups."""
     assert 0.3 < person_sensitivity(algorithm, rows, "person") <= TOLERANCE
     assert person_sensitivity(algorithm, rows, "person", stage_class=mutant) > 1.5
-    assert person_sensitivity(algorithm, rows, None) > 3
+    assert person_sensitivity(algorithm, rows, None) > often
 
 
 def test_the_baseline_stays_inside_the_prompts_group():
@@ -473,8 +493,9 @@ def test_the_baseline_stays_inside_the_prompts_group():
             seen.append(-losses.detach() / logprobs * self.config.max_completion_length)
             return losses, metrics
 
-    run_stage(rloo(Watched, beta=0.0, micro_batch_size=2), dataset(owners))
-    assert torch.cat(seen).tolist() == pytest.approx([-2, 2, -10, 10, 0, 0, 1, -1, 0, 0, -2, 2])
+    run_stage(rloo(Watched, beta=0.0, micro_batch_size=2, expected_batch_size=3), dataset(owners))
+    filler = [0, 0, -2, 2]  # a float64 base fills its micro-batches up
+    assert torch.cat(seen).tolist() == pytest.approx([-2, 2, -10, 10, 0, 0, 1, -1, 0, 0, -2, 2, *filler])
 
 
 # 20 --------------------------------------------------------------------------------------------------------
@@ -556,6 +577,14 @@ def test_the_sum_and_the_noise_are_float32():
 # 21 --------------------------------------------------------------------------------------------------------
 
 
+class OverflowingPairs(RewardModelling):
+    """The margin of 7 makes the loss not a number."""
+
+    def row_losses(self, model, batch, phase):
+        loss, metrics = super().row_losses(model, batch, phase)
+        return loss * torch.where(batch.tensors[2] == 7, torch.nan, 1.0).repeat_interleave(2), metrics
+
+
 class Overflows(SFT):
     """The text that starts with w40 makes the loss infinite, the one with w41 not a number."""
 
@@ -575,7 +604,7 @@ class Overflows(SFT):
         (partial(ppo, num_ppo_epochs=2), prompts(), {"id": "x", "prompt": "w40 w41", "score": None}),
         (rloo, prompts(), {"id": "x", "prompt": "w40 w41", "score": float("nan")}),
         (rloo, prompts(), {"id": "x", "prompt": "w40 w41", "score": "many"}),
-        (reward, pairs(), {"id": "x", "chosen": "w40 w41", "rejected": "w42", "margin": 1e39}),
+        (partial(reward, OverflowingPairs), pairs(), {"id": "x", "chosen": "w40 w41", "rejected": "w42", "margin": 7}),
     ],
 )
 def test_a_unit_that_is_not_finite_adds_zero(algorithm, units, broken):
@@ -609,3 +638,18 @@ def test_one_unit_moves_the_metrics_by_at_most_one():
     """PRIVACY test 1 for the metrics block: units without rows add the same alone and in company."""
     assert 0.3 < metrics_sensitivity(Stage) <= TOLERANCE
     assert metrics_sensitivity(RowlessUnitsCount) > TOLERANCE
+
+
+class MetricsNotClipped(GaussianMechanism):
+    def _scaled(self, values: Tensor) -> Tensor:
+        half = torch.tensor([(m.high - m.low) / 2 for m in self.metrics], dtype=torch.float64)
+        return values.double() / half / len(self.metrics) ** 0.5
+
+
+@pytest.mark.parametrize(("algorithm", "case"), [(reward, PAIR_CASE), (partial(rloo, kl_range=(-0.1, 0.1)), PPO_CASE)])
+def test_the_metrics_of_a_pair_or_a_group_are_one_units(algorithm, case):
+    """PRIVACY test 1 for the metrics block: loss, accuracy and margin of a pair; reward, KL and length of a group."""
+    one, other = (run_stage(algorithm(), data) for data in neighbours(*case))
+    assert 0.3 < moved(one.metrics, other.metrics) <= TOLERANCE
+    one, other = (run_stage(algorithm(), data, mechanism=MetricsNotClipped) for data in neighbours(*case))
+    assert moved(one.metrics, other.metrics) > TOLERANCE

@@ -32,7 +32,7 @@ class RewardModelConfig(TrainingConfig):
         model: another model than the one that is aligned, public or a release; its tokenizer may differ. Default:
             the run's SFT model with a new head.
         prepend_bos: put the tokenizer's BOS in front of every text.
-        append_eos: put EOS behind every text and read the score there, instead of at the last token of the text. A
+        append_eos: put EOS behind every text, where the score is then read (unless EOS is also the padding token). A
             causal LM says little at EOS before it is trained to: measure before you use it.
         pooling: `last`: a text's score is its last token's; `mean`: the mean of its tokens' scores, for causal LMs.
         label_smoothing: probability that a judge meant the other text.

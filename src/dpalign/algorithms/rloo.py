@@ -47,7 +47,8 @@ class RLOO(RolloutAlgorithm):
         mask, scores = rollouts.completion_mask, phase.scores[rows]
         logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length)
         kl = ((logprobs.detach() - phase.ref_logprobs[rows]) * mask).sum(1)
-        advantages = leave_one_out(scores - self.beta * kl, phase.prompt_of[rows])
+        group = phase.prompt_of[rows] + len(phase.scores) * batch.row_unit  # a unit that fills the batch up comes twice
+        advantages = leave_one_out(scores - self.beta * kl, group)
         loss = -advantages * (logprobs * mask).sum(1) / config.max_completion_length
         return loss, torch.stack([scores, kl, mask.sum(1)], 1)
 

@@ -47,12 +47,15 @@ The numbers are exact, so the prompts must be declared public with --eval_is_pub
 public prompts costs nothing. What was made from private data without a guarantee (a reward model or a model whose
 privacy.json says so, a reference reward or judge that nobody declares public) may be measured with, but its numbers
 are labelled "outside the guarantee", and go to the terminal, --output and --plot only: do not publish them, and choose
-nothing by them."""
+nothing by them.
+
+Without public prompts: `dpalign evaluate RELEASE --private --help` measures once, with noise, on held-out private
+units."""
 EXAMPLES = """examples:
   dpalign evaluate tiny-review-lm runs/x/release --data public.jsonl --eval_is_public --prompt_tokens 5 --prepend_bos
   dpalign evaluate runs/eps4/release runs/eps8/release --data posts.jsonl --eval_is_public \\
       --reward reward_model:runs/eps4/reward_model --reference_reward reward_model:runs/nonprivate/reward_model \\
-      --baseline runs/eps4/sft --num_prompts 500 --output table.json --plot table.png
+      --baseline runs/sft/release --num_prompts 500 --output table.json --plot table.png
   dpalign evaluate A B --data public.jsonl --eval_is_public --baseline A --judge my_judge:prefer --judge_is_public"""
 PLOT_ENDINGS = (".png", ".pdf", ".svg")
 INTERVALS = "95% over prompts: normal (ci95 is the half-width), delta method for perplexity, Wilson for win_rate"
@@ -60,6 +63,10 @@ INTERVALS = "95% over prompts: normal (ci95 is the half-width), delta method for
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns one row per model."""
+    if "--private" in arguments:
+        from . import evaluate_private
+
+        return evaluate_private.run(arguments, as_json)
     given = _parser().parse_args(arguments)
     _check(given)
     records = read_records(given.data)
@@ -191,6 +198,10 @@ def _check(given: argparse.Namespace) -> None:
     twice = next((name for name in given.models if given.models.count(name) > 1), None)
     if twice:
         raise DPAlignError(f"model {twice!r} is given twice: name each model once.")
+    for name in [*given.models, *filter(None, [given.baseline])]:
+        # A hub name is tried when it is loaded; this cannot be one.
+        if not Path(name).exists() and (name.count("/") > 1 or name[:1] in ("", ".", "/", "~")):
+            raise DPAlignError(f"model {name!r} is neither a folder here nor the name of a model on the hub.")
     if given.judge and not given.baseline:
         raise DPAlignError("--judge compares two models: name the one to compare with by --baseline.")
     if given.plot and Path(given.plot).suffix not in PLOT_ENDINGS:

@@ -230,7 +230,7 @@ def _pretrained(recipe: Recipe, trial: Trial, reporter: Reporter) -> dict[str, A
     policy = Policy.load(recipe.model)
     reward = load_reward(recipe.reference_reward if is_reward_model(config.reward) else config.reward)  # type: ignore[arg-type]
     data = recipe.data_of("ppo")
-    records = read_records(data.eval_path or "", data.split)
+    records = read_records(data.eval_path or "", data.eval_split)
     check_prompt_columns(policy, records, data.eval_path or "", config)
     prompts = public_prompts(policy, records, config, recipe.eval_prompts)
     with reporter.status("measuring the pretrained model"):

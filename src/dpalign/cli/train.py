@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ..algorithms import PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+from ..errors import DPAlignError
 from ..pipeline import run_recipe
 from ..recipe import STAGES, Recipe
 from ..reporting.progress import Reporter
@@ -37,6 +38,11 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 def only_stage(recipe: Recipe, name: str) -> Recipe:
     """The recipe with one stage, which takes the same units as it would in the whole recipe."""
     present = list(recipe.stages)
+    if recipe.composition == "sequential" and len(present) > 1:
+        raise DPAlignError(
+            f"the stages {', '.join(present)} share one budget, which only `dpalign run` can divide: use it, or write a "
+            "recipe for this stage alone."
+        )
     split = recipe.split
     if split is None and len(present) > 1 and recipe.composition == "parallel":
         split = {s: 1 / len(present) for s in present}

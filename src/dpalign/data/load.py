@@ -28,6 +28,7 @@ class DataConfig:
         declared_units: public number of units; q, steps and delta use it. Default: the number in the file,
             which thereby counts as public.
         eval_path: held-out records of the same columns, for evaluation.
+        eval_split: split of `eval_path`, where it is a `datasets` folder or a hub dataset.
         eval_is_public: declares the held-out records public; only then are exact metrics and samples shown.
         is_demo: public data playing private; what tuning on it has cost is not counted.
     """
@@ -39,6 +40,7 @@ class DataConfig:
     max_records_per_unit: int = 1
     declared_units: int | None = None
     eval_path: str | None = None
+    eval_split: str = "test"
     eval_is_public: bool = False
     is_demo: bool = False
 

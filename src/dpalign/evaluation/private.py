@@ -85,9 +85,12 @@ def evaluate_privately(
         None if it was lost.
     """
     result = private_folder(folder) / "result.json"
+    journaled = ledger.intents(dataset=data.name, run=run, stage=STAGE)
+    if any(i.fingerprint != data.fingerprint for i in journaled):
+        raise DPAlignError("the held-out data has changed since it was measured: restore it, or use another folder.")
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
-    if ledger.intents(dataset=data.name, run=run, stage=STAGE):
+    if journaled:
         tell("the private evaluation was lost by an interruption; its budget is spent, and it is not repeated.")
         return None
     ledger.write([_intent(data, plan, run)])

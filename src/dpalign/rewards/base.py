@@ -41,6 +41,7 @@ class RewardConfig:
         text: what is read: `completion`, or `prompt+completion`. Default: the completion, and both for a reward model.
         label: classifier label whose score is the reward; default: the last label.
         use_logit: the label's logit instead of its probability.
+        max_length: tokens that a classifier reads; every text is padded to that many.
         scale, shift: the reward is scale * score + shift; constants, never statistics of private data.
         low, high: declared range of the reward; clipped to it for training and for the noised metric. Needed
             for callables and logits; -4 to 4 standard deviations for a reward model.
@@ -52,6 +53,7 @@ class RewardConfig:
     text: str | None = None
     label: str | None = None
     use_logit: bool = False
+    max_length: int = 128
     scale: float = 1.0
     shift: float = 0.0
     low: float | None = None

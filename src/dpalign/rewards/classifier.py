@@ -21,7 +21,10 @@ def classifier(path: str, config: RewardConfig, device: str | torch.device = "cp
     if config.label is not None and config.label not in labels:
         raise DPAlignError(f"classifier {path!r} has no label {config.label!r}; it has {', '.join(labels)}.")
     index = labels[config.label] if config.label is not None else model.config.num_labels - 1
-    length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) or 512, 512)
+    positions = getattr(model.config, "max_position_embeddings", None) or config.max_length
+    if "roberta" in model.config.model_type:
+        positions -= model.config.pad_token_id + 1  # its positions are counted from behind the padding token's
+    length = min(tokenizer.model_max_length, positions, config.max_length)
 
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str], **columns) -> list[float]:

@@ -1,0 +1,104 @@
+"""`dpalign sweep`: its rows by hand, one small sweep, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from dpalign.reporting.sweep import interval, plot_sweep, summarize_sweep, write_markdown
+from helpers import call, ledger_rows, reviews, write_jsonl, write_recipe
+
+
+def trial(epsilon: str, seed: int, reward: float, **more):
+    return {
+        "epsilon": epsilon, "seed": seed, "value": None, "reward": reward, "kl": 1.0 + seed, "reward_ci95_prompts": 0.2
+    } | more  # fmt: skip
+
+
+def test_rows_worked_by_hand():
+    runs = [trial("0", 0, 0.1), trial("inf", 0, 0.9), trial("4", 0, 0.6), trial("4", 1, 0.8)]
+    rows = {row["epsilon"]: row for row in summarize_sweep(runs)}
+    assert set(rows) == {0.0, 4.0, "inf"}
+    four = rows[4.0]
+    assert four["reward_mean"] == pytest.approx(0.7) and four["kl"] == pytest.approx(1.5) and four["seeds"] == 2
+    # Student's t with one degree of freedom is 12.706; the standard error is 0.1.
+    assert four["reward_ci95"] == pytest.approx(1.2706, rel=1e-3) and four["interval_over"] == "seeds"
+    assert four["share"] == pytest.approx((0.7 - 0.1) / (0.9 - 0.1))
+    assert rows[0.0]["reward_ci95"] == 0.2 and rows[0.0]["interval_over"] == "prompts" and "share" not in rows[0.0]
+
+
+def test_interval_of_one_value_is_unknown():
+    assert math.isnan(interval([1.0]))
+
+
+def test_varied_values_get_rows_of_their_own(tmp_path):
+    runs = [trial("4", 0, 0.5) | {"value": "1"}, trial("4", 0, 0.25) | {"value": "8"}]
+    rows = summarize_sweep(runs)
+    assert [(r["value"], r["reward_mean"]) for r in rows] == [("1", 0.5), ("8", 0.25)]
+    result = {"varied": "ppo.num_ppo_epochs", "rows": rows, "command": "dpalign sweep", "spent_by_tuning": []}
+    plot_sweep(result, tmp_path / "a.png")
+    write_markdown(tmp_path / "a.md", result)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert "| epsilon | ppo.num_ppo_epochs |" in (tmp_path / "a.md").read_text()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    write_jsonl(tmp_path / "public.jsonl", reviews(8, "morning"))
+    public = {"eval_path": str(tmp_path / "public.jsonl"), "eval_is_public": True}
+    return write_recipe(tmp_path, sft=None, data=public, ppo={"max_steps": 1})
+
+
+def test_sweep_end_to_end_and_resumed(tmp_path, capsys, recipe, monkeypatch):
+    monkeypatch.setenv("DPALIGN_LEDGER", str(tmp_path / "ledger.sqlite"))
+    out = tmp_path / "sweep"
+    words = ("sweep", recipe, "--epsilons", "0", "2", "--seeds", 1, "--output_dir", out, "--json")
+    first = call(capsys, *words).json
+    assert [row["epsilon"] for row in first["rows"]] == [0, 2]
+    assert all(-5 < row["kl"] < 5 and math.isfinite(row["reward_mean"]) for row in first["rows"])
+    assert first["spent_by_tuning"][0]["private_runs"] == 1 and 0 < first["spent_by_tuning"][0]["epsilon"] <= 2
+    assert {f.name for f in out.iterdir()} == {"runs", "runs.jsonl", "sweep.json", "sweep.md", "sweep.png"}
+    drawn = ledger_rows(tmp_path)
+    # An interruption after the first run: the second is not in the log, and its folder goes on without a draw.
+    lines = (out / "runs.jsonl").read_text().splitlines()
+    (out / "runs.jsonl").write_text(lines[0] + "\n")
+    again = call(capsys, *words).json
+    assert ledger_rows(tmp_path) == drawn and again["rows"] == first["rows"]
+    assert [json.loads(line)["epsilon"] for line in (out / "runs.jsonl").read_text().splitlines()] == ["0", "2"]
+    # Another recipe does not mix with these runs, and a damaged log is not guessed at.
+    assert "other overrides" in call(capsys, *words, "--ppo.beta", "0.1").error
+    (out / "runs.jsonl").write_text('{"epsilon": \n')
+    assert "line 1" in call(capsys, *words).error
+
+
+def test_public_proxy_does_not_touch_the_private_name(tmp_path, capsys, recipe):
+    words = ("sweep", recipe, "--epsilons", "2", "--seeds", 1, "--output_dir", tmp_path / "proxy", "--json")
+    proxy = write_jsonl(tmp_path / "proxy.jsonl", reviews(40, "noon"))
+    eval_path = ("--data.eval_path", tmp_path / "public.jsonl", "--data.eval_is_public", "true")
+    done = call(capsys, *words, "--public_proxy", proxy, *eval_path).json
+    assert [s["dataset"] for s in done["spent_by_tuning"]] == ["public-proxy"] and done["spent_by_tuning"][0]["is_demo"]
+    assert ledger_rows(tmp_path, dataset="reviews") == 0 and ledger_rows(tmp_path, dataset="public-proxy") > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--epsilons", "four"], "expected an epsilon"),
+        (["--epsilons", "-1"], "impossible"),
+        (["--epsilons", "4:0"], "at least 1"),
+        (["--vary", "ppo.num_ppo_epochs"], "--vary needs"),
+        (["--at", "8", "ppo.beta=0.1", "--epsilons", "4"], "none of the swept"),
+        (["--at", "4", "ppo.beta", "--epsilons", "4"], "FIELD=VALUE"),
+        (["--epsilons", "4", "--vary", "ppo.nonsense", "1"], "unknown field ppo.nonsense"),
+    ],
+)
+def test_bad_calls_say_why_before_any_run(tmp_path, capsys, recipe, words, said):
+    assert said in call(capsys, "sweep", recipe, "--output_dir", tmp_path / "sweep", *words).error
+    assert ledger_rows(tmp_path) == 0 if (tmp_path / "ledger.sqlite").exists() else True
+
+
+def test_a_sweep_without_public_prompts_is_refused(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, sft=None)
+    assert "public prompts" in call(capsys, "sweep", recipe, "--output_dir", tmp_path / "sweep").error
