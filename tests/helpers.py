@@ -34,6 +34,19 @@ def reviews(count: int, marker: str = "evening") -> list[dict[str, Any]]:
     ]
 
 
+def judged(count: int, marker: str = "evening", start: int = 0) -> list[dict[str, Any]]:
+    """`count` different pairs with columns `id`, `chosen` and `rejected`, numbered from `start`."""
+    better, worse = ["lovely", "brave", "honest"], ["dull", "clumsy", "silly"]
+    return [
+        {
+            "id": f"person-{i}",
+            "chosen": f"A {better[i % 3]} {NOUNS[i % 10]} that won me over on {marker}{i:04}.",
+            "rejected": f"A {worse[i % 3]} {NOUNS[i // 10 % 10]} that lost the plot on {marker}{i:04}.",
+        }
+        for i in range(start, start + count)
+    ]
+
+
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path

@@ -16,6 +16,7 @@ from helpers import (
     call,
     files_below,
     in_fresh_process,
+    judged,
     ledger_rows,
     reviews,
     write_jsonl,
@@ -127,6 +128,62 @@ DATA = {
     "overlapping units": (other_data("others", reviews(80)[50:], "id"), "14 units are in both"),
     "undeclared disjointness": (other_data("others", reviews(8), None), "units_disjoint: declared"),
 }
+PAIRS = judged(63, MARKER)
+
+
+def pairs(*rows: dict[str, Any], **section: Any) -> Callable[[Path], dict[str, Any]]:
+    """A reward stage alone, on 63 good pairs and `rows`."""
+    stage = {"expected_batch_size": 8, "max_steps": 2, "max_length": 24, "adapter": {"r": 2}} | section
+    return lambda folder: {"sft": None, "ppo": None, "reward": stage} | records([*PAIRS, *rows])(folder)
+
+
+def wrong(**changes: Any) -> Callable[[Path], dict[str, Any]]:
+    return pairs({"chosen": MARKER, "rejected": "good"} | changes)
+
+
+REWARD_MODEL = {
+    "pairs without rejected": (
+        lambda folder: pairs()(folder) | records([{"chosen": r["chosen"]} for r in PAIRS])(folder),
+        "expected 'chosen' + 'rejected'",
+    ),
+    "texts for pairs": (lambda folder: pairs()(folder) | records(RECORDS)(folder), "expected 'chosen' + 'rejected'"),
+    "no pairs": (lambda folder: pairs()(folder) | text("")(folder), "is empty"),
+    "an empty answer": (wrong(rejected=""), "record 64 of"),
+    "preference above 1": (wrong(preference=1.5), "no valid preference: expected a number in [0, 1]"),
+    "preference below 0": (wrong(preference=-0.1), "no valid preference"),
+    "NaN margin": (wrong(margin=float("nan")), "no valid margin: expected a number of at least 0"),
+    "margin of words": (wrong(margin=MARKER), "no valid margin"),
+    "negative margin": (wrong(margin=-1), "no valid margin"),
+    "chat pairs without a template": (wrong(chosen=CHAT, rejected=CHAT), "no chat template"),
+    "half of the smoothing": (pairs(label_smoothing=0.5), "label_smoothing 0.5"),
+    "no such treatment of ties": (pairs(ties="coin"), "ties"),
+    "longer than the model": (pairs(max_length=5000), "lower the stage's lengths"),
+    "reward model without a stage": (reward("", source="reward_model"), "needs a section reward in the recipe"),
+    "no such reward model": (reward("", source="reward_model:nowhere", is_public=False), "must be declared public"),
+    "not a reward model": (lambda folder: reward("", source=f"reward_model:{folder}"), "not the release of a reward model"),
+    "both ppo and rloo": ({"rloo": {"max_steps": 1}}, "keep one of them"),
+    "evaluation of nothing": ({"ppo": None, "evaluation": {}}, "add one of them"),
+    "one rollout for rloo": ({"ppo": None, "rloo": {"num_generations": 1}}, "must be at least 2"),
+    "judges overlap": (
+        lambda folder: pairs()(folder) | {
+            "sft": {"max_steps": 1, "expected_batch_size": 8}, "data": {"unit": "id"},
+            "reward_data": {"name": "pairs", "path": str(write_jsonl(folder / "o.jsonl", judged(40, start=59))), "unit": "id"},
+        },
+        "5 units are in both 'reviews' (sft) and 'pairs' (reward)",
+    ),
+    "overlap in sequential composition under two names": (
+        lambda folder: {"composition": "sequential"} | other_data("others", reviews(80)[50:], "id")(folder),
+        "14 units are in both",
+    ),
+    "fractions in sequential composition": (
+        {"composition": "sequential", "split": {"sft": 0.5, "ppo": 0.5}}, "fractions make disjoint parts",
+    ),
+    "no such composition": ({"composition": "optimistic"}, "composition"),
+    "a weight of nothing": ({"composition": "sequential", "allocation": {"sft": 0.0}}, "must be positive"),
+    "no budget left": (
+        {"composition": "sequential", "sft": {"noise_multiplier": 0.3}}, "leaves them nothing of epsilon 2",
+    ),
+}  # fmt: skip
 REWARD = {
     "NaN reward": (reward("nan"), "NaN or infinity"),
     "wrong length": (reward("short"), "returned 7 scores for 8 completions"),
@@ -184,13 +241,13 @@ def check(folder: Path, called: Called, says: str) -> None:
         assert ledger_rows(folder) == 0, "nothing drawn"
 
 
-@pytest.mark.parametrize("case", [*DATA, *REWARD, *SETTINGS])
+@pytest.mark.parametrize("case", [*DATA, *REWARD, *REWARD_MODEL, *SETTINGS])
 def test_bad_input(case, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bad_rewards", raising=False)
     write_jsonl(tmp_path / "data.jsonl", RECORDS)
-    changes, says = (DATA | REWARD | SETTINGS)[case]
+    changes, says = (DATA | REWARD | REWARD_MODEL | SETTINGS)[case]
     recipe = write_recipe(tmp_path, **(changes(tmp_path) if callable(changes) else changes))
     check(tmp_path, call(capsys, "run", recipe, "--json"), says)
 

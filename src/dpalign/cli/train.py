@@ -8,6 +8,7 @@ from typing import Any
 from ..algorithms import PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
 from ..errors import DPAlignError
 from ..pipeline import run_recipe
+from ..planning import split_parts
 from ..recipe import STAGES, Recipe
 from ..reporting.progress import Reporter
 from ..reporting.tables import print_summary
@@ -43,9 +44,10 @@ def only_stage(recipe: Recipe, name: str) -> Recipe:
             f"the stages {', '.join(present)} share one budget, which only `dpalign run` can divide: use it, or write a "
             "recipe for this stage alone."
         )
-    split = recipe.split
-    if split is None and len(present) > 1 and recipe.composition == "parallel":
-        split = {s: 1 / len(present) for s in present}
     defaults = {"sft": SFTConfig, "reward": RewardModelConfig, "ppo": PPOConfig, "rloo": RLOOConfig}
-    stages: dict[str, Any] = dict.fromkeys(STAGES) | {name: getattr(recipe, name) or defaults[name]()}
+    if getattr(recipe, name) is None:
+        recipe = dataclasses.replace(recipe, **{name: defaults[name]()})
+    low, high = split_parts(recipe)[name]
+    split: Any = None if (low, high) == (0.0, 1.0) else {name: [low, high]}
+    stages: dict[str, Any] = dict.fromkeys(STAGES) | {name: getattr(recipe, name)}
     return dataclasses.replace(recipe, split=split, **stages)
