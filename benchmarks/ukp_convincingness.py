@@ -226,6 +226,7 @@ def train(settings: Settings, records: list[Record], test: list[Record], folder:
         reward=RewardModelConfig(
             expected_batch_size=settings.expected_batch_size, max_steps=settings.max_steps, seed=settings.seed,
             micro_batch_size=8 if by_annotator else 32, max_length=settings.max_length, prepend_bos=True,
+            pooling="mean", clipping_gamma=2.0,
             learning_rate=settings.learning_rate, lr_scheduler_type="linear", adam_beta2=0.99,
             adapter=AdapterConfig(r=settings.rank),
         ),
@@ -265,15 +266,15 @@ def main() -> None:
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS))
     parser.add_argument("--epsilons", nargs="+", type=float, default=[4.0, 8.0, math.inf])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--pair-batch-size", type=int, default=512)
-    parser.add_argument("--pair-steps", type=int, default=12)
+    parser.add_argument("--pair-batch-size", type=int, default=256)
+    parser.add_argument("--pair-steps", type=int, default=20)
     parser.add_argument("--annotator-batch-size", type=int, default=128)
-    parser.add_argument("--annotator-steps", type=int, default=10)
+    parser.add_argument("--annotator-steps", type=int, default=12)
     parser.add_argument("--max-votes", type=int, default=8, help="votes of one annotator that count")
     parser.add_argument("--max-length", type=int, default=96, help="tokens; of a longer argument the last ones")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--learning-rate-inf", type=float, default=4e-3, help="of the runs without privacy")
-    parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=3e-2)
+    parser.add_argument("--learning-rate-inf", type=float, default=3e-2, help="of the runs without privacy")
+    parser.add_argument("--rank", type=int, default=0, help="of an adapter beside the head")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="two small steps, to see that it works; own output file")
