@@ -278,7 +278,7 @@ def test_dpalign_reward_and_rloo_alone(tmp_path, capsys):
     reward = call(capsys, "reward", recipe, "--output_dir", tmp_path / "a", "--json").json
     assert [s["stage"] for s in reward["stages"]] == ["reward"] and reward["release"].endswith("a/reward_model")
     assert not (tmp_path / "a" / "release").exists()
-    rollouts = {k: v for k, v in STAGE.items()} | {
+    rollouts = STAGE | {
         "max_steps": 2, "prompt_max_tokens": 4, "max_prompt_length": 5, "max_completion_length": 6, "num_generations": 2,
         "synthetic_steps": 1, "synthetic_batch_size": 4,
         "reward": {"source": f"reward_model:{tmp_path / 'a' / 'reward_model'}"},

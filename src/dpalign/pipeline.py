@@ -19,19 +19,21 @@ import torch
 import transformers
 
 from .algorithms import PPO, RLOO, SFT, Algorithm, RewardModelling
-from .algorithms.reward import check_pair_columns
+from .algorithms.reward import check_pair_columns, check_pair_texts
 from .algorithms.rollouts import check_prompt_columns
 from .algorithms.sft import check_sft_columns
 from .data.load import Record, read_records
 from .data.units import UnitDataset
 from .errors import DPAlignError
 from .evaluation import evaluate_pairs, evaluate_stages, public_prompts
+from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import evaluate_privately
 from .files import private_folder, write_json
 from .models import AdapterStack, Normalization, Policy, RewardModel, embedded
 from .models.reward_model import is_classifier, normalization_of
 from .planning import (
     PlannedStage,
+    beside,
     check_budget,
     check_lengths,
     check_provenance,
@@ -39,7 +41,9 @@ from .planning import (
     read_stage_records,
     run_delta,
     stage_units,
+    stages_elsewhere,
 )
+from .privacy.accountant import SampledGaussian
 from .privacy.ledger import Ledger
 from .recipe import Recipe
 from .reporting.progress import Reporter
@@ -65,12 +69,15 @@ class Run:
     ledger: Ledger
     delta: float
     earlier: list[StageStatement]
+    before: list[StageStatement]
     planned: dict[str, PlannedStage]
     data: dict[str, UnitDataset]
     assumptions: list[str]
     policy: Policy | None = None
     reward_model: RewardModel | None = None
     reward: Reward | None = None
+    reference_reward: Reward | None = None
+    public: dict[str, list[Record]] = field(default_factory=dict)  # prompts and pairs that are declared public
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -128,10 +135,11 @@ def run_recipe(
         records = records or read_stage_records(recipe, private / "cache")
         data, assumptions = stage_units(recipe, records, ledger)
         delta = run_delta(recipe, records)
-        planned = plan_recipe(recipe, data, delta, earlier)
-        check_budget(recipe, planned, earlier, delta)
+        before = [*earlier, *stages_elsewhere(identity, ledger, delta, recipe)]
+        planned = plan_recipe(recipe, data, delta, before)
+        check_budget(recipe, planned, before, delta)
         run = Run(
-            recipe, reporter, folder, private, identity, ledger, delta, earlier, planned, data,
+            recipe, reporter, folder, private, identity, ledger, delta, earlier, before, planned, data,
             sorted({*assumptions, *assumed}), policy, reward_model,
         )  # fmt: skip
         _load_models(run, records, reward_function)
@@ -168,6 +176,7 @@ def _load_models(run: Run, records: dict[str, list[Record]], reward_function: Re
         model = run.reward_model or run.policy
         assert model is not None
         check_lengths("reward", recipe.reward, model.model.config)
+        check_pair_texts(model.tokenizer, records["reward"], source["reward"])
     if recipe.rollouts is not None:
         assert run.policy is not None
         for name in {"ppo", "rloo", "evaluation"} & set(stages):
@@ -175,6 +184,22 @@ def _load_models(run: Run, records: dict[str, list[Record]], reward_function: Re
         check_lengths("ppo", recipe.rollouts, run.policy.model.config)
         if reward_function is not None or recipe.rollouts.reward.source != RELEASED:
             run.reward = load_reward(recipe.rollouts.reward, run.policy.device, reward_function)
+        if recipe.reference_reward is not None:
+            run.reference_reward = load_reward(recipe.reference_reward, run.policy.device)
+    _read_public(run)
+
+
+def _read_public(run: Run) -> None:
+    recipe = run.recipe
+    data = recipe.data_of("reward")
+    if recipe.reward is not None and data.eval_path and data.eval_is_public:
+        run.public["pairs"] = read_records(data.eval_path, data.eval_split)
+        check_pair_columns(run.public["pairs"], data.eval_path)
+    data = recipe.data_of("ppo")
+    if recipe.rollouts is not None and data.eval_path and data.eval_is_public:
+        assert run.policy is not None
+        run.public["prompts"] = read_records(data.eval_path, data.eval_split)
+        check_prompt_columns(run.policy, run.public["prompts"], data.eval_path, recipe.rollouts)
 
 
 # The stages ----------------------------------------------------------------------------------------------------------
@@ -200,11 +225,8 @@ def _run_reward(run: Run) -> None:
             write_reward_model(
                 path, run.reward_model, run.statement(), base, f"{run.folder.name}, reward model", normalization
             )
-    data = run.recipe.data_of("reward")
-    if data.eval_path and data.eval_is_public:
-        pairs = read_records(data.eval_path, data.eval_split)
-        check_pair_columns(pairs, data.eval_path)
-        run.results["reward_model"] = evaluate_pairs(run.reward_model, pairs).as_dict()
+    if "pairs" in run.public:
+        run.results["reward_model"] = evaluate_pairs(run.reward_model, run.public["pairs"]).as_dict()
 
 
 def _normalization(run: Run) -> Normalization:
@@ -254,7 +276,8 @@ def _train(run: Run, algorithm: Algorithm, model: AdapterStack) -> None:
     name, data, reporter = algorithm.name, run.data[algorithm.name], run.reporter
     stage = Stage(
         model, algorithm, data, folder=run.private / name, run=run.identity, ledger=run.ledger,
-        plan=run.planned[name].plan, log=run.folder / "metrics.jsonl", report=reporter.step, tell=reporter.note,
+        plan=run.planned[name].plan, beside=_beside(run, name), log=run.folder / "metrics.jsonl", report=reporter.step,
+        tell=reporter.note,
     )  # fmt: skip
     if stage.is_finished:
         stage.load_final()
@@ -265,13 +288,25 @@ def _train(run: Run, algorithm: Algorithm, model: AdapterStack) -> None:
         stage.train()
 
 
+def _beside(run: Run, name: str) -> tuple[tuple[SampledGaussian, ...], ...]:
+    """What a stage's units meet elsewhere: as drawn by stages that have begun, as planned by those to come."""
+    if not any(run.planned[name].plan.beside):
+        return ((),)
+    others = [sp for s in run.before for sp in s.spendings()]
+    for other, stage in run.planned.items():
+        if other != name:
+            drawn = run.ledger.spendings(run=run.identity, dataset=stage.dataset, stage=other)
+            others += drawn or [stage.spending]
+    return beside(run.planned[name], others)
+
+
 # The end -------------------------------------------------------------------------------------------------------------
 
 
 def _finish(run: Run, started: float) -> dict[str, Any]:
     statement = run.statement()
     released = run.folder / "reward_model"
-    if run.policy is not None and run.policy.adapters:
+    if run.policy is not None and {"sft", "ppo", "rloo"} & set(run.planned):
         title = f"{run.folder.name}, {'aligned privately' if statement.private else 'aligned WITHOUT privacy'}"
         released = run.folder / "release"
         with run.reporter.status("writing the release"):
@@ -319,12 +354,11 @@ def summarize(statement: PrivacyStatement, release: Path) -> dict[str, Any]:
 
 def _evaluate(run: Run) -> dict[str, Any]:
     recipe, config = run.recipe, run.recipe.rollouts
-    data = recipe.data_of("ppo")
-    if config is None or run.reward is None or not data.eval_path or not data.eval_is_public:
+    if config is None or run.reward is None or "prompts" not in run.public:
         return {}
     assert run.policy is not None
-    prompts = public_prompts(run.policy, read_records(data.eval_path, data.eval_split), config, recipe.eval_prompts)
-    reference = load_reward(recipe.reference_reward, run.policy.device) if recipe.reference_reward else None
+    prompts = public_prompts(run.policy, run.public["prompts"], config, recipe.eval_prompts)
+    reference = run.reference_reward
     with run.reporter.status("measuring on the public prompts"):
         results = evaluate_stages(
             run.policy, prompts, run.reward, config, seed=recipe.eval_seed, reference_reward=reference
@@ -337,7 +371,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     rows = {stage: result.as_dict() for stage, (result, _) in results.items()}
     if reference is None or recipe.reference_reward is None:
         return {"evaluation": rows}
-    outside = recipe.reference_reward.source != "vader" and not recipe.reference_reward.is_public
+    outside = is_outside_the_guarantee(recipe.reference_reward.source, recipe.reference_reward.is_public)
     write_json(run.private / "reference_evaluation.json", {"outside_the_guarantee": outside, "evaluation": rows})
     if run.all_demo or not outside:
         return {"evaluation": rows} | ({"outside_the_guarantee": ["reference_reward"]} if outside else {})

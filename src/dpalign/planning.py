@@ -17,10 +17,11 @@ from .errors import DPAlignError
 from .evaluation.private import PrivateEvaluationConfig, plan_evaluation
 from .models import embedded
 from .privacy import accountant
+from .privacy.accountant import SampledGaussian
 from .privacy.budget import StageBudget, allocate
 from .privacy.ledger import Ledger, Spending
 from .recipe import STAGES, Recipe
-from .reporting.statement import PrivacyStatement, StageStatement, epsilon_of
+from .reporting.statement import PrivacyStatement, StageStatement, epsilon_of, merge_stages, state_privacy
 from .rewards import is_reward_model
 from .rewards.load import RELEASED
 from .training import StagePlan, plan_stage
@@ -119,20 +120,18 @@ def split_parts(recipe: Recipe) -> dict[str, Part]:
         )
     parts: dict[str, Part] = {}
     configs = {name: recipe.data_of(name) for name in recipe.stages}
-    one_dataset = len({c.name for c in configs.values()}) == 1
     for dataset in {c.name for c in configs.values()}:
         sharing = [n for n in configs if configs[n].name == dataset]
         missing = [n for n in sharing if n not in split]
         if recipe.composition == "sequential" or ranges:
-            if ranges and missing and one_dataset:
-                raise DPAlignError(f"split {split} gives stage {missing[0]} no range of the data.")
+            if missing and len(missing) < len(sharing):
+                raise DPAlignError(f"split {split} gives stage {missing[0]} no range of {dataset!r}.")
             parts |= {n: (float(ranges[n][0]), float(ranges[n][1])) if n in ranges else (0.0, 1.0) for n in sharing}
             continue
-        if fractions and one_dataset:
-            if missing:
-                raise DPAlignError(f"split {split} gives stage {missing[0]} no fraction of the data.")
-            shares = {n: float(fractions[n]) for n in STAGES if n in fractions}
-        else:
+        shares = {n: float(fractions[n]) for n in STAGES if n in fractions and recipe.data_of(n).name == dataset}
+        if shares and missing:
+            raise DPAlignError(f"split {split} gives stage {missing[0]} no fraction of {dataset!r}.")
+        if not shares:
             shares = {n: 1 / len(sharing) for n in sharing}
         start = 0.0
         for name, share in shares.items():
@@ -171,12 +170,32 @@ def plan_recipe(
     kinds = {(s.dataset, s.unit) for s in stages.values()} | {(s.dataset, s.unit) for s in earlier}
     if len(kinds) > len({dataset for dataset, _ in kinds}):
         raise DPAlignError("two stages name different units of one dataset: use one data.unit throughout.")
+    _check_allocation(recipe, stages)
     if recipe.composition == "parallel" or math.isinf(recipe.target_epsilon):
         return stages
     budgets = [_budget(recipe, stage) for stage in stages.values()]
     spent = tuple(sp for s in earlier for sp in s.spendings())
     factors = allocate(budgets, recipe.target_epsilon, delta, allocation=recipe.allocation, spent=spent)
     return _together(stages, factors, recipe.target_epsilon, spent)
+
+
+def _check_allocation(recipe: Recipe, stages: dict[str, PlannedStage]) -> None:
+    unknown = set(recipe.allocation) - set(stages) if isinstance(recipe.allocation, dict) else set()
+    if unknown:
+        raise DPAlignError(f"allocation names {', '.join(sorted(unknown))}; the recipe has {', '.join(stages)}.")
+    if recipe.allocation != "equal" and recipe.composition == "parallel":
+        raise DPAlignError(
+            "allocation divides a budget that stages share: set composition: sequential, or leave it out."
+        )
+    held_out = stages.get("evaluation")
+    for name, stage in stages.items():
+        if held_out is None or name == "evaluation" or stage.dataset != held_out.dataset:
+            continue
+        if max(stage.part[0], held_out.part[0]) < min(stage.part[1], held_out.part[1]):
+            raise DPAlignError(
+                f"stages evaluation and {name} share units, so nothing would be held out: give evaluation a range of its own "
+                "(split), or evaluation_data."
+            )
 
 
 def _budget(recipe: Recipe, stage: PlannedStage) -> StageBudget:
@@ -197,16 +216,22 @@ def _together(
     }
     planned = {}
     for name, stage in noised.items():
-        low, high = stage.part
-        others = [s.spending for other, s in noised.items() if other != name] + list(spent)
-        others = [s for s in others if s.dataset == stage.dataset]
-        others = [replace(s, low=0.0, high=1.0) if s.split != stage.split else s for s in others]
-        starts = sorted({low, *(s.low for s in others if low <= s.low < high)})
-        met = {tuple(s.mechanism for s in others if s.low <= start < s.high) for start in starts}
+        others = [s.spending for other, s in noised.items() if other != name]
+        met = beside(stage, [*others, *spent])
         if any(met):
-            stage = replace(stage, plan=stage.plan.at(stage.plan.noise_multiplier, target, tuple(sorted(met, key=str))))
+            stage = replace(stage, plan=stage.plan.at(stage.plan.noise_multiplier, target, met))
         planned[name] = stage
     return planned
+
+
+def beside(stage: PlannedStage, others: list[Spending]) -> tuple[tuple[SampledGaussian, ...], ...]:
+    """What `others` spend on the units of a stage, for each of the sets of them that a unit may meet."""
+    low, high = stage.part
+    others = [s for s in others if s.dataset == stage.dataset]
+    others = [replace(s, low=0.0, high=1.0) if s.split != stage.split else s for s in others]
+    starts = sorted({low, *(s.low for s in others if low <= s.low < high)})
+    met = {tuple(s.mechanism for s in others if s.low <= start < s.high) for start in starts}
+    return tuple(sorted(met, key=str))
 
 
 def check_budget(recipe: Recipe, stages: dict[str, PlannedStage], earlier: list[StageStatement], delta: float) -> float:
@@ -303,12 +328,9 @@ def check_provenance(recipe: Recipe) -> tuple[list[StageStatement], list[str]]:
         if recipe.rollouts.reward.source != RELEASED:
             path = recipe.rollouts.reward.source.removeprefix(f"{RELEASED}:")
             entering.append((path, recipe.rollouts.reward.is_public))
-    stages: dict[str, StageStatement] = {}
     assumptions: set[str] = set()
-    for name, is_public in entering:
-        for number, stage in enumerate(_past(recipe, name, is_public, assumptions)):
-            stages[stage.id or f"{name}/{number}"] = stage  # a stage that two releases share is spent once
-    return list(stages.values()), sorted(assumptions)
+    stages = [stage for name, is_public in entering for stage in _past(recipe, name, is_public, assumptions)]
+    return merge_stages(stages), sorted(assumptions)
 
 
 def _past(recipe: Recipe, name: str, is_public: bool, assumptions: set[str]) -> list[StageStatement]:
@@ -337,6 +359,12 @@ def _past(recipe: Recipe, name: str, is_public: bool, assumptions: set[str]) -> 
             )
         assumptions.add(f"the units of {', '.join(map(repr, sorted(datasets)))} are disjoint (declared)")
     return stages
+
+
+def stages_elsewhere(run: str, ledger: Ledger, delta: float, recipe: Recipe) -> list[StageStatement]:
+    """What this run has drawn in stages that the recipe no longer has: they stay in its statement."""
+    stated = state_privacy(run, ledger, delta, [], [], set()).stages
+    return [s for s in stated if s.stage not in recipe.stages]
 
 
 def check_lengths(name: str, config: SFTConfig | RewardModelConfig | RolloutConfig, model_config: Any) -> None:

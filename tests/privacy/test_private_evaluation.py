@@ -197,7 +197,7 @@ def test_a_finished_measurement_is_read_back_and_a_lost_one_stays_lost(tmp_path)
 def test_other_held_out_data_is_refused(tmp_path):
     ledger = Ledger(":memory:")
     first, _ = measure(dataset(HELD_OUT), tmp_path, ledger=ledger)
-    with pytest.raises(DPAlignError, match="held-out data has changed"):
+    with pytest.raises(DPAlignError, match="held-out data or the settings have changed"):
         measure(replace(dataset(HELD_OUT), fingerprint="other"), tmp_path, ledger=ledger)
     assert len(ledger.intents()) == 1 and measure(dataset(HELD_OUT), tmp_path, ledger=ledger)[0] == first
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from transformers import PreTrainedTokenizerBase
 
 from ..data.load import Record, require_columns
 from ..data.text import render
@@ -118,8 +119,10 @@ class RewardModelling(Algorithm):
         loss = preference_loss(chosen, rejected, margin, preference, self.config.label_smoothing)
         loss = loss + self.config.center_rewards_coefficient * ((chosen + rejected) / 2) ** 2
         difference = (chosen - rejected).detach()
-        right = ((difference > 0) == (preference > 0.5)).float()
-        metrics = torch.stack([loss.detach(), right, difference * torch.sign(preference - 0.5)], 1)
+        towards = difference * torch.sign(preference - 0.5)  # > 0 where the better text scores higher
+        right = (torch.sign(towards) + 1) / 2  # equal scores count half, as in evaluation; a tie is neither
+        right = torch.where(preference == 0.5, torch.nan, right)
+        metrics = torch.stack([loss.detach(), right, towards], 1)
         return loss.repeat_interleave(2), metrics.repeat_interleave(2, 0)
 
 
@@ -148,6 +151,20 @@ def pair_texts(model: RewardModel, record: Record) -> tuple[str, str]:
         else:
             texts.append(render(model.tokenizer, prompt, is_prompt=True) + answer if prompt else answer)
     return texts[0], texts[1]
+
+
+def check_pair_texts(tokenizer: PreTrainedTokenizerBase, records: list[Record], path: str) -> None:
+    """Raises DPAlignError where a prompt is not text, or texts are of two kinds, or chat has no template."""
+    for number, record in enumerate(records, 1):
+        prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
+        if prompt is not None and not isinstance(prompt, str | list):
+            raise DPAlignError(f"the prompt of record {number} in {path} is neither text nor a list of chat messages.")
+        if type(chosen) is not type(rejected):
+            raise DPAlignError(
+                f"record {number} in {path} has one text and one list of chat messages: give two of a kind."
+            )
+        if isinstance(chosen, list) or isinstance(prompt, list):
+            render(tokenizer, chosen if isinstance(chosen, list) else prompt)
 
 
 def encode_pair(model: RewardModel, record: Record) -> Pair:

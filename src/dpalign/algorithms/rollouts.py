@@ -73,6 +73,8 @@ class RolloutConfig(TrainingConfig):
         for name in ("num_generations", "max_completion_length", "synthetic_batch_size"):
             if getattr(self, name) < 1:
                 raise DPAlignError(f"{name} {getattr(self, name)} must be at least 1.")
+        if self.adapter.r < 1:
+            raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
         if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:
             raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")
 
@@ -199,10 +201,13 @@ class RolloutAlgorithm(Algorithm):
             columns = {c: [None] * len(texts) for c in config.reward.columns}
             rows = [list(range(i * group, (i + 1) * group)) for i in range(count)]
             phase = self._experience(policy, ids, torch.ones_like(ids), texts, columns, rows)
+            known = phase.scores.nanmean().nan_to_num(0.0)  # these rows are no one's: they may share a mean
+            phase.scores = torch.where(phase.scores.isnan(), known, phase.scores)
+            self.prepare(policy, phase)
             for start in range(0, count, config.micro_batch_size):
                 batch = self.batch(phase, list(range(start, min(count, start + config.micro_batch_size))))
                 losses, _ = self.row_losses(policy, batch, phase)
-                (losses.nan_to_num(0.0).sum() / (count * group)).backward()
+                (losses.sum() / (count * group)).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -27,14 +27,14 @@ from ..evaluation import (
     stated_epsilon,
     win_rate,
 )
+from ..evaluation.guarantee import is_outside_the_guarantee
 from ..evaluation.text_overlap import lacking_references
 from ..evaluation.win_rate import Judge
 from ..files import write_json
 from ..models import ModelConfig, Policy
 from ..reporting.progress import Reporter
 from ..reporting.tables import OUTSIDE, print_evaluation
-from ..rewards import RewardConfig, is_reward_model, load_reward
-from ..rewards.load import RELEASED
+from ..rewards import RewardConfig, load_reward
 from .arguments import Parser
 
 DESCRIPTION = """Samples one completion per public prompt from each model and measures them side by side:
@@ -255,20 +255,13 @@ def _fields(won: WinRate) -> dict[str, Any]:
 def _outside(given: argparse.Namespace) -> list[str]:
     """Columns whose numbers rest on private data without a guarantee, or on something undeclared."""
     outside = []
-    if _is_outside(given.reward, given.reward_is_public):
+    if is_outside_the_guarantee(given.reward, given.reward_is_public):
         outside.append("reward")
-    if given.reference_reward and _is_outside(given.reference_reward, given.reference_reward_is_public):
+    if given.reference_reward and is_outside_the_guarantee(given.reference_reward, given.reference_reward_is_public):
         outside.append("reference_reward")
     if given.baseline and (not given.judge_is_public if given.judge else "reward" in outside):
         outside.append("win_rate")
     return outside
-
-
-def _is_outside(source: str, is_public: bool) -> bool:
-    if is_reward_model(RewardConfig(source=source)):
-        epsilon = stated_epsilon(source.removeprefix(f"{RELEASED}:"))
-        return not is_public if epsilon is None else epsilon == math.inf
-    return source != "vader" and not is_public
 
 
 def _result(

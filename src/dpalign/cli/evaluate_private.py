@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import secrets
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..algorithms.rollouts import check_prompt_columns
 from ..data.load import DataConfig, read_records
 from ..data.units import build_units
 from ..errors import DPAlignError
+from ..evaluation.guarantee import is_outside_the_guarantee, stated_epsilon
 from ..evaluation.private import PrivateEvaluationConfig, evaluate_privately, plan_evaluation
 from ..files import private_folder, write_json
 from ..models import ModelConfig, Policy
@@ -66,6 +68,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     if (given.epsilon is None) == (given.noise_multiplier is None):
         raise DPAlignError("give exactly one of --epsilon and --noise_multiplier.")
+    _refuse_unprivate(given)
     policy = Policy.load(ModelConfig(name_or_path=given.model), "cuda" if torch.cuda.is_available() else "cpu")
     if not policy.adapters:
         raise DPAlignError(f"{given.model} has no adapter to compare with its base: give a release.")
@@ -106,6 +109,19 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     if not as_json:
         _print(result)
     return result
+
+
+def _refuse_unprivate(given: argparse.Namespace) -> None:
+    """The numbers carry one epsilon: what was made from private data without one must not enter them."""
+    if stated_epsilon(given.model) == math.inf:
+        raise DPAlignError(
+            f"{given.model} was trained without privacy: numbers made with it have no guarantee to state."
+        )
+    if is_outside_the_guarantee(given.reward, given.reward_is_public):
+        raise DPAlignError(
+            f"reward {given.reward!r} is neither public (--reward_is_public) nor a private release: the measurement would "
+            "have no guarantee."
+        )
 
 
 def _identity(folder: Path, given: argparse.Namespace) -> str:

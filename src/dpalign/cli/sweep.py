@@ -19,9 +19,10 @@ from ..evaluation import evaluate_policy, public_prompts
 from ..files import dumps, write_json
 from ..models import Policy
 from ..privacy import accountant
-from ..privacy.ledger import Ledger, composed_epsilon
+from ..privacy.ledger import Ledger
 from ..recipe import STAGES, Recipe
 from ..reporting.progress import Reporter
+from ..reporting.statement import account
 from ..reporting.sweep import plot_sweep, summarize_sweep, sweep_table, write_markdown
 from ..rewards import is_reward_model, load_reward
 from .arguments import Parser
@@ -82,6 +83,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     done = _finished(log, given.recipe, shared)
     for number, trial in enumerate(trials, 1):
         if trial.key in done:
+            _check_same(done[trial.key], trial, log)
             continue
         reporter.note(
             f"run {number} of {len(trials)}: epsilon {trial.epsilon}, seed {trial.seed}" + _says(given, trial)
@@ -89,7 +91,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         row = (
             _pretrained(recipe, trial, reporter) if trial.epsilon == "0" else _run(given.recipe, shared, trial, folder)
         )
-        done[trial.key] = {"recipe": given.recipe, "overrides": shared, **row}
+        done[trial.key] = {"recipe": given.recipe, "overrides": shared, "of_trial": list(trial.overrides), **row}
         with open(log, "a", encoding="utf-8") as file:
             file.write(dumps(done[trial.key], indent=None) + "\n")
     result = {
@@ -98,7 +100,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         "varied": given.vary[0] if given.vary else None,
         "command": " ".join(["dpalign sweep", *arguments]),
         "rows": summarize_sweep([done[t.key] for t in trials]),
-        "spent_by_tuning": _spent(recipe),
+        "spent_by_tuning": _spent(
+            recipe, max([float(done[t.key].get("delta") or 0) for t in trials], default=0) or 1e-5
+        ),
     }
     write_json(folder / "sweep.json", result)
     write_markdown(folder / "sweep.md", result)
@@ -201,6 +205,14 @@ def _finished(log: Path, recipe: str, shared: list[str]) -> dict[tuple[str, int,
     return {(row["epsilon"], row["seed"], row["value"]): row for row in rows}
 
 
+def _check_same(row: dict[str, Any], trial: Trial, log: Path) -> None:
+    if row["of_trial"] != list(trial.overrides):
+        raise DPAlignError(
+            f"epsilon {trial.epsilon}, seed {trial.seed} was run with other settings (--at, --vary): delete its line in {log} "
+            "and its folder to run it again, or choose another --output_dir."
+        )
+
+
 def _run(recipe: str, shared: list[str], trial: Trial, folder: Path) -> dict[str, Any]:
     output = folder / "runs" / trial.folder
     command = [sys.executable, "-m", "dpalign", "run", recipe, "--json", *shared, *trial.overrides]
@@ -248,25 +260,27 @@ def _says(given: argparse.Namespace, trial: Trial) -> str:
     return "" if trial.value is None else f", {given.vary[0]} {trial.value}"
 
 
-def _spent(recipe: Recipe) -> list[dict[str, Any]]:
+def _spent(recipe: Recipe, delta: float) -> list[dict[str, Any]]:
     """What the ledger knows of each dataset: this sweep and everything else that ran on it."""
     ledger = Ledger(recipe.ledger)
     spent = []
     for config in {recipe.data_of(name).name: recipe.data_of(name) for name in recipe.stages}.values():
-        intents = ledger.spendings(dataset=config.name)
-        private = [s for s in intents if s.mechanism.noise_multiplier > 0]
-        delta = recipe.target_delta or 1e-5
-        epsilon = composed_epsilon(private, delta, quick=True)
-        runs = len({s.run for s in private})
-        meaning = (
-            "had it been private data, that is what choosing by these results would have cost"
-            if config.is_demo
-            else "that is what choosing by these results costs; quote it with whatever you release"
+        entry = account(ledger, config.name, delta, demo=config.is_demo)
+        exact = entry["runs_without_privacy"]
+        cost = f"epsilon {entry['epsilon_of_all_private_runs']:.2f} at delta {delta:.3g}"
+        if config.is_demo:
+            meaning = f"had it been private data, choosing by these results would have cost {cost}"
+            meaning += ", and no bound at all for the runs without privacy" if exact else ""
+        elif exact:
+            meaning = (
+                f"the private ones together {cost}, but these results show runs without privacy too: do not publish "
+            )
+            meaning += "them, and what was chosen by them has no guarantee"
+        else:
+            meaning = f"choosing by these results costs {cost}: quote it with whatever you release"
+        sentence = (
+            f"The ledger has {entry['runs']} runs on {config.name!r}, {exact} of them without privacy: {meaning}."
         )
-        spent.append({
-            "dataset": config.name, "private_runs": runs, "epsilon": epsilon, "delta": delta, "is_demo": config.is_demo,
-            "sentence": f"All {runs} private runs on {config.name!r} together: epsilon {epsilon:.2f} at delta "
-            f"{delta:.3g}; {meaning}.",
-        })  # fmt: skip
+        spent.append({**entry, "sentence": sentence})
     ledger.close()
     return spent

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 from ..errors import DPAlignError
+from ..rewards import RewardConfig, is_reward_model
+from ..rewards.load import RELEASED
 
 
 def stated_epsilon(name_or_path: str) -> float | None:
@@ -26,3 +28,14 @@ def stated_epsilon(name_or_path: str) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         raise DPAlignError(f"{path} is not a privacy statement: copy the release again.") from None
     return epsilon if private is True and not math.isnan(epsilon) else math.inf
+
+
+def is_outside_the_guarantee(source: str, is_public: bool) -> bool:
+    """Whether a reward's numbers rest on private data without a guarantee, or on something that nobody declares public.
+
+    A reward model's own statement decides, whatever is declared.
+    """
+    if is_reward_model(RewardConfig(source=source)):
+        epsilon = stated_epsilon(source.removeprefix(f"{RELEASED}:"))
+        return not is_public if epsilon is None else epsilon == math.inf
+    return source != "vader" and not is_public

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,17 @@ def evaluate_privately(
     """
     result = private_folder(folder) / "result.json"
     journaled = ledger.intents(dataset=data.name, run=run, stage=STAGE)
-    if any(i.fingerprint != data.fingerprint for i in journaled):
-        raise DPAlignError("the held-out data has changed since it was measured: restore it, or use another folder.")
+    asked = _intent(data, plan, run)
+    if any((i.fingerprint, i.config_hash) != (asked.fingerprint, asked.config_hash) for i in journaled):
+        raise DPAlignError(
+            "the held-out data or the settings have changed since it was measured: restore them, or use another folder."
+        )
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))
     if journaled:
         tell("the private evaluation was lost by an interruption; its budget is spent, and it is not repeated.")
         return None
-    ledger.write([_intent(data, plan, run)])
+    ledger.write([asked])
     block = (
         MetricRange("reward", reward.low, reward.high),
         MetricRange("reward_reference", reward.low, reward.high),
@@ -151,5 +154,5 @@ def _intent(data: UnitDataset, plan: StagePlan, run: str) -> Intent:
         dataset=data.name, run=run, stage=STAGE, step=0, attempt=0, split=data.split, low=data.low, high=data.high,
         sampling_rate=1.0, noise_multiplier=plan.noise_multiplier, metrics_noise_multiplier=math.inf, passes=1,
         max_grad_norm=1.0, unit=data.unit, units=data.declared_units, fingerprint=data.fingerprint,
-        config_hash=hash_of(asdict(plan)), private=plan.noise_multiplier > 0,
+        config_hash=hash_of(plan.mechanism().rounded()), private=plan.noise_multiplier > 0,
     )  # fmt: skip

@@ -73,7 +73,7 @@ class Policy(AdapterStack):
         Raises:
             DPAlignError: the folder or dtype is wrong.
         """
-        base, tokenizer, adapter = load_pretrained(AutoModelForCausalLM, config)
+        base, tokenizer, adapter, _ = load_pretrained(AutoModelForCausalLM, config)
         base.to(device)
         policy = cls(base, tokenizer)
         if adapter:

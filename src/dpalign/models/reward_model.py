@@ -62,6 +62,9 @@ class RewardModel(AdapterStack):
         if not heads:
             raise DPAlignError(f"{type(base).__name__} has no linear head of one output: a reward model needs one.")
         self.head_name = heads[-1]
+        self.excluded = [self.head_name]  # it is trained itself
+        if self.text.append_eos and tokenizer.eos_token_id == tokenizer.pad_token_id:
+            raise DPAlignError("append_eos needs a padding token other than EOS: transformers would not see that EOS.")
         head = base.get_submodule(self.head_name)
         head.float().register_forward_pre_hook(_widen)
 
@@ -75,9 +78,15 @@ class RewardModel(AdapterStack):
             DPAlignError: the folder or dtype is wrong.
         """
         options = {"num_labels": 1, "ignore_mismatched_sizes": True}
-        base, tokenizer, adapter = load_pretrained(AutoModelForSequenceClassification, config, **options)
+        base, tokenizer, adapter, missing = load_pretrained(AutoModelForSequenceClassification, config, **options)
         base.to(device)
         model = cls(base, tokenizer, text)
+        unknown = [name for name in missing if not name.startswith(f"{model.head_name}.")]
+        if unknown:
+            raise DPAlignError(
+                f"{config.name_or_path!r} has no weights for {', '.join(unknown)}: they would be random, stay so, and not be "
+                "in the release; use a model that was trained as a classifier, or a causal LM."
+            )
         model.reset_head()
         if adapter is None:
             return model

@@ -74,6 +74,7 @@ class AdapterConfig:
 class AdapterStack(nn.Module):
     """See the module's docstring. `adapters` lists the stages' names, oldest first."""
 
+    excluded: list[str] | None = None  # layers that no adapter may take
     task_type: str | None = None  # peft's name for the kind of model; it decides which wrapper peft puts around
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,6 +111,7 @@ class AdapterStack(nn.Module):
             r=max(1, config.r),
             lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * max(1, config.r),
             target_modules=config.target_modules,
+            exclude_modules=self.excluded,
             layers_to_transform=config.layers,
             lora_dropout=0.0,
             bias="none",
@@ -271,8 +273,8 @@ class AdapterStack(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
-def load_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> tuple[Any, Any, str | None]:
-    """Base model, tokenizer, and the folder of the release if `config` names one.
+def load_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> tuple[Any, Any, str | None, list[str]]:
+    """Base model, tokenizer, the folder of the release if `config` names one, and weights that no file holds.
 
     Raises:
         DPAlignError: the folder or dtype is wrong.
@@ -287,12 +289,14 @@ def load_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> tup
         path = embedded.resolve(LoraConfig.from_pretrained(path).base_model_name_or_path)
     trust = {"trust_remote_code": config.trust_remote_code}
     try:
-        base = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **trust, **options)
+        base, loading = auto_class.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(adapter or path, **trust)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DPAlignError(f"cannot load a model and tokenizer from {config.name_or_path!r}: {reason}") from None
-    return base, tokenizer, adapter
+    return base, tokenizer, adapter, sorted(loading["missing_keys"])
 
 
 def _without_dropout(model: nn.Module) -> None:

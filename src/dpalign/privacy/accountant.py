@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 from ..errors import DPAlignError
@@ -45,6 +45,10 @@ class SampledGaussian:
             raise DPAlignError(f"noise multiplier {self.noise_multiplier} must be 0 or positive.")
         if self.steps < 0 or self.passes < 1:
             raise DPAlignError(f"steps={self.steps} and passes={self.passes} must be at least 0 and 1.")
+
+    def rounded(self) -> dict[str, float]:
+        """Its numbers to 6 digits, for comparing settings across versions of the accountant."""
+        return {name: float(f"{value:.6g}") for name, value in asdict(self).items()}
 
     @property
     def effective_noise_multiplier(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -75,6 +76,21 @@ class PrivacyStatement:
         return [StageStatement(**{**stage, "part": tuple(stage["part"])}) for stage in value["stages"]]
 
 
+def merge_stages(stages: list[StageStatement]) -> list[StageStatement]:
+    """Statements of the same training of a stage become one: the one that spent most, if a later draw added to it.
+
+    Statements without an id, of older releases, are all kept, and so counted again.
+    """
+    merged: dict[str, StageStatement] = {}
+    for number, stage in enumerate(stages):
+        key = stage.id or f"unnamed {number}"
+        if key not in merged or sum(m["steps"] for m in stage.mechanisms) > sum(
+            m["steps"] for m in merged[key].mechanisms
+        ):
+            merged[key] = stage
+    return list(merged.values())
+
+
 def epsilon_of(stages: list[StageStatement], delta: float) -> float:
     """Epsilon of stages together: the largest over datasets, which are disjoint by check or declaration.
 
@@ -83,7 +99,9 @@ def epsilon_of(stages: list[StageStatement], delta: float) -> float:
     if not all(stage.private for stage in stages):
         return math.inf
     names = {stage.dataset for stage in stages}
-    return max(composed_epsilon([sp for s in stages if s.dataset == n for sp in s.spendings()], delta) for n in names)
+    return max(
+        (composed_epsilon([sp for s in stages if s.dataset == n for sp in s.spendings()], delta) for n in names), default=0.0
+    )
 
 
 def state_privacy(
@@ -102,11 +120,10 @@ def state_privacy(
                 stage=stage, dataset=dataset, part=(first.low, first.high), split=first.split, unit=first.unit,
                 declared_units=first.units, max_grad_norm=first.max_grad_norm, epsilon_alone=epsilon(mechanisms, delta),
                 mechanisms=[asdict(m) for m in mechanisms], private=all(i.private for i in intents),
-                id=hashlib.sha256(f"{run}/{stage}".encode()).hexdigest()[:16],
+                id=hashlib.sha256(json.dumps([run, dataset, stage]).encode()).hexdigest()[:16],
             )
         )  # fmt: skip
-    known = {s.id for s in stages}
-    stages = [*(s for s in earlier if not s.id or s.id not in known), *stages]
+    stages = merge_stages([*earlier, *stages])
     return PrivacyStatement(
         private=all(s.private for s in stages),
         epsilon=epsilon_of(stages, delta),

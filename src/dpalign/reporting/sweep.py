@@ -13,7 +13,6 @@ from ..files import write_text
 
 SINGLE = "* one run: its interval is over prompts"
 AVERAGED = ("reference_reward", "kl", "perplexity", "distinct_2", "completion_length")
-SHARE_OF = ("reward", "reference_reward")
 
 
 def summarize_sweep(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -73,12 +72,14 @@ def _add_shares(rows: list[dict[str, Any]]) -> None:
     for value in {r.get("value") for r in rows}:
         same = [r for r in rows if r.get("value") == value]
         ends = {r["epsilon"]: r for r in same if r["epsilon"] in (0.0, "inf")}
-        if len(ends) < 2:
+        # A learned reward has another scale in every run: what can be compared is the reference reward.
+        measure = "reference_reward" if any("reward_model_accuracy" in r for r in same) else "reward_mean"
+        if len(ends) < 2 or not all(measure in r for r in same):
             continue
-        low, high = ends[0.0]["reward_mean"], ends["inf"]["reward_mean"]
+        low, high = ends[0.0][measure], ends["inf"][measure]
         for row in same:
             if row["epsilon"] not in (0.0, "inf") and high != low:
-                row["share"] = (row["reward_mean"] - low) / (high - low)
+                row["share"] = (row[measure] - low) / (high - low)
 
 
 def interval(values: list[float]) -> float:

@@ -52,6 +52,19 @@ def print_summary(summary: dict[str, Any]) -> None:
             )
     if "evaluation" in summary:
         console.print(evaluation_table(summary["evaluation"], outside=summary.get("outside_the_guarantee", ())))
+    if "reward_model" in summary:
+        model = summary["reward_model"]
+        console.print(
+            f"reward model on {model['pairs']:,} public pairs: accuracy {model['accuracy']:.3f} ± {model['accuracy_ci95']:.3f}, "
+            f"calibration error {model['calibration_error']:.3f}, margin {model['margin']:.2f}."
+        )
+    if summary.get("private_evaluation"):
+        found = summary["private_evaluation"]
+        noise = found["noise_standard_deviation"]
+        numbers = ", ".join(f"{k.replace('_', ' ')} {found[k]:.3f} (noise {noise[k]:.3f})" for k in noise)
+        console.print(f"on held-out private units, noised: {numbers}.")
+    elif "private_evaluation" in summary:
+        console.print("the private evaluation was lost by an interruption.")
     console.print(f"release: {summary['release']}", markup=False)
 
 

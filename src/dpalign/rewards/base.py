@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -50,7 +51,7 @@ class RewardConfig:
 
     source: str = "vader"
     is_public: bool = False
-    text: str | None = None
+    text: Literal["completion", "prompt+completion"] | None = None
     label: str | None = None
     use_logit: bool = False
     max_length: int = 128

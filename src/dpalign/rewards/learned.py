@@ -36,6 +36,7 @@ def normalize(
     rollouts = policy.sample(prompts, torch.ones_like(prompts), max_new_tokens)
     fronts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
     scores = torch.tensor(learned(model, text)(fronts, policy.decode(rollouts)))
+    scores = scores[~scores.isnan()]  # a text without a token has no mean
     deviation = float(scores.std())
     if not deviation > 0:
         raise DPAlignError("the reward model gives all texts the same score: train it longer, or with less noise.")

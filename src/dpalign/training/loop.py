@@ -23,6 +23,7 @@ from ..files import dumps, private_folder
 from ..gradients import PerUnitGradients
 from ..models import AdapterStack
 from ..privacy import accountant
+from ..privacy.accountant import SampledGaussian
 from ..privacy.entropy import SeededEntropy, SystemEntropy
 from ..privacy.ledger import Intent, Ledger
 from ..privacy.mechanism import GaussianMechanism
@@ -52,6 +53,7 @@ class Stage:
     Args:
         model: the policy or reward model with all earlier stages frozen.
         plan: steps and noise; default: those of the stage alone.
+        beside: what other stages have spent, or will, on the same units; default: as planned.
         folder: the run's `private/<stage>` folder.
         run: the run's identity in the ledger.
         log: file for the noised metrics, one JSON a line; outside private/ because they are private by construction.
@@ -67,6 +69,7 @@ class Stage:
         run: str,
         ledger: Ledger,
         plan: StagePlan | None = None,
+        beside: tuple[tuple[SampledGaussian, ...], ...] | None = None,
         log: Path | None = None,
         report: Callable[[StepReport], None] = lambda report: None,
         tell: Callable[[str], None] = lambda message: None,
@@ -76,10 +79,11 @@ class Stage:
         self.report, self.tell = report, tell
         self.config = algorithm.config
         self.plan = plan or plan_stage(algorithm.name, algorithm.config, data.declared_units)
+        self.beside = self.plan.beside if beside is None else beside
         self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
         settings = asdict(self.config) | {"units": data.declared_units, "part": (data.low, data.high)}
         if any(self.plan.beside):
-            settings["beside"] = [[asdict(m) for m in others] for others in self.plan.beside]
+            settings["beside"] = [[m.rounded() for m in others] for others in self.plan.beside]
         self.config_hash = hash_of(settings)
         self.private = self.config.insecure_seed is None and self.plan.noise_multiplier > 0
 
@@ -227,8 +231,9 @@ class Stage:
         )  # fmt: skip
 
     def _check_same_run(self) -> None:
-        for intent in self.ledger.intents(dataset=self.data.name, run=self.run, stage=self.algorithm.name):
-            if (intent.fingerprint, intent.units) != (self.data.fingerprint, self.data.declared_units):
+        for intent in self.ledger.intents(run=self.run, stage=self.algorithm.name):
+            seen = (intent.dataset, intent.fingerprint, intent.units)
+            if seen != (self.data.name, self.data.fingerprint, self.data.declared_units):
                 raise DPAlignError(
                     f"the data of stage {self.algorithm.name} has changed since this run began: a resumed run must "
                     "see the same records; restore them, or start a run under another output folder."
@@ -251,18 +256,23 @@ class Stage:
             s.mechanism for s in self.ledger.spendings(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
         ]
 
+        # Alone it keeps what it was given; together with what others spend on its units, the run's target.
+        plan = self.plan
+        limits = [(plan.epsilon if any(plan.beside) else plan.target_epsilon, spent)]
+        limits += [(plan.target_epsilon, [*spent, *others]) for others in self.beside if others]
+
         def sigma_for(steps: int) -> float:
             try:
-                return max(
+                needed = [
                     accountant.noise_multiplier(
-                        self.plan.target_epsilon, self.plan.target_delta, sampling_rate=self.plan.sampling_rate,
-                        steps=steps, passes=self.plan.passes, metrics_noise_ratio=self.config.metrics_noise_ratio,
-                        spent=[*spent, *others],
+                        target, plan.target_delta, sampling_rate=plan.sampling_rate, steps=steps, passes=plan.passes,
+                        metrics_noise_ratio=self.config.metrics_noise_ratio, spent=releases,
                     )
-                    for others in self.plan.beside
-                )  # fmt: skip
+                    for target, releases in limits
+                ]  # fmt: skip
             except DPAlignError:
                 return math.inf
+            return max(plan.noise_multiplier, *needed)
 
         # A few steps of bearable noise are worth more than all of them drowned in it.
         phase = self.plan.minibatches
