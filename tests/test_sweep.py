@@ -58,7 +58,8 @@ def test_sweep_end_to_end_and_resumed(tmp_path, capsys, recipe, monkeypatch):
     first = call(capsys, *words).json
     assert [row["epsilon"] for row in first["rows"]] == [0, 2]
     assert all(-5 < row["kl"] < 5 and math.isfinite(row["reward_mean"]) for row in first["rows"])
-    assert first["spent_by_tuning"][0]["private_runs"] == 1 and 0 < first["spent_by_tuning"][0]["epsilon"] <= 2
+    spent = first["spent_by_tuning"][0]
+    assert spent["runs"] == 1 and 0 < spent["epsilon_of_all_private_runs"] <= 2
     assert {f.name for f in out.iterdir()} == {"runs", "runs.jsonl", "sweep.json", "sweep.md", "sweep.png"}
     drawn = ledger_rows(tmp_path)
     # An interruption after the first run: the second is not in the log, and its folder goes on without a draw.
@@ -78,7 +79,9 @@ def test_public_proxy_does_not_touch_the_private_name(tmp_path, capsys, recipe):
     proxy = write_jsonl(tmp_path / "proxy.jsonl", reviews(40, "noon"))
     eval_path = ("--data.eval_path", tmp_path / "public.jsonl", "--data.eval_is_public", "true")
     done = call(capsys, *words, "--public_proxy", proxy, *eval_path).json
-    assert [s["dataset"] for s in done["spent_by_tuning"]] == ["public-proxy"] and done["spent_by_tuning"][0]["is_demo"]
+    assert [s["dataset"] for s in done["spent_by_tuning"]] == ["public-proxy"] and done["spent_by_tuning"][0][
+        "demo_data"
+    ]
     assert ledger_rows(tmp_path, dataset="reviews") == 0 and ledger_rows(tmp_path, dataset="public-proxy") > 0
 
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +289,18 @@ def _train(run: Run, algorithm: Algorithm, model: AdapterStack) -> None:
 
 
 def _beside(run: Run, name: str) -> tuple[tuple[SampledGaussian, ...], ...]:
-    """What a stage's units meet elsewhere: as drawn by stages that have begun, as planned by those to come."""
+    """What a stage's units meet elsewhere: what other stages have drawn, and what they are still to draw."""
     if not any(run.planned[name].plan.beside):
         return ((),)
     others = [sp for s in run.before for sp in s.spendings()]
     for other, stage in run.planned.items():
-        if other != name:
-            drawn = run.ledger.spendings(run=run.identity, dataset=stage.dataset, stage=other)
-            others += drawn or [stage.spending]
+        if other == name:
+            continue
+        drawn = run.ledger.spendings(run=run.identity, dataset=stage.dataset, stage=other)
+        left = stage.plan.steps - sum(s.mechanism.steps for s in drawn)
+        others += drawn
+        if left > 0 and not any((run.private / other / "final").glob("step-*")):
+            others.append(stage.at(replace(stage.plan, steps=left)))
     return beside(run.planned[name], others)
 
 

@@ -379,7 +379,7 @@ def two_stages(
     data, ledger, told = dataset(RECORDS), Ledger(":memory:"), []
     planned = plan_recipe(together, {"sft": data, "reward": data}, DELTA, [])
     policy = tiny_policy("llama")
-    shared = SimpleNamespace(planned=planned, before=[], ledger=ledger, identity="run")
+    shared = SimpleNamespace(planned=planned, before=[], ledger=ledger, identity="run", private=folder)
 
     def run(kind: type[Stage], name: str) -> None:
         model = RewardModel.from_policy(policy, planned[name].config.text) if name == "reward" else policy

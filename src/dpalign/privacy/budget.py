@@ -122,9 +122,10 @@ def _epsilon(stages: list[StageBudget], factors: Mapping[str, float], earlier: l
 
 
 def _level(
-    stages: list[StageBudget], ratios: dict[str, float], earlier: list[Spending], target: float, delta: float
-) -> float:
-    """Smallest common factor on `ratios` that fits; from above."""
+    stages: list[StageBudget], ratios: dict[str, float], earlier: list[Spending], target: float, delta: float,
+    precision: float = 1e-4,
+) -> float:  # fmt: skip
+    """Smallest common factor on `ratios` that fits; from above, to a relative precision."""
 
     def excess(log_level: float) -> float:
         scaled = {name: ratio * math.exp(log_level) for name, ratio in ratios.items()}
@@ -135,7 +136,7 @@ def _level(
         low, high = high, high + 0.6
     while excess(low) < 0:
         low, high = low - 0.6, low
-    while high - low > 1e-4:  # epsilon falls with the noise, so `high` stays feasible
+    while high - low > precision:  # epsilon falls with the noise, so `high` stays feasible
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) > 0 else (low, middle)
     return math.exp(high)
@@ -158,13 +159,13 @@ def _ratios(
         return {s.name: math.exp(x) for s, x in zip(free, [0.0, *logs], strict=True)}
 
     def noise(logs: np.ndarray) -> float:
-        level = _level(stages, ratios(logs), earlier, target, delta)
+        level = _level(stages, ratios(logs), earlier, target, delta, precision=3e-3)
         return math.log(sum(s.total_noise(ratios(logs)[s.name] * level) for s in free))
 
     start = np.vstack([np.zeros(len(free) - 1), 0.4 * np.eye(len(free) - 1)])
     found = minimize(
         noise, start[0], method="Nelder-Mead",
-        options={"initial_simplex": start, "xatol": 0.02, "fatol": 1e-3, "maxfev": 60},
+        options={"initial_simplex": start, "xatol": 0.05, "fatol": 3e-3, "maxfev": 40},
     )  # fmt: skip
     return ratios(found.x)
 

@@ -100,7 +100,8 @@ def epsilon_of(stages: list[StageStatement], delta: float) -> float:
         return math.inf
     names = {stage.dataset for stage in stages}
     return max(
-        (composed_epsilon([sp for s in stages if s.dataset == n for sp in s.spendings()], delta) for n in names), default=0.0
+        (composed_epsilon([sp for s in stages if s.dataset == n for sp in s.spendings()], delta) for n in names),
+        default=0.0,
     )
 
 
