@@ -44,6 +44,22 @@ def test_varied_values_get_rows_of_their_own(tmp_path):
     assert "| epsilon | ppo.num_ppo_epochs |" in (tmp_path / "a.md").read_text()
 
 
+LEARNED = ["--ppo.reward.source", "reward_model:release"]
+
+
+def stated(folder, private: bool) -> None:
+    """A folder that looks like a release."""
+    folder.mkdir()
+    mechanism = {"sampling_rate": 0.5, "noise_multiplier": 2.0, "steps": 3}
+    stage = {
+        "stage": "sft", "dataset": "reviews", "part": [0, 1], "split": "s", "unit": "record", "declared_units": 9,
+        "max_grad_norm": 1, "epsilon_alone": 1, "mechanisms": [mechanism], "private": private,
+    }  # fmt: skip
+    (folder / "privacy.json").write_text(
+        json.dumps({"private": private, "epsilon": 1.0, "stages": [stage], "assumptions": []})
+    )
+
+
 @pytest.fixture
 def recipe(tmp_path):
     write_jsonl(tmp_path / "public.jsonl", reviews(8, "morning"))
@@ -95,9 +111,16 @@ def test_public_proxy_does_not_touch_the_private_name(tmp_path, capsys, recipe):
         (["--at", "8", "ppo.beta=0.1", "--epsilons", "4"], "none of the swept"),
         (["--at", "4", "ppo.beta", "--epsilons", "4"], "FIELD=VALUE"),
         (["--epsilons", "4", "--vary", "ppo.nonsense", "1"], "unknown field ppo.nonsense"),
+        (["--epsilons", "inf", "--ppo.target_epsilon", "2"], "would not be without privacy"),
+        (["--epsilons", "0", "--model.name_or_path", "release"], "trained on private data already"),
+        (["--epsilons", "0", *LEARNED], "has no reward model of its own"),
+        (["--epsilons", "0", *LEARNED, "--reference_reward.source", "reward_model:free"], "has no guarantee"),
     ],
 )
-def test_bad_calls_say_why_before_any_run(tmp_path, capsys, recipe, words, said):
+def test_bad_calls_say_why_before_any_run(tmp_path, capsys, recipe, words, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stated(tmp_path / "release", True)
+    stated(tmp_path / "free", False)
     assert said in call(capsys, "sweep", recipe, "--output_dir", tmp_path / "sweep", *words).error
     assert ledger_rows(tmp_path) == 0 if (tmp_path / "ledger.sqlite").exists() else True
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .files import private_folder, write_json
 from .models import AdapterStack, Normalization, Policy, RewardModel, embedded
 from .models.reward_model import is_classifier, normalization_of
 from .planning import (
+    Origin,
     PlannedStage,
     beside,
     check_budget,
@@ -44,11 +45,11 @@ from .planning import (
     stages_elsewhere,
 )
 from .privacy.accountant import SampledGaussian
-from .privacy.ledger import Ledger
+from .privacy.ledger import Intent, Ledger
 from .recipe import Recipe
 from .reporting.progress import Reporter
 from .reporting.release import write_release, write_reward_model
-from .reporting.statement import PrivacyStatement, StageStatement, state_privacy
+from .reporting.statement import PrivacyStatement, StageStatement, merge_stages, state_privacy
 from .rewards import Reward, RewardFunction, load_reward, normalize
 from .rewards.load import RELEASED
 from .training import Stage
@@ -131,7 +132,8 @@ def run_recipe(
     with _locked(private):
         ledger = _open_ledger(recipe)
         identity = _run_identity(private, folder, ledger)
-        earlier, assumed = check_provenance(recipe)
+        origins = _same_origins(private, check_provenance(recipe), ledger.intents(run=identity))
+        earlier = merge_stages([stage for origin in origins.values() for stage in origin.stages])
         records = records or read_stage_records(recipe, private / "cache")
         data, assumptions = stage_units(recipe, records, ledger)
         delta = run_delta(recipe, records)
@@ -140,9 +142,10 @@ def run_recipe(
         check_budget(recipe, planned, before, delta)
         run = Run(
             recipe, reporter, folder, private, identity, ledger, delta, earlier, before, planned, data,
-            sorted({*assumptions, *assumed}), policy, reward_model,
+            sorted({*assumptions, *_assumed(recipe, origins)}), policy, reward_model,
         )  # fmt: skip
         _load_models(run, records, reward_function)
+        _remember_origins(private, origins)  # from here on the run rests on them
         for name in planned:
             _STAGES[name](run)
         summary = _finish(run, started)
@@ -276,8 +279,8 @@ def _train(run: Run, algorithm: Algorithm, model: AdapterStack) -> None:
     name, data, reporter = algorithm.name, run.data[algorithm.name], run.reporter
     stage = Stage(
         model, algorithm, data, folder=run.private / name, run=run.identity, ledger=run.ledger,
-        plan=run.planned[name].plan, beside=_beside(run, name), log=run.folder / "metrics.jsonl", report=reporter.step,
-        tell=reporter.note,
+        plan=run.planned[name].plan, beside=_beside(run, name), rests_on_private=_rests_on_private(run),
+        log=run.folder / "metrics.jsonl", report=reporter.step, tell=reporter.note,
     )  # fmt: skip
     if stage.is_finished:
         stage.load_final()
@@ -288,10 +291,15 @@ def _train(run: Run, algorithm: Algorithm, model: AdapterStack) -> None:
         stage.train()
 
 
+def _rests_on_private(run: Run) -> bool:
+    drawn = run.ledger.intents(run=run.identity)
+    return all(s.private for s in run.before) and all(intent.private for intent in drawn)
+
+
 def _beside(run: Run, name: str) -> tuple[tuple[SampledGaussian, ...], ...]:
     """What a stage's units meet elsewhere: what other stages have drawn, and what they are still to draw."""
     if not any(run.planned[name].plan.beside):
-        return ((),)
+        return ((),)  # parts of their own, and nothing spent on them before
     others = [sp for s in run.before for sp in s.spendings()]
     for other, stage in run.planned.items():
         if other == name:
@@ -419,6 +427,43 @@ def _run_identity(private: Path, folder: Path, ledger: Ledger) -> str:
             "output folder."
         )
     return value["run"]
+
+
+def _same_origins(private: Path, origins: dict[str, Origin], drawn: list[Intent]) -> dict[str, Origin]:
+    """The recipe's models, and those that the run used before the recipe dropped them: both stay in its statement.
+
+    Raises:
+        DPAlignError: a model is another one than when the run began.
+    """
+    value = json.loads((private / "run.json").read_text(encoding="utf-8"))
+    if not drawn and not any(private.glob("*/step-*")):  # nothing rests on any of them yet
+        return origins
+    known = {name: Origin.from_json(origin) for name, origin in value.get("origins", {}).items()}
+    for entry, origin in origins.items():
+        if entry in known and origin.fingerprint != known[entry].fingerprint:
+            old, new = known[entry].name, origin.name
+            what = f"{entry} was {old!r} and is now {new!r}" if old != new else f"{entry} {old!r} itself has changed"
+            raise DPAlignError(
+                f"the models of the run in {private.parent} have changed since it began ({what}): its statement would "
+                "miss what the old one was made of; restore it, or start a run under another output folder."
+            )
+    return known | origins
+
+
+def _remember_origins(private: Path, origins: dict[str, Origin]) -> None:
+    value = json.loads((private / "run.json").read_text(encoding="utf-8"))
+    value["origins"] = {entry: asdict(origin) for entry, origin in sorted(origins.items())}
+    write_json(private / "run.json", value)
+
+
+def _assumed(recipe: Recipe, origins: dict[str, Origin]) -> set[str]:
+    assumed = {text for origin in origins.values() for text in origin.assumptions}
+    if recipe.rollouts is not None and recipe.rollouts.synthetic_steps:
+        assumed.add(
+            f"{recipe.rollouts.synthetic_steps} updates on prompts that the model wrote itself read no record: they rest on "
+            "the model and the reward"
+        )
+    return assumed
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from .data.load import Record, read_records
 from .data.units import UnitDataset, build_units, check_disjoint, count_units
 from .errors import DPAlignError
 from .evaluation.private import PrivateEvaluationConfig, plan_evaluation
+from .files import dumps
 from .models import embedded
 from .privacy import accountant
 from .privacy.accountant import SampledGaussian
 from .privacy.budget import StageBudget, allocate
 from .privacy.ledger import Ledger, Spending
 from .recipe import STAGES, Recipe
-from .reporting.statement import PrivacyStatement, StageStatement, epsilon_of, merge_stages, state_privacy
+from .reporting.statement import PrivacyStatement, StageStatement, epsilon_of, state_privacy
 from .rewards import is_reward_model
 from .rewards.load import RELEASED
 from .training import StagePlan, plan_stage
@@ -171,12 +172,14 @@ def plan_recipe(
     if len(kinds) > len({dataset for dataset, _ in kinds}):
         raise DPAlignError("two stages name different units of one dataset: use one data.unit throughout.")
     _check_allocation(recipe, stages)
-    if recipe.composition == "parallel" or math.isinf(recipe.target_epsilon):
+    if math.isinf(recipe.target_epsilon):
         return stages
-    budgets = [_budget(recipe, stage) for stage in stages.values()]
-    spent = tuple(sp for s in earlier for sp in s.spendings())
-    factors = allocate(budgets, recipe.target_epsilon, delta, allocation=recipe.allocation, spent=spent)
-    return _together(stages, factors, recipe.target_epsilon, spent)
+    spent = [sp for s in earlier for sp in s.spendings()]
+    if recipe.composition == "sequential":
+        budgets = [_budget(recipe, stage) for stage in stages.values()]
+        factors = allocate(budgets, recipe.target_epsilon, delta, allocation=recipe.allocation, spent=tuple(spent))
+        stages = {name: _noised(stage, factors[name]) for name, stage in stages.items()}
+    return {name: _beside_others(stage, stages, spent, recipe.target_epsilon) for name, stage in stages.items()}
 
 
 def _check_allocation(recipe: Recipe, stages: dict[str, PlannedStage]) -> None:
@@ -205,23 +208,19 @@ def _budget(recipe: Recipe, stage: PlannedStage) -> StageBudget:
     return StageBudget(stage.at(stage.alone), size, fixed)
 
 
-def _together(
-    stages: dict[str, PlannedStage], factors: dict[str, float], target: float, spent: tuple[Spending, ...]
-) -> dict[str, PlannedStage]:
-    noised = {
-        name: replace(
-            stage, plan=stage.alone.at(stage.alone.noise_multiplier * factors[name], stage.alone.target_epsilon)
-        )
-        for name, stage in stages.items()
-    }
-    planned = {}
-    for name, stage in noised.items():
-        others = [s.spending for other, s in noised.items() if other != name]
-        met = beside(stage, [*others, *spent])
-        if any(met):
-            stage = replace(stage, plan=stage.plan.at(stage.plan.noise_multiplier, target, met))
-        planned[name] = stage
-    return planned
+def _noised(stage: PlannedStage, factor: float) -> PlannedStage:
+    alone = stage.alone
+    return replace(stage, plan=alone.at(alone.noise_multiplier * factor, alone.target_epsilon))
+
+
+def _beside_others(
+    stage: PlannedStage, stages: dict[str, PlannedStage], spent: list[Spending], target: float
+) -> PlannedStage:
+    # A parallel recipe too may have stages that meet: ranges that overlap, or a release of the same data.
+    met = beside(stage, [*(s.spending for name, s in stages.items() if name != stage.name), *spent])
+    if not any(met):
+        return stage
+    return replace(stage, plan=replace(stage.plan, target_epsilon=target, beside=met))
 
 
 def beside(stage: PlannedStage, others: list[Spending]) -> tuple[tuple[SampledGaussian, ...], ...]:
@@ -312,39 +311,67 @@ def parameter_count(recipe: Recipe) -> float | None:
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
-def check_provenance(recipe: Recipe) -> tuple[list[StageStatement], list[str]]:
-    """Refuses models of unknown past; returns the stages and assumptions of the releases that enter the run.
+@dataclass(frozen=True)
+class Origin:
+    """A model that enters a run: its name, the private stages that made it, and what remains unchecked about it."""
+
+    name: str
+    stages: tuple[StageStatement, ...]
+    assumptions: tuple[str, ...]
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Origin:
+        """From its fields as JSON has them."""
+        return Origin(value["name"], tuple(PrivacyStatement.stages_from(value)), tuple(value["assumptions"]))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same name and the same spending."""
+        return dumps([self.name, [asdict(stage) for stage in self.stages]])
+
+
+def check_provenance(recipe: Recipe) -> dict[str, Origin]:
+    """Where every model that enters the run comes from, by the field that names it. Models of unknown past are refused.
 
     Raises:
         DPAlignError: a model is neither embedded, declared public, nor a private release; or a release's
             datasets differ from this run's and nobody declares them disjoint.
     """
-    entering = [(recipe.model.name_or_path, recipe.model.is_public)]
+    entering = {"model": (recipe.model.name_or_path, recipe.model.is_public)}
     if recipe.reward is not None and recipe.reward.model is not None:
-        entering.append((recipe.reward.model.name_or_path, recipe.reward.model.is_public))
-    if recipe.rollouts is not None and is_reward_model(recipe.rollouts.reward):
-        if recipe.rollouts.reward.source == RELEASED and recipe.reward is None:
-            raise DPAlignError("reward.source reward_model needs a section reward in the recipe, or a path behind it.")
-        if recipe.rollouts.reward.source != RELEASED:
-            path = recipe.rollouts.reward.source.removeprefix(f"{RELEASED}:")
-            entering.append((path, recipe.rollouts.reward.is_public))
-    assumptions: set[str] = set()
-    stages = [stage for name, is_public in entering for stage in _past(recipe, name, is_public, assumptions)]
-    return merge_stages(stages), sorted(assumptions)
+        entering["reward.model"] = (recipe.reward.model.name_or_path, recipe.reward.model.is_public)
+    rewards: dict[str, Origin] = {}
+    if recipe.rollouts is not None:
+        field, reward = "ppo.reward" if recipe.ppo is not None else "rloo.reward", recipe.rollouts.reward
+        if is_reward_model(reward):
+            if reward.source == RELEASED and recipe.reward is None:
+                raise DPAlignError(
+                    "reward.source reward_model needs a section reward in the recipe, or a path behind it."
+                )
+            if reward.source != RELEASED:
+                entering[field] = (reward.source.removeprefix(f"{RELEASED}:"), reward.is_public)
+        elif reward.source != "vader":
+            declared = (
+                f"reward {reward.source!r} was made without the private data, and scores each row by itself (declared)"
+            )
+            rewards[field] = Origin(reward.source, (), (declared,))
+    return rewards | {field: _past(recipe, name, is_public) for field, (name, is_public) in entering.items()}
 
 
-def _past(recipe: Recipe, name: str, is_public: bool, assumptions: set[str]) -> list[StageStatement]:
+def _past(recipe: Recipe, name: str, is_public: bool) -> Origin:
     path = Path(embedded.resolve(name)) / "privacy.json"
     if not path.exists():
-        if name != embedded.TINY_REVIEW_LM and not is_public:
+        if name == embedded.TINY_REVIEW_LM:
+            return Origin(name, (), ())
+        if not is_public:
             raise DPAlignError(
                 f"model {name!r} must be declared public (model.is_public: true), or be a dpalign release: weights "
                 "made from the private data would void the guarantee."
             )
-        return []
+        return Origin(name, (), (f"model {name!r} was made without the private data (declared)",))
     value = json.loads(path.read_text(encoding="utf-8"))
     stages = PrivacyStatement.stages_from(value)
-    assumptions |= set(value["assumptions"])
+    assumptions = set(value["assumptions"])
     if not value["private"] and not math.isinf(recipe.target_epsilon):
         raise DPAlignError(
             f"model {name} was trained without privacy on private data: nothing trained from it can be private; start "
@@ -358,7 +385,7 @@ def _past(recipe: Recipe, name: str, is_public: bool, assumptions: set[str]) -> 
                 "this run's data: use the same data.name, or declare units_disjoint: declared."
             )
         assumptions.add(f"the units of {', '.join(map(repr, sorted(datasets)))} are disjoint (declared)")
-    return stages
+    return Origin(name, tuple(stages), tuple(sorted(assumptions)))
 
 
 def stages_elsewhere(run: str, ledger: Ledger, delta: float, recipe: Recipe) -> list[StageStatement]:

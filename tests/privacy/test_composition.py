@@ -427,3 +427,42 @@ def test_a_refit_by_what_the_other_stage_had_planned_is_found(tmp_path):
     """Mutant: after two crashes the second stage composes with the plan of the first, not with its draws."""
     spendings, _ = two_stages(tmp_path, {"sft", "reward"}, as_drawn=False)
     assert epsilon([s.mechanism for s in spendings], DELTA) > TARGET
+
+
+def test_a_stage_makes_room_for_what_others_drew_beyond_their_plan(tmp_path):
+    """Nothing of its own was lost; but the recipe had changed for a while, and another stage took more than planned."""
+    data = dataset(RECORDS)
+    small = {"expected_batch_size": 12, "max_steps": 12, "max_length": 8, "adapter": AdapterConfig(r=1)}
+    together = Recipe(
+        data=DataConfig(name="tiny"), target_epsilon=TARGET, composition="sequential", sft=SFTConfig(**small),
+        reward=RewardModelConfig(**small),
+    )  # fmt: skip
+    planned = plan_recipe(together, {"sft": data, "reward": data}, DELTA, [])["sft"]
+    ((other,),) = planned.plan.beside
+    more = replace(other, steps=2 * other.steps)
+
+    def refitted(beside: tuple) -> float:
+        stage = Stage(
+            tiny_policy("llama"), SFT(planned.config), data, folder=tmp_path / "sft", run="run", ledger=Ledger(":memory:"),
+            plan=planned.plan, beside=beside,
+        )  # fmt: skip
+        _, sigma = stage._refit(0)
+        return sigma
+
+    assert refitted(planned.plan.beside) == planned.plan.noise_multiplier
+    noisier = replace(planned.plan, noise_multiplier=refitted(((more,),)))
+    assert epsilon([noisier.mechanism(), more], DELTA) <= TARGET
+    assert epsilon([planned.plan.mechanism(), more], DELTA) > TARGET, "mutant: the planned noise is kept"
+
+
+def test_stages_that_meet_in_a_parallel_recipe_are_refitted_beside_each_other():
+    """Each has an epsilon of its own and their ranges overlap: allowed, and composed after a crash too."""
+    own = {"expected_batch_size": 100, "max_steps": 30, "target_epsilon": 1.0}
+    meeting = recipe(
+        (), composition="parallel", split={"sft": [0.0, 0.6], "ppo": [0.4, 1.0]}, sft=SFTConfig(**own), ppo=PPOConfig(**own),
+    )  # fmt: skip
+    planned = plan_recipe(meeting, None, DELTA, [])
+    for stage, other in (("sft", "ppo"), ("ppo", "sft")):
+        assert planned[stage].plan.noise_multiplier == planned[stage].alone.noise_multiplier
+        assert (planned[other].plan.mechanism(),) in planned[stage].plan.beside
+        assert planned[stage].plan.target_epsilon == TARGET and planned[stage].plan.epsilon <= 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import secrets
@@ -24,8 +25,10 @@ from ..models import ModelConfig, Policy
 from ..planning import check_lengths
 from ..privacy import accountant
 from ..privacy.ledger import Ledger
-from ..reporting.statement import account
+from ..reporting.numbers import all_runs, at_most
+from ..reporting.statement import PrivacyStatement, account, state_privacy
 from ..rewards import RewardConfig, load_reward
+from ..rewards.load import RELEASED
 from .arguments import Parser
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the model and
@@ -50,6 +53,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("--unit", help="column that names the privacy unit; without one each record is a unit")
     parser.add_argument("--max_records_per_unit", type=int, default=1)
     parser.add_argument("--declared_units", type=int, help="public number of units (default: counted, and so public)")
+    parser.add_argument(
+        "--model_is_public", action="store_true", help="declare a model without a privacy statement public"
+    )
     parser.add_argument("--epsilon", type=float, help="epsilon of the measurement")
     parser.add_argument("--noise_multiplier", type=float, help="sigma instead of epsilon")
     parser.add_argument("--delta", type=float, help="default: min(1e-5, 1/(10 units))")
@@ -68,6 +74,11 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     if (given.epsilon is None) == (given.noise_multiplier is None):
         raise DPAlignError("give exactly one of --epsilon and --noise_multiplier.")
+    if given.noise_multiplier == 0 or given.epsilon == math.inf:
+        raise DPAlignError(
+            "without noise the measurement would show the held-out units: give a finite --epsilon, or measure public "
+            "prompts (dpalign evaluate without --private)."
+        )
     _refuse_unprivate(given)
     policy = Policy.load(ModelConfig(name_or_path=given.model), "cuda" if torch.cuda.is_available() else "cpu")
     if not policy.adapters:
@@ -95,14 +106,14 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     )
     plan = plan_evaluation(settings, data.declared_units)
     folder = private_folder(Path(given.output_dir) / "private")
-    result = evaluate_privately(
-        policy, data, plan, reward, config, folder=folder, run=_identity(folder, given), ledger=ledger
-    )
+    identity = _identity(folder, given)
+    result = evaluate_privately(policy, data, plan, reward, config, folder=folder, run=identity, ledger=ledger)
     if result is None:
         raise DPAlignError(
             "this measurement was lost by an interruption and its budget is spent: another --output_dir spends again."
         )
     result = {"model": given.model, "reward_source": given.reward, **result, "delta": delta}
+    result |= _together(given, identity, ledger, delta)
     result["ledger"] = account(ledger, given.dataset_name, delta)
     ledger.close()
     write_json(Path(given.output_dir) / "evaluation.json", result)
@@ -113,6 +124,11 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
 def _refuse_unprivate(given: argparse.Namespace) -> None:
     """The numbers carry one epsilon: what was made from private data without one must not enter them."""
+    if stated_epsilon(given.model) is None and not given.model_is_public:
+        raise DPAlignError(
+            f"{given.model} has no privacy.json: give a dpalign release, or declare that it was made without private data "
+            "(--model_is_public)."
+        )
     if stated_epsilon(given.model) == math.inf:
         raise DPAlignError(
             f"{given.model} was trained without privacy: numbers made with it have no guarantee to state."
@@ -124,15 +140,42 @@ def _refuse_unprivate(given: argparse.Namespace) -> None:
         )
 
 
+def _together(given: argparse.Namespace, identity: str, ledger: Ledger, delta: float) -> dict[str, Any]:
+    """Epsilon of a held-out unit over the measurement and the models in it, and what that takes for granted."""
+    stages = []
+    for name in (given.model, given.reward.removeprefix(f"{RELEASED}:")):
+        path = Path(name) / "privacy.json"
+        if path.is_file():
+            stages += PrivacyStatement.stages_from(json.loads(path.read_text(encoding="utf-8")))
+    statement = state_privacy(identity, ledger, delta, stages, [], set())
+    assumptions = [] if given.declared_units else [f"the number of units of {given.dataset_name!r} is public"]
+    others = sorted({stage.dataset for stage in stages} - {given.dataset_name})
+    if others:
+        names = ", ".join(map(repr, others))
+        assumptions.append(f"the units of {given.dataset_name!r} are not in {names} (declared by its name)")
+    if given.model_is_public:
+        assumptions.append(f"model {given.model!r} was made without the private data (declared)")
+    if given.reward_is_public:
+        assumptions.append(f"reward {given.reward!r} was made without the private data (declared)")
+    return {"epsilon_with_the_models": statement.epsilon, "assumptions": assumptions}
+
+
 def _identity(folder: Path, given: argparse.Namespace) -> str:
     """The measurement's name in the ledger; the folder belongs to one measurement."""
-    file, asked = folder / "run.json", vars(given) | {"output_dir": None}
+    file, asked = folder / "run.json", vars(given) | {"output_dir": None, "weights": _weights(given)}
     if not file.exists():
         write_json(file, {"run": f"{Path(given.output_dir).name}-{secrets.token_hex(4)}", "asked": asked})
     value = json.loads(file.read_text(encoding="utf-8"))
     if value["asked"] != asked:
         raise DPAlignError(f"{given.output_dir} holds another measurement: choose another --output_dir for this one.")
     return value["run"]
+
+
+def _weights(given: argparse.Namespace) -> list[str]:
+    """SHA-256 of the adapters: a release that was trained again at the same path is another model."""
+    folders = [Path(given.model), Path(given.reward.removeprefix(f"{RELEASED}:"))]
+    files = [folder / "adapter_model.safetensors" for folder in folders]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -144,7 +187,11 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"{label}: {result[key]:.3f} (standard deviation of the noise {noise[key]:.3f})")
     entry = result["ledger"]
     console.print(
-        f"epsilon {result['epsilon']:.3f} at delta {result['delta']:.3g} on {result['units']:g} units; all "
-        f"{entry['runs']} run(s) on {entry['dataset']!r} together: epsilon {entry['epsilon_of_all_private_runs']:.3f}.",
+        f"epsilon {at_most(result['epsilon'])} at delta {result['delta']:.3g} on {result['units']:g} units; all "
+        f"{entry['runs']} run(s) on {entry['dataset']!r} together: {all_runs(entry)}.",
         markup=False,
     )
+    with_models = at_most(float(result["epsilon_with_the_models"]))
+    console.print(f"with the stages that the model and the reward were trained in: epsilon {with_models}.")
+    for assumption in result["assumptions"]:
+        console.print(f"assumed: {assumption}", markup=False)

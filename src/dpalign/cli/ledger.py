@@ -11,6 +11,8 @@ from rich.table import Table
 from ..errors import DPAlignError
 from ..privacy import accountant
 from ..privacy.ledger import Ledger, composed_epsilon, default_path
+from ..reporting.numbers import all_runs, at_most
+from ..reporting.statement import account
 from .arguments import Parser
 
 DESCRIPTION = """Replays the ledger: every run on a dataset's declared name adds up, finished or not. The ledger is
@@ -40,7 +42,6 @@ def _dataset(ledger: Ledger, name: str, delta: float | None) -> dict[str, Any]:
     spendings = ledger.spendings(dataset=name)
     units = max((i.units / (i.high - i.low) for i in intents), default=1.0)
     delta = accountant.default_delta(math.ceil(units)) if delta is None else delta
-    private = [s for s in spendings if s.mechanism.noise_multiplier > 0]
     runs = []
     for run_name in dict.fromkeys(s.run for s in spendings):
         own = [s for s in spendings if s.run == run_name]
@@ -54,11 +55,9 @@ def _dataset(ledger: Ledger, name: str, delta: float | None) -> dict[str, Any]:
             }
         )
     return {
-        "dataset": name,
+        **account(ledger, name, delta),
         "units": units,
         "delta": delta,
-        "epsilon_of_all_private_runs": composed_epsilon(private, delta),
-        "runs_without_privacy": sum(r["epsilon"] == math.inf for r in runs),
         "runs": runs,
     }
 
@@ -71,9 +70,9 @@ def _print(result: dict[str, Any]) -> None:
         for column in ("run", "stages", "draws", "epsilon"):
             table.add_column(column, justify="left" if column in ("run", "stages") else "right")
         for r in dataset["runs"]:
-            epsilon = "NOT PRIVATE" if math.isinf(r["epsilon"]) else f"{r['epsilon']:.3f}"
+            epsilon = "NOT PRIVATE" if math.isinf(r["epsilon"]) else at_most(r["epsilon"])
             table.add_row(r["run"], ", ".join(r["stages"]), str(r["draws"]), epsilon)
         console.print(table)
-        console.print(f"all private runs together: epsilon {dataset['epsilon_of_all_private_runs']:.3f}")
+        console.print(f"all private runs together: {all_runs(dataset)}", markup=False)
         if dataset["runs_without_privacy"]:
             console.print(f"[bold]{dataset['runs_without_privacy']} run(s) without privacy are not in that number.[/]")

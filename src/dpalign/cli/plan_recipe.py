@@ -25,6 +25,7 @@ from ..planning import (
 from ..privacy import accountant
 from ..privacy.budget import StageBudget, allocate, epsilon_together
 from ..recipe import Recipe
+from ..reporting.statement import merge_stages
 from .parsing import recipe_from
 
 DESCRIPTION = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute. Draws
@@ -54,7 +55,9 @@ def plan_of(recipe: Recipe) -> dict[str, Any]:
         for name in undeclared:
             config = recipe.data_of(name)
             config.declared_units = count_units(records[name], config)
-    earlier, assumptions = check_provenance(recipe)
+    origins = check_provenance(recipe)
+    earlier = merge_stages([stage for origin in origins.values() for stage in origin.stages])
+    assumptions = sorted({text for origin in origins.values() for text in origin.assumptions})
     delta = run_delta(recipe, None)
     stages = plan_recipe(recipe, None, delta, earlier)
     together = check_budget(recipe, stages, earlier, delta)

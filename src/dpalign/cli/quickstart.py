@@ -20,6 +20,7 @@ from ..models import smollm2
 from ..pipeline import run_recipe
 from ..recipe import Recipe
 from ..reporting.html import write_report
+from ..reporting.numbers import all_runs
 from ..reporting.plots import plot_noised_reward
 from ..reporting.progress import Reporter
 from ..reporting.tables import evaluation_table, guarantee
@@ -120,8 +121,8 @@ def _print(summary: dict[str, Any], evaluation: dict[str, Any], samples: list[di
     console.print(guarantee(summary), markup=False)
     for entry in summary["ledger"]:
         console.print(
-            f"The ledger knows {entry['runs']} run(s) on this demo data, together epsilon "
-            f"{entry['epsilon_of_all_private_runs']:.2f}; with your own data that sum is what counts.",
+            f"The ledger knows {entry['runs']} run(s) on this demo data, together "
+            f"{all_runs(entry)}; with your own data that sum is what counts.",
             markup=False,
         )
     console.print(f"release: {summary['release']}   report: {folder / 'report.html'}", markup=False)

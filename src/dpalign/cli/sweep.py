@@ -16,11 +16,14 @@ from ..algorithms.rollouts import check_prompt_columns
 from ..data.load import read_records
 from ..errors import DPAlignError
 from ..evaluation import evaluate_policy, public_prompts
+from ..evaluation.guarantee import is_outside_the_guarantee
 from ..files import dumps, write_json
 from ..models import Policy
+from ..planning import check_provenance
 from ..privacy import accountant
 from ..privacy.ledger import Ledger
 from ..recipe import STAGES, Recipe
+from ..reporting.numbers import all_runs
 from ..reporting.progress import Reporter
 from ..reporting.statement import account
 from ..reporting.sweep import plot_sweep, summarize_sweep, sweep_table, write_markdown
@@ -73,10 +76,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     if not data.eval_path or not data.eval_is_public:
         raise DPAlignError("a sweep compares runs on public prompts: set data.eval_path and data.eval_is_public: true.")
     trials = _trials(given, recipe)
-    for trial in trials:
-        recipe_from(
-            "sweep", [given.recipe, *shared, *trial.overrides], DESCRIPTION
-        )  # a wrong field is said before any run
+    recipes = [recipe_from("sweep", [given.recipe, *shared, *trial.overrides], DESCRIPTION) for trial in trials]
+    for trial, asked in zip(trials, recipes, strict=True):  # what is wrong is said before any run
+        _check(trial, asked)
     reporter = Reporter(quiet=as_json)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "runs.jsonl"
@@ -101,7 +103,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         "command": " ".join(["dpalign sweep", *arguments]),
         "rows": summarize_sweep([done[t.key] for t in trials]),
         "spent_by_tuning": _spent(
-            recipe, max([float(done[t.key].get("delta") or 0) for t in trials], default=0) or 1e-5
+            recipes, max([float(done[t.key].get("delta") or 0) for t in trials], default=0) or 1e-5
         ),
     }
     write_json(folder / "sweep.json", result)
@@ -232,13 +234,45 @@ def _run(recipe: str, shared: list[str], trial: Trial, folder: Path) -> dict[str
     }  # fmt: skip
 
 
-def _pretrained(recipe: Recipe, trial: Trial, reporter: Reporter) -> dict[str, Any]:
-    config = recipe.rollouts
-    assert config is not None
-    if is_reward_model(config.reward) and recipe.reference_reward is None:
+def _check(trial: Trial, recipe: Recipe) -> None:
+    """Refuses rows that would not be what their label says.
+
+    Raises:
+        DPAlignError: an inf with noise, or a pretrained model that has seen private data or needs a private reward.
+    """
+    if trial.epsilon == "inf":
+        fixed = [n for n, c in recipe.stages.items() if c.target_epsilon is not None or c.noise_multiplier is not None]
+        if fixed:
+            raise DPAlignError(
+                f"stage {fixed[0]} has a target_epsilon or noise_multiplier of its own, so a run at inf would not be "
+                "without privacy: leave inf out, or the stage's own setting."
+            )
+    if trial.epsilon != "0":
+        return
+    if check_provenance(recipe)["model"].stages:
+        raise DPAlignError(
+            f"epsilon 0 is the pretrained model, and {recipe.model.name_or_path} has been trained on private data already: "
+            "leave 0 out, or start from its base model."
+        )
+    rollouts, reference = recipe.rollouts, recipe.reference_reward
+    assert rollouts is not None
+    if not is_reward_model(rollouts.reward):
+        return
+    if reference is None:
         raise DPAlignError(
             "epsilon 0 has no reward model of its own: give the recipe a reference_reward, or leave 0 out."
         )
+    is_demo = all(recipe.data_of(name).is_demo for name in recipe.stages)
+    if is_outside_the_guarantee(reference.source, reference.is_public) and not is_demo:
+        raise DPAlignError(
+            f"the reference reward {reference.source!r} has no guarantee, so its numbers on epsilon 0 are not shown: leave 0 "
+            "out, or give a reference_reward that is public or a private release."
+        )
+
+
+def _pretrained(recipe: Recipe, trial: Trial, reporter: Reporter) -> dict[str, Any]:
+    config = recipe.rollouts
+    assert config is not None
     policy = Policy.load(recipe.model)
     reward = load_reward(recipe.reference_reward if is_reward_model(config.reward) else config.reward)  # type: ignore[arg-type]
     data = recipe.data_of("ppo")
@@ -260,14 +294,14 @@ def _says(given: argparse.Namespace, trial: Trial) -> str:
     return "" if trial.value is None else f", {given.vary[0]} {trial.value}"
 
 
-def _spent(recipe: Recipe, delta: float) -> list[dict[str, Any]]:
+def _spent(recipes: list[Recipe], delta: float) -> list[dict[str, Any]]:
     """What the ledger knows of each dataset: this sweep and everything else that ran on it."""
-    ledger = Ledger(recipe.ledger)
+    ledger = Ledger(recipes[0].ledger)
     spent = []
-    for config in {recipe.data_of(name).name: recipe.data_of(name) for name in recipe.stages}.values():
+    for config in {c.name: c for recipe in recipes for c in map(recipe.data_of, recipe.stages)}.values():
         entry = account(ledger, config.name, delta, demo=config.is_demo)
         exact = entry["runs_without_privacy"]
-        cost = f"epsilon {entry['epsilon_of_all_private_runs']:.2f} at delta {delta:.3g}"
+        cost = f"{all_runs(entry)} at delta {delta:.3g}"
         if config.is_demo:
             meaning = f"had it been private data, choosing by these results would have cost {cost}"
             meaning += ", and no bound at all for the runs without privacy" if exact else ""

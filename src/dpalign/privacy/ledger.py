@@ -97,7 +97,9 @@ class Ledger:
             self._db.execute("CREATE TABLE IF NOT EXISTS datasets (name TEXT PRIMARY KEY, secret BLOB NOT NULL)")
             self._db.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL)")
             columns = ", ".join(f"{f.name}" for f in fields(Intent))
-            unique = "UNIQUE (dataset, run, stage, step, attempt)"  # two copies of a run cannot both draw a step
+            unique = (
+                "UNIQUE (dataset, run, stage, step, attempt)"  # copies of a run that begin together cannot both go on
+            )
             self._db.execute(
                 f"CREATE TABLE IF NOT EXISTS intents (id INTEGER PRIMARY KEY, written TEXT NOT NULL, {columns}, {unique})"
             )
@@ -132,16 +134,19 @@ class Ledger:
         names = ", ".join(f.name for f in fields(Intent))
         marks = ", ".join("?" for _ in fields(Intent))
         now = datetime.now(UTC).isoformat(timespec="seconds")
+        newer = "SELECT 1 FROM intents WHERE dataset = ? AND run = ? AND stage = ? AND attempt > ?"
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for intent in intents:
+                if self._db.execute(newer, (intent.dataset, intent.run, intent.stage, intent.attempt)).fetchone():
+                    raise sqlite3.IntegrityError("a later attempt has begun")
                 row = (now, *asdict(intent).values())
                 self._db.execute(f"INSERT INTO intents (written, {names}) VALUES (?, {marks})", row)
             self._db.execute("COMMIT")
         except sqlite3.IntegrityError:
             self._db.execute("ROLLBACK")
             raise DPAlignError(
-                "another copy of this run has drawn this step: only one copy of a run may go on."
+                "another copy of this run has gone on from here: only one copy of a run may go on."
             ) from None
         except sqlite3.Error as error:
             if self._db.in_transaction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import DPAlignError
 from ..training.loop import StagePlan, StepReport
+from .numbers import at_most
 
 
 class Reporter:
@@ -31,7 +31,7 @@ class Reporter:
     def start(self, stage: str, plan: StagePlan, units: float, unit: str, private: bool) -> None:
         """Says before the first draw what a stage is about to spend."""
         budget = (
-            f"epsilon {plan.epsilon:.3f} at delta {plan.target_delta:.2g}, noise multiplier {plan.noise_multiplier:.4f}"
+            f"epsilon {at_most(plan.epsilon)} at delta {plan.target_delta:.2g}, noise multiplier {plan.noise_multiplier:.4f}"
             if private
             else "NOT PRIVATE (no noise, or a known seed)"
         )
@@ -48,7 +48,7 @@ class Reporter:
             return
         short = {"completion_length": "tokens"}
         noised = " ".join(f"{short.get(k, k)} {v:.2f}" for k, v in (report.metrics or {}).items())
-        spent = "inf" if math.isinf(report.epsilon) else f"{report.epsilon:.2f}"
+        spent = at_most(report.epsilon, 2)
         self._progress.update(self._task, completed=report.step, total=report.steps, epsilon=spent, noised=noised)
 
     @contextmanager
@@ -71,7 +71,7 @@ class Reporter:
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("left, epsilon {task.fields[epsilon]} spent"),
+            TextColumn("left, stage's epsilon {task.fields[epsilon]}"),
             TextColumn("[dim]noised: {task.fields[noised]}"),
         )
         try:

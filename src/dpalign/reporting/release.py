@@ -9,6 +9,7 @@ import jinja2
 
 from ..files import replace_folder, write_json, write_text
 from ..models import Normalization, Policy, RewardModel
+from .numbers import all_runs, at_most
 from .statement import PrivacyStatement
 
 CARD = """\
@@ -20,7 +21,7 @@ tags: [differential-privacy, dpalign, lora]
 # {{ title }}
 
 {% if statement.private -%}
-This adapter was trained with dpalign under **({{ "%.4g"|format(statement.epsilon) }}, {{ "%.3g"|format(statement.delta) }})
+This adapter was trained with dpalign under **({{ statement.epsilon | at_most }}, {{ "%.3g"|format(statement.delta) }})
 differential privacy**: adding or removing all data of any one {{ units }} changes the probability of any outcome, this
 adapter included, by at most a factor e^epsilon, except for a delta.
 {%- else -%}
@@ -31,14 +32,13 @@ adapter included, by at most a factor e^epsilon, except for a delta.
 |---|---|---|---|---|---|---|---|---|---|
 {% for stage in statement.stages %}{% for m in stage.mechanisms -%}
 | {{ stage.stage }} | {{ stage.dataset }} | {{ stage.unit }} | {{ "%g"|format(stage.declared_units) }} | \
-{{ "%.3f"|format(stage.epsilon_alone) }} | {{ "%.5f"|format(m.sampling_rate) }} | {{ "%.4f"|format(m.noise_multiplier) }} \
+{{ stage.epsilon_alone | float | at_most }} | {{ "%.5f"|format(m.sampling_rate) }} | {{ "%.4f"|format(m.noise_multiplier) }} \
 | {{ m.steps }} | {{ m.passes }} | {{ stage.max_grad_norm }} |
 {% endfor %}{% endfor %}
 Accountant: {{ statement.accountant }}; numbers to recompute it are in `privacy.json`.
 
 {% for entry in statement.ledger -%}
-The ledger knows {{ entry.runs }} run(s) on `{{ entry.dataset }}`, together epsilon \
-{{ "%.3f"|format(entry.epsilon_of_all_private_runs) }} at delta {{ "%.3g"|format(entry.delta) }}\
+The ledger knows {{ entry.runs }} run(s) on `{{ entry.dataset }}`, together {{ entry | all_runs }} at delta {{ "%.3g"|format(entry.delta) }}\
 {% if entry.runs_without_privacy %}; {{ entry.runs_without_privacy }} of them ran WITHOUT privacy, and whatever was \
 published from those is not covered{% endif %}{% if entry.demo_data %} (demo data: public text playing private){% endif %}.
 {% endfor %}
@@ -88,6 +88,7 @@ def write_reward_model(
 def _describe(folder: Path, statement: PrivacyStatement, base_model: str, title: str, **texts: str) -> None:
     write_json(folder / "privacy.json", statement.as_dict())
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"at_most": at_most, "all_runs": all_runs}
     units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
     fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
     write_text(folder / "README.md", environment.from_string(CARD).render(fields | texts))

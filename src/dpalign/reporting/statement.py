@@ -137,14 +137,20 @@ def state_privacy(
 
 
 def account(ledger: Ledger, dataset: str, delta: float, *, demo: bool = False) -> dict[str, Any]:
-    """What the ledger knows of all runs on one dataset together."""
+    """What the ledger knows of all runs on one dataset together.
+
+    Runs that protect different kinds of unit (a record, a person) have no epsilon together: for a person with many
+    records, a run on records costs more than it says.
+    """
     spendings = ledger.spendings(dataset=dataset)
     private = [s for s in spendings if s.mechanism.noise_multiplier > 0]
+    kinds = sorted({intent.unit for intent in ledger.intents(dataset=dataset)})
     return {
         "dataset": dataset,
+        "unit_kinds": kinds,
         "runs": len({s.run for s in spendings}),
         "runs_without_privacy": len({s.run for s in spendings if s.mechanism.noise_multiplier == 0}),
-        "epsilon_of_all_private_runs": composed_epsilon(private, delta),
+        "epsilon_of_all_private_runs": composed_epsilon(private, delta) if len(kinds) <= 1 else math.inf,
         "delta": delta,
         "demo_data": demo,
     }

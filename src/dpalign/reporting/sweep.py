@@ -72,14 +72,19 @@ def _add_shares(rows: list[dict[str, Any]]) -> None:
     for value in {r.get("value") for r in rows}:
         same = [r for r in rows if r.get("value") == value]
         ends = {r["epsilon"]: r for r in same if r["epsilon"] in (0.0, "inf")}
-        # A learned reward has another scale in every run: what can be compared is the reference reward.
-        measure = "reference_reward" if any("reward_model_accuracy" in r for r in same) else "reward_mean"
+        measure, _ = _compared(rows)
         if len(ends) < 2 or not all(measure in r for r in same):
             continue
         low, high = ends[0.0][measure], ends["inf"][measure]
         for row in same:
             if row["epsilon"] not in (0.0, "inf") and high != low:
                 row["share"] = (row[measure] - low) / (high - low)
+
+
+def _compared(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The measure that runs are compared by, and its interval: a learned reward has another scale in every run."""
+    learned = any("reward_model_accuracy" in r for r in rows)
+    return ("reference_reward", "reference_reward_ci95") if learned else ("reward_mean", "reward_ci95")
 
 
 def interval(values: list[float]) -> float:
@@ -164,39 +169,41 @@ def plot_sweep(result: dict[str, Any], target: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     rows = result["rows"]
+    measure, interval_of = _compared(rows)
+    if not all(measure in row for row in rows):
+        measure, interval_of = "reward_mean", "reward_ci95"
+    label = {"reward_mean": "reward", "reference_reward": "reference reward"}[measure]
+
+    def half(row: dict[str, Any]) -> float:
+        return 0.0 if math.isnan(row[interval_of]) else row[interval_of]
+
     if result["varied"]:
         labels = [
             f"{r['value']}" if len({x["epsilon"] for x in rows}) == 1 else f"{r['value']} (ε {r['epsilon']})"
             for r in rows
         ]
-        axes.errorbar(labels, [r["reward_mean"] for r in rows], [_half(r) for r in rows], fmt="o", capsize=4)
-        axes.set(xlabel=result["varied"], ylabel="reward")
+        axes.errorbar(labels, [r[measure] for r in rows], [half(r) for r in rows], fmt="o", capsize=4)
+        axes.set(xlabel=result["varied"], ylabel=label)
     else:
         middle = sorted((r for r in rows if r["epsilon"] not in (0.0, "inf")), key=lambda r: r["epsilon"])
         epsilons = [r["epsilon"] for r in middle]
         axes.errorbar(
             epsilons,
-            [r["reward_mean"] for r in middle],
-            [_half(r) for r in middle],
+            [r[measure] for r in middle],
+            [half(r) for r in middle],
             marker="o",
             capsize=4,
             label="private",
         )
-        for end, label, style in (("inf", "without privacy", "--"), (0.0, "pretrained (epsilon 0)", ":")):
+        for end, name, style in (("inf", "without privacy", "--"), (0.0, "pretrained (epsilon 0)", ":")):
             for row in (r for r in rows if r["epsilon"] == end):
-                line = axes.axhline(row["reward_mean"], linestyle=style, color="gray", label=label)
-                axes.axhspan(
-                    row["reward_mean"] - _half(row), row["reward_mean"] + _half(row), alpha=0.12, color=line.get_color()
-                )
+                line = axes.axhline(row[measure], linestyle=style, color="gray", label=name)
+                axes.axhspan(row[measure] - half(row), row[measure] + half(row), alpha=0.12, color=line.get_color())
         if epsilons:
             axes.set_xscale("log", base=2)
             axes.set_xticks(epsilons, [f"{e:g}" for e in epsilons])
-        axes.set(xlabel="epsilon", ylabel="reward (95% interval)")
+        axes.set(xlabel="epsilon", ylabel=f"{label} (95% interval)")
         axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
-
-
-def _half(row: dict[str, Any]) -> float:
-    return 0.0 if math.isnan(row["reward_ci95"]) else row["reward_ci95"]

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from .numbers import all_runs, at_most
+
 OUTSIDE = "outside the guarantee"
 # Column: header, and decimals of its values. The brief ones fit a terminal of 80 columns.
 BRIEF = {
@@ -46,8 +48,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     for entry in summary["ledger"]:
         if entry["runs"] > 1:
             console.print(
-                f"all {entry['runs']} runs on {entry['dataset']!r} together: epsilon "
-                f"{entry['epsilon_of_all_private_runs']:.3f} (dpalign ledger shows them).",
+                f"all {entry['runs']} runs on {entry['dataset']!r} together: {all_runs(entry)} (dpalign ledger shows them).",
                 markup=False,
             )
     if "evaluation" in summary:
@@ -72,7 +73,9 @@ def guarantee(summary: dict[str, Any]) -> str:
     """One sentence."""
     if not summary["private"] or math.isinf(summary["epsilon"]):
         return "NOT PRIVATE: this run gives no guarantee."
-    return f"({summary['epsilon']:.4g}, {summary['delta']:.3g})-differentially private, adding or removing one unit."
+    return (
+        f"({at_most(summary['epsilon'])}, {summary['delta']:.3g})-differentially private, adding or removing one unit."
+    )
 
 
 def evaluation_table(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Stage:
         model: the policy or reward model with all earlier stages frozen.
         plan: steps and noise; default: those of the stage alone.
         beside: what other stages have spent, or will, on the same units; default: as planned.
+        rests_on_private: whether all that the model has learned from private data so far has a guarantee.
         folder: the run's `private/<stage>` folder.
         run: the run's identity in the ledger.
         log: file for the noised metrics, one JSON a line; outside private/ because they are private by construction.
@@ -71,6 +72,7 @@ class Stage:
         plan: StagePlan | None = None,
         beside: tuple[tuple[SampledGaussian, ...], ...] | None = None,
         log: Path | None = None,
+        rests_on_private: bool = True,
         report: Callable[[StepReport], None] = lambda report: None,
         tell: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -86,6 +88,7 @@ class Stage:
             settings["beside"] = [[m.rounded() for m in others] for others in self.plan.beside]
         self.config_hash = hash_of(settings)
         self.private = self.config.insecure_seed is None and self.plan.noise_multiplier > 0
+        self.rests_on_private = rests_on_private
 
     def train(self) -> None:
         """Trains to the end and leaves the adapter frozen in the model; private/<stage>/final holds it.
@@ -239,22 +242,25 @@ class Stage:
                     "see the same records; restore them, or start a run under another output folder."
                 )
             if intent.config_hash != self.config_hash:
-                raise DPAlignError(
-                    f"the settings of stage {self.algorithm.name} have changed since this run began: restore them, "
-                    "or start a run under another output folder."
-                )
+                raise self._changed()
+
+    def _changed(self) -> DPAlignError:
+        return DPAlignError(
+            f"the settings of stage {self.algorithm.name} have changed since this run began: restore them, or start a run "
+            "under another output folder."
+        )
 
     def _refit(self, step: int) -> tuple[int, float]:
         # Steps that were journaled but lost in a crash are spent: the remaining ones get more noise.
         intents = self.ledger.intents(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
         attempt = max((i.attempt for i in intents), default=-1) + 1
         remaining = self.plan.steps - step
-        if len(intents) <= step or self.plan.noise_multiplier == 0 or remaining == 0:
-            sigma = self._last_sigma(intents) if intents else self.plan.noise_multiplier
+        sigma = self._last_sigma(intents) if intents else self.plan.noise_multiplier
+        if self.plan.noise_multiplier == 0 or remaining == 0:
             return attempt, sigma
-        spent = [
-            s.mechanism for s in self.ledger.spendings(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
-        ]
+        spent = self._spent()
+        if len(intents) <= step and self._fits(spent, remaining, sigma):
+            return attempt, sigma
 
         # Alone it keeps what it was given; together with what others spend on its units, the run's target.
         plan = self.plan
@@ -287,17 +293,32 @@ class Stage:
         sigma = sigma_for(kept) if kept else self._last_sigma(intents)
         self.tell(
             f"{len(intents) - step} drawn steps were lost by an interruption and stay spent: {kept} of the remaining "
-            f"{remaining} steps run, at noise multiplier {sigma:.4f} (planned: {self.plan.noise_multiplier:.4f})."
+            f"{remaining} steps run, beside what other stages have drawn, at noise multiplier {sigma:.4f} (planned: {self.plan.noise_multiplier:.4f})."
         )
         return attempt, sigma
+
+    def _fits(self, spent: list[SampledGaussian], remaining: int, sigma: float) -> bool:
+        # Nothing was lost here; but other stages may have drawn more than was planned beside this one.
+        plan = self.plan
+        if self.beside == plan.beside:
+            return True
+        rest = replace(plan, noise_multiplier=sigma).mechanism(remaining)
+        epsilons = [accountant.epsilon([*spent, rest, *others], plan.target_delta) for others in self.beside if others]
+        return max(epsilons, default=0.0) <= plan.target_epsilon
 
     def _last_sigma(self, intents: list[Intent]) -> float:
         return intents[-1].noise_multiplier
 
-    def epsilon_spent(self) -> float:
-        """Epsilon of this stage's intents so far, on the accountant's coarse grid."""
-        spent = self.ledger.spendings(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
-        return accountant.epsilon([s.mechanism for s in spent], self.plan.target_delta, quick=True)
+    def epsilon_spent(self, ahead: int = 0, sigma: float = 0.0) -> float:
+        """Epsilon of this stage's intents so far, and `ahead` more at `sigma`, on the accountant's coarse grid."""
+        spent = self._spent()
+        if ahead:
+            spent.append(replace(self.plan, noise_multiplier=sigma).mechanism(ahead))
+        return accountant.epsilon(spent, self.plan.target_delta, quick=True)
+
+    def _spent(self) -> list[SampledGaussian]:
+        spendings = self.ledger.spendings(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
+        return [s.mechanism for s in spendings]
 
     def _entropy(self, attempt: int, step: int) -> SystemEntropy:
         if self.config.insecure_seed is None:
@@ -307,17 +328,19 @@ class Stage:
     # Reports and checkpoints -------------------------------------------------------------------------------
 
     def _tell(self, step: int, sigma: float, attempt: int, metrics: dict[str, float] | None) -> None:
-        every = max(1, self.plan.steps // 100)  # the accountant is too slow to be asked at each of many steps
+        # The accountant is too slow to be asked at each of many steps: what it says holds until it is asked again.
+        every = max(1, self.plan.steps // 100)
         if step % every == 0 or step == self.end or not hasattr(self, "_epsilon"):
-            self._epsilon = self.epsilon_spent()
+            until = min(self.end, step - step % every + every) - 1
+            self._epsilon = self.epsilon_spent(ahead=max(0, until - step), sigma=sigma)
         self.report(StepReport(self.algorithm.name, step, self.plan.steps, self._epsilon, metrics))
         if self.log is not None and (step % self.config.logging_steps == 0 or step == self.end):
             line = {
-                "private": self.private,
+                "private": self.private and self.rests_on_private,
                 "stage": self.algorithm.name,
                 "step": step,
                 "attempt": attempt,
-                "epsilon": self._epsilon,
+                "epsilon_of_stage": self._epsilon,
             }
             line |= {
                 "noise_multiplier": sigma,
@@ -333,7 +356,9 @@ class Stage:
     def _save(self, step: int, where: str) -> None:
         tensors = {f"model/{n}": t for n, t in self.model.stage_state().items()}
         tensors |= optimizer_tensors(self.optimizer, self.gradients.names)
-        state = {"algorithm": self.algorithm.state(), "fingerprint": self.data.fingerprint}
+        state = {
+            "algorithm": self.algorithm.state(), "fingerprint": self.data.fingerprint, "config_hash": self.config_hash
+        }  # fmt: skip
         save_checkpoint(self.folder / where, step, tensors, state)
 
     def _resume(self) -> int | None:
@@ -351,6 +376,8 @@ class Stage:
     def _check_checkpoint(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.data.fingerprint:
             raise DPAlignError("the checkpoint belongs to other data: restore the data or use another output folder.")
+        if state["config_hash"] != self.config_hash:  # before the first draw there is no intent to compare with
+            raise self._changed()
         drawn = {i.step for i in self.ledger.intents(dataset=self.data.name, run=self.run, stage=self.algorithm.name)}
         if not set(range(int(state["step"]))) <= drawn:
             raise DPAlignError(

@@ -1,0 +1,20 @@
+"""Numbers of the guarantee as text."""
+
+from __future__ import annotations
+
+import math
+
+
+def at_most(epsilon: float, digits: int = 3) -> str:
+    """Epsilon rounded up, so that no text promises more than was computed; "inf" without a bound."""
+    if math.isinf(epsilon):
+        return "inf"
+    scale = 10**digits
+    return f"{math.ceil(epsilon * scale - 1e-6) / scale:.{digits}f}"  # 1e-6: what floats add to a round number
+
+
+def all_runs(entry: dict) -> str:
+    """What all private runs on a dataset have spent together, `entry` as `account` gives it."""
+    if len(entry["unit_kinds"]) > 1:
+        return f"no bound, for they protect different units ({', '.join(entry['unit_kinds'])})"
+    return f"epsilon {at_most(float(entry['epsilon_of_all_private_runs']))}"

@@ -1,0 +1,177 @@
+"""What a run rests on: its models stay the ones it began with, and stay in its statement."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dpalign.errors import DPAlignError
+from dpalign.pipeline import _remember_origins, _same_origins
+from dpalign.planning import Origin
+from dpalign.privacy.ledger import Intent, Ledger
+from dpalign.reporting.numbers import at_most
+from dpalign.reporting.statement import StageStatement, account
+from helpers import call, ledger_rows, reviews, statement, write_jsonl, write_recipe
+
+FAST = {"target_epsilon": 100, "sft": {"noise_multiplier": 2, "max_steps": 2}, "ppo": {"noise_multiplier": 2}}
+ORIGIN = Origin("old", (), ())
+SPENT = StageStatement(
+    stage="sft", dataset="d", part=(0.0, 1.0), split="s", unit="record", declared_units=9.0, max_grad_norm=1.0,
+    epsilon_alone=1.0, private=True, id="a",
+    mechanisms=[{"sampling_rate": 0.5, "noise_multiplier": 2.0, "steps": 3, "metrics_noise_multiplier": float("inf")}],
+)  # fmt: skip
+INTENT = Intent(
+    dataset="d", run="run", stage="sft", step=0, attempt=0, split="s", low=0.0, high=1.0, sampling_rate=0.5,
+    noise_multiplier=2.0, metrics_noise_multiplier=20.0, passes=1, max_grad_norm=1.0, unit="record", units=9.0,
+    fingerprint="f", config_hash="c", private=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def two(tmp_path, capsys):
+    """PPO on the release of SFT, in a folder of its own: the recipe, and the folders of both runs."""
+    recipe = write_recipe(tmp_path, split=None, **FAST | {"ppo": None})
+    call(capsys, "sft", recipe, "--output_dir", tmp_path / "one")
+    recipe = write_recipe(tmp_path, split=None, **FAST | {"sft": None})
+    run = ("ppo", recipe, "--output_dir", tmp_path / "two", "--json")
+    call(capsys, *run, "--model.name_or_path", tmp_path / "one" / "release")
+    return tmp_path, run
+
+
+def test_a_run_cannot_forget_the_release_that_it_began_from(two, capsys):
+    folder, run = two
+    before, drawn = statement(folder / "two"), ledger_rows(folder)
+    assert [s["stage"] for s in before["stages"]] == ["sft", "ppo"]
+    refused = call(capsys, *run).error
+    assert "models of the run" in refused and "one/release' and is now 'tiny-review-lm'" in refused
+    assert statement(folder / "two") == before and ledger_rows(folder) == drawn
+    again = call(capsys, *run, "--model.name_or_path", folder / "one" / "release").json
+    assert again["epsilon"] == before["epsilon"] > 1.2 * max(s["epsilon_alone"] for s in before["stages"])
+
+
+def test_a_release_that_spent_more_since_is_another_model(two, capsys):
+    folder, run = two
+    file = folder / "one" / "release" / "privacy.json"
+    value = json.loads(file.read_text())
+    value["stages"][0]["mechanisms"][0]["steps"] += 1
+    file.write_text(json.dumps(value))
+    refused = call(capsys, *run, "--model.name_or_path", folder / "one" / "release").error
+    assert "itself has changed" in refused
+
+
+def test_a_model_that_the_recipe_dropped_stays_in_the_statement(tmp_path):
+    (tmp_path / "run.json").write_text('{"run": "r", "ledger": "l"}')
+    began = {"model": ORIGIN, "ppo.reward": Origin("rewards", (SPENT,), ("assumed",))}
+    assert _same_origins(tmp_path, began, []) == began
+    _remember_origins(tmp_path, began)
+    assert _same_origins(tmp_path, {"model": replace(ORIGIN, name="new")}, [])["model"].name == "new"  # nothing drawn
+    later = _same_origins(tmp_path, {"model": ORIGIN}, [INTENT])
+    assert later["ppo.reward"].stages[0].spendings() == SPENT.spendings()
+    with pytest.raises(DPAlignError, match="'old' and is now 'new'"):
+        _same_origins(tmp_path, {"model": replace(ORIGIN, name="new")}, [INTENT])
+    (tmp_path / "ppo" / "step-00000000").mkdir(parents=True)  # what was learned without a draw rests on it too
+    with pytest.raises(DPAlignError, match="is now"):
+        _same_origins(tmp_path, {"model": replace(ORIGIN, name="new")}, [])
+
+
+def test_updates_before_the_first_draw_belong_to_their_settings(tmp_path, capsys, monkeypatch):
+    """A run that was stopped after its free updates and before its first draw has a checkpoint and no intent."""
+    recipe = write_recipe(tmp_path, sft=None, ppo={"synthetic_steps": 1, "synthetic_batch_size": 8})
+
+    def full(self, intents):
+        raise DPAlignError("the ledger cannot be written.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "write", full)
+        assert "cannot be written" in call(capsys, "run", recipe).error
+    assert ledger_rows(tmp_path) == 0 and list((tmp_path / "run" / "private" / "ppo").glob("step-00000000"))
+    for change in (("--ppo.beta", 0.5), ("--target_epsilon", 3)):
+        assert "settings of stage ppo have changed" in call(capsys, "run", recipe, *change).error
+    other = call(capsys, "sft", write_recipe(tmp_path, ppo=None, output_dir=str(tmp_path / "other")), "--json").json
+    recipe = write_recipe(tmp_path, sft=None, ppo={"synthetic_steps": 1, "synthetic_batch_size": 8})
+    drawn = ledger_rows(tmp_path)
+    refused = call(capsys, "run", recipe, "--model.name_or_path", other["release"], "--target_epsilon", 9).error
+    assert "models of the run" in refused and ledger_rows(tmp_path) == drawn
+    done = call(capsys, "run", recipe, "--json").json
+    assert any("1 updates on prompts that the model wrote itself" in a for a in done["assumptions"])
+
+
+def test_what_is_declared_is_in_the_statement(tmp_path, capsys):
+    reward = {"source": "mine:score", "is_public": True, "low": 0, "high": 1}
+    recipe = write_recipe(tmp_path, sft=None, ppo={"max_steps": 1, "reward": reward})
+    found = call(capsys, "plan", recipe, "--json").json["assumptions"]
+    assert any("scores each row by itself (declared)" in a and "mine:score" in a for a in found)
+
+
+# The ledger ----------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_run_cannot_go_on_once_another_has(tmp_path):
+    """Copies begin with attempts of their own: the older one is stopped at its next draw, and may not even start."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.write([INTENT])
+    ledger.write([replace(INTENT, step=1)])
+    ledger.write([replace(INTENT, step=1, attempt=1)])  # the copy resumed
+    with pytest.raises(DPAlignError, match="only one copy"):
+        ledger.write([replace(INTENT, step=2)])
+    ledger.write([replace(INTENT, step=2, attempt=1), replace(INTENT, step=3, attempt=1)])
+    ledger.write([replace(INTENT, step=2, stage="ppo"), replace(INTENT, step=2, run="another")])
+    assert len(ledger.intents()) == 7
+
+
+def test_runs_that_protect_different_units_have_no_epsilon_together(tmp_path, capsys):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.secret("d")
+    ledger.write([INTENT])
+    entry = account(ledger, "d", 1e-5)
+    assert 0 < entry["epsilon_of_all_private_runs"] < 10 and entry["unit_kinds"] == ["record"]
+    ledger.write([replace(INTENT, run="b", unit="customer")])
+    entry = account(ledger, "d", 1e-5)
+    assert entry["epsilon_of_all_private_runs"] == float("inf") and entry["unit_kinds"] == ["customer", "record"]
+    ledger.close()
+    shown = call(capsys, "ledger", "--ledger", tmp_path / "ledger.sqlite")
+    assert "they protect different units (customer, record)" in " ".join(shown.out.split())
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (3.9971, 2, "4.00"),
+        (3.9971, 3, "3.998"),
+        (2.3, 1, "2.3"),
+        (4, 3, "4.000"),
+        (float("inf"), 2, "inf"),
+        (0, 2, "0.00"),
+    ],
+)
+def test_no_text_rounds_epsilon_down(value, digits, text):
+    assert at_most(value, digits) == text
+
+
+# Held-out units ------------------------------------------------------------------------------------------------
+
+
+def test_a_private_measurement_states_what_it_and_the_model_spent(two, capsys):
+    folder, _ = two
+    data = write_jsonl(folder / "held_out.jsonl", reviews(40, "noon"))
+    ask = ("evaluate", folder / "one" / "release", "--private", "--data", data, "--prompt_tokens", 4, "--prepend_bos")
+    ask += ("--max_prompt_length", 5, "--max_completion_length", 6, "--ledger", folder / "ledger.sqlite", "--json")
+    apart = (*ask, "--dataset_name", "apart", "--output_dir", folder / "apart")
+    assert "without noise" in call(capsys, *apart, "--noise_multiplier", 0).error
+    assert "without noise" in call(capsys, *apart, "--epsilon", "inf").error
+    found = call(capsys, *apart, "--epsilon", 2).json
+    sft = statement(folder / "one")["epsilon"]
+    assert found["epsilon"] <= 2 and found["epsilon_with_the_models"] == pytest.approx(max(found["epsilon"], sft))
+    assert any("'apart' are not in 'reviews'" in a for a in found["assumptions"])
+    same = call(capsys, *ask, "--dataset_name", "reviews", "--output_dir", folder / "same", "--epsilon", 2).json
+    assert same["epsilon_with_the_models"] > 1.01 * max(same["epsilon"], sft)  # the units have paid for SFT too
+    # The folder belongs to this model: with other weights at its place it is another measurement.
+    assert call(capsys, *apart, "--epsilon", 2).json == found
+    weights = folder / "one" / "release" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    assert "holds another measurement" in call(capsys, *apart, "--epsilon", 2).error
+    (folder / "one" / "release" / "privacy.json").unlink()
+    assert "no privacy.json" in call(capsys, *apart, "--epsilon", 2).error
