@@ -2,12 +2,16 @@
 
     dpalign sweep recipes/quickstart_sentiment.yaml --epsilons 0 1 2:1 4 8:1 inf --seeds 3 --at inf ppo.beta=0.042 \
         --at 1 ppo.beta=0.04 --output_dir runs/sentiment
-    dpalign sweep recipes/quickstart_sentiment.yaml --epsilons inf --seeds 1 --output_dir runs/sentiment_recipe_beta
-    python benchmarks/sentiment_bars.py runs/sentiment/runs.jsonl runs/sentiment_recipe_beta/runs.jsonl
+    python benchmarks/sentiment_bars.py runs/sentiment/runs.jsonl
+
+DP-RLOO beside DP-PPO, at equal privacy, units, steps and rollouts:
+
+    dpalign sweep recipes/quickstart_sentiment_rloo.yaml --epsilons 4 1 --seeds 1 --at 1 rloo.beta=0.04 --output_dir runs/rloo
+    python benchmarks/sentiment_bars.py runs/sentiment/runs.jsonl --beside runs/rloo/runs.jsonl
 
 `share`: gain over the pretrained model divided by that of the runs at inf of the first file. It favours whoever drifted further below
 the common KL limit. `share at equal KL`: the same of gain / sqrt(KL), for the best reward at a KL grows about as its square root
-(Gao et al. 2022, arXiv 2210.10760); over the runs at inf of all files, whose spread shows how well that holds.
+(Gao et al. 2022, arXiv 2210.10760). Every run's own number is printed too: its spread over runs shows how well that holds.
 Intervals are 95% bootstrap: seeds are drawn with replacement, and each run gets the sampling error of its prompts.
 """
 
@@ -37,11 +41,13 @@ def rewards(runs: list[dict], generator: np.random.Generator | None = None) -> n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="the sweep, and further runs at inf")
+    parser.add_argument("runs", type=Path, help="runs.jsonl of the sweep")
+    parser.add_argument(
+        "--beside", type=Path, nargs="*", default=[], help="runs.jsonl of other sweeps, to print beside it"
+    )
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     given = parser.parse_args()
-    first = read(given.runs[0])
-    free = [r for path in given.runs for r in read(path) if r["epsilon"] == "inf"]
+    first = read(given.runs)
     base = [r for r in first if r["epsilon"] == "0"]
 
     def gain(runs: list[dict], per_nat: bool, generator: np.random.Generator | None = None) -> np.ndarray:
@@ -59,21 +65,26 @@ def main() -> None:
     for epsilon in sorted({r["epsilon"] for r in first} - {"0"}, key=float):
         runs = [r for r in first if r["epsilon"] == epsilon]
         row = {"seeds": len(runs), "gain": float(gain(runs, False)[0]), "kl": float(np.mean([r["kl"] for r in runs]))}
-        for name, per_nat, against in (("share", False, without), ("share_at_equal_kl", True, free)):
+        for name, per_nat in (("share", False), ("share_at_equal_kl", True)):
             generator = np.random.default_rng(0)
-            ratio = gain(runs, per_nat, generator) / gain(against, per_nat, generator)
-            row[name] = float(gain(runs, per_nat)[0] / gain(against, per_nat)[0])
+            ratio = gain(runs, per_nat, generator) / gain(without, per_nat, generator)
+            row[name] = float(gain(runs, per_nat)[0] / gain(without, per_nat)[0])
             row[f"{name}_interval"] = [float(x) for x in np.quantile(ratio, [0.025, 0.975])]
         result[epsilon] = row
         print(f"epsilon {epsilon}: " + json.dumps(row))
-    spread = [
-        {"kl": r["kl"], "reward": r["reward"], "gain_per_root_nat": float(gain([r], True)[0]), "trial": r["of_trial"]}
-        for r in free
-    ]
-    for row in spread:
-        print("inf: " + json.dumps(row))
+    each = [
+        {
+            "recipe": Path(r["recipe"]).stem, "overrides": r["overrides"], "epsilon": r["epsilon"], "seed": r["seed"],
+            "reward": r["reward"], "kl": r["kl"], "gain_per_root_nat": float(gain([r], True)[0]), "seconds": r["seconds"],
+        }
+        for path in (given.runs, *given.beside)
+        for r in read(path)
+        if r["epsilon"] != "0"
+    ]  # fmt: skip
+    for row in each:
+        print(json.dumps(row))
     if given.output:
-        given.output.write_text(json.dumps({"rows": result, "inf": spread}, indent=2) + "\n", encoding="utf-8")
+        given.output.write_text(json.dumps({"rows": result, "runs": each}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
