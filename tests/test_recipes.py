@@ -287,7 +287,8 @@ def test_first_steps_on_reviews(tmp_path, capsys, ran, asked, name):
     }  # fmt: skip
     summary = check_run(capsys, name, overrides, ran, asked)
     assert [(s["stage"], s["units"]) for s in summary["stages"]] == [("sft", UNITS), ("ppo", UNITS)]
-    assert not summary["assumptions"]
+    declared = summary["assumptions"]
+    assert len(declared) == 2 and all("made without the private data" in a for a in declared)  # model and classifier
     ppo = ran[1].algorithm
     assert (ppo.reward.low, ppo.reward.high) == (-5, 5)
     assert {len(prompt) for unit in ppo.prompts for prompt in unit} <= set(range(2, 9))
@@ -322,7 +323,9 @@ def test_first_steps_on_summaries(tmp_path, capsys, ran, asked, name):
         small = overrides["reward.model.name_or_path"] = save_gpt2(tmp_path / "small", 8)
     summary = check_run(capsys, name, overrides, ran, asked)
     assert [(s["stage"], s["units"]) for s in summary["stages"]] == [(stage, UNITS) for stage in files]
-    assert len(summary["assumptions"]) == 3 and all("declared" in a for a in summary["assumptions"])
+    models = [a for a in summary["assumptions"] if "made without the private data (declared)" in a]
+    assert len(models) == (1 if small is None else 2)
+    assert len(summary["assumptions"]) == 3 + len(models) and all("declared" in a for a in summary["assumptions"])
     # The reward model starts from the run's SFT model for GPT-2 itself, and from the public GPT-2 for larger policies.
     reward = ran[1].model
     assert isinstance(reward.model.get_base_model(), GPT2ForSequenceClassification)

@@ -418,9 +418,11 @@ def test_a_crash_never_lifts_the_stages_above_their_common_target(dying, tmp_pat
 
 
 def test_a_refit_that_forgets_the_other_stages_is_found(tmp_path):
-    """Mutant: the refitted stage uses the whole target for itself."""
-    spendings, _ = two_stages(tmp_path, {"sft"}, ForgetsTheOthers)
+    """Mutant: the refitted stage uses the whole target for itself, and the next one believes its plan."""
+    spendings, _ = two_stages(tmp_path / "believed", {"sft"}, ForgetsTheOthers, as_drawn=False)
     assert epsilon([s.mechanism for s in spendings], DELTA) > TARGET
+    spendings, _ = two_stages(tmp_path / "seen", {"sft"}, ForgetsTheOthers)  # one that sees it makes room
+    assert epsilon([s.mechanism for s in spendings], DELTA) <= TARGET
 
 
 def test_a_refit_by_what_the_other_stage_had_planned_is_found(tmp_path):
@@ -439,7 +441,7 @@ def test_a_stage_makes_room_for_what_others_drew_beyond_their_plan(tmp_path):
     )  # fmt: skip
     planned = plan_recipe(together, {"sft": data, "reward": data}, DELTA, [])["sft"]
     ((other,),) = planned.plan.beside
-    more = replace(other, steps=2 * other.steps)
+    more = replace(other, steps=other.steps + 2)
 
     def refitted(beside: tuple) -> float:
         stage = Stage(

@@ -286,14 +286,16 @@ class Stage:
         kept = phase * accountant.largest_where(lambda n: sigma_for(n * phase) <= bearable, 1, remaining // phase)
         if kept == 0 and step == 0:
             raise DPAlignError(
-                f"interruptions have spent the budget of stage {self.algorithm.name} before its first checkpoint: start a "
-                "run in another output folder."
+                f"interruptions, or other stages, have spent the budget of stage {self.algorithm.name} before its first "
+                "checkpoint: start a run in another output folder."
             )
         self.end = step + kept
         sigma = sigma_for(kept) if kept else self._last_sigma(intents)
+        lost = len(intents) - step
+        why = f"{lost} drawn steps were lost by an interruption and stay spent" if lost else "other stages drew more"
         self.tell(
-            f"{len(intents) - step} drawn steps were lost by an interruption and stay spent: {kept} of the remaining "
-            f"{remaining} steps run, beside what other stages have drawn, at noise multiplier {sigma:.4f} (planned: {self.plan.noise_multiplier:.4f})."
+            f"{why}: {kept} of the remaining {remaining} steps run, at noise multiplier {sigma:.4f} (planned: "
+            f"{self.plan.noise_multiplier:.4f})."
         )
         return attempt, sigma
 
