@@ -65,6 +65,7 @@ def main() -> None:
     for epsilon in sorted({r["epsilon"] for r in first} - {"0"}, key=float):
         runs = [r for r in first if r["epsilon"] == epsilon]
         row = {"seeds": len(runs), "gain": float(gain(runs, False)[0]), "kl": float(np.mean([r["kl"] for r in runs]))}
+        row["gain_per_root_nat"] = float(gain(runs, True)[0])
         for name, per_nat in (("share", False), ("share_at_equal_kl", True)):
             generator = np.random.default_rng(0)
             ratio = gain(runs, per_nat, generator) / gain(without, per_nat, generator)

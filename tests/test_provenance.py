@@ -8,13 +8,18 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dpalign.algorithms import SFT, SFTConfig
 from dpalign.errors import DPAlignError
+from dpalign.models import AdapterConfig
 from dpalign.pipeline import _remember_origins, _same_origins
 from dpalign.planning import Origin
+from dpalign.privacy.accountant import epsilon
 from dpalign.privacy.ledger import Intent, Ledger
 from dpalign.reporting.numbers import at_most
 from dpalign.reporting.statement import StageStatement, account
+from dpalign.training import Stage
 from helpers import call, ledger_rows, reviews, statement, write_jsonl, write_recipe
+from tiny import dataset, tiny_policy, words
 
 FAST = {"target_epsilon": 100, "sft": {"noise_multiplier": 2, "max_steps": 2}, "ppo": {"noise_multiplier": 2}}
 ORIGIN = Origin("old", (), ())
@@ -50,6 +55,64 @@ def test_a_run_cannot_forget_the_release_that_it_began_from(two, capsys):
     assert statement(folder / "two") == before and ledger_rows(folder) == drawn
     again = call(capsys, *run, "--model.name_or_path", folder / "one" / "release").json
     assert again["epsilon"] == before["epsilon"] > 1.2 * max(s["epsilon_alone"] for s in before["stages"])
+
+
+def test_the_forgotten_release_is_what_the_refusal_saves_from(two, capsys, monkeypatch):
+    """Mutant: the models of the latest call are believed, and the statement shrinks."""
+    folder, run = two
+    before = statement(folder / "two")["epsilon"]
+    monkeypatch.setattr("dpalign.pipeline._same_origins", lambda private, origins, drawn: origins)
+    assert call(capsys, *run).json["epsilon"] < before / 1.2
+
+
+def test_a_damaged_statement_is_one_sentence(two, capsys):
+    folder, run = two
+    (folder / "one" / "release" / "privacy.json").write_text('{"private": true, "epsilon": 1, "assumptions": []}')
+    refused = call(capsys, *run, "--model.name_or_path", folder / "one" / "release").error
+    assert "not a privacy statement: copy the release again" in refused
+
+
+def test_stages_with_budgets_of_their_own_run_one_by_one_and_together(tmp_path, capsys):
+    """Overlapping ranges in a parallel recipe: what another stage is about to spend is no change of this one's settings."""
+    own = {"target_epsilon": 0.5}
+    recipe = write_recipe(tmp_path, split={"sft": [0.0, 0.6], "ppo": [0.4, 1.0]}, sft=own, ppo=own)
+    call(capsys, "sft", recipe, "--json")
+    together = call(capsys, "run", recipe, "--json")
+    assert "stage sft is already done" in together.err and together.json["epsilon"] <= 2
+    assert together.json["epsilon"] > max(s["epsilon"] for s in together.json["stages"])  # the middle meets both
+
+
+def test_the_log_says_whether_the_run_so_far_is_private(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, ppo={"target_epsilon": 2})
+    call(capsys, "run", recipe, "--target_epsilon", "inf")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"sft", "ppo"} and not any(line["private"] for line in lines)
+
+
+class Stale(Stage):
+    """Mutant: what the accountant said last is shown until it is asked again."""
+
+    def epsilon_spent(self, ahead: int = 0, sigma: float = 0.0) -> float:
+        return super().epsilon_spent()
+
+
+@pytest.mark.parametrize("kind", [Stage, Stale])
+def test_no_line_of_the_log_is_behind_what_was_spent(kind, tmp_path):
+    """The accountant is asked at every third step; in between its answer has to cover the steps until then."""
+    steps = 300
+    config = SFTConfig(
+        noise_multiplier=2.0, target_delta=1e-5, expected_batch_size=4, max_steps=steps, max_length=4, save_steps=steps,
+        adapter=AdapterConfig(r=1),
+    )  # fmt: skip
+    data = dataset([[{"id": f"r{i}", "text": words(4, i)}] for i in range(8)])
+    ledger, log = Ledger(":memory:"), tmp_path / "metrics.jsonl"
+    stage = kind(tiny_policy("llama"), SFT(config), data, folder=tmp_path / "sft", run="run", ledger=ledger, log=log)
+    stage.train()
+    shown = {line["step"]: line["epsilon_of_stage"] for line in map(json.loads, log.read_text().splitlines())}
+    spent = {n: epsilon([stage.plan.mechanism(n)], 1e-5, quick=True) for n in (1, 2, 4, 5, 149, steps)}
+    behind = [n for n, value in spent.items() if shown[n] < value - 1e-6]
+    assert bool(behind) == (kind is Stale)
+    assert shown[steps] == pytest.approx(spent[steps], rel=1e-6)
 
 
 def test_a_release_that_spent_more_since_is_another_model(two, capsys):

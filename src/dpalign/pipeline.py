@@ -38,6 +38,8 @@ from .planning import (
     check_budget,
     check_lengths,
     check_provenance,
+    past_assumptions,
+    past_stages,
     plan_recipe,
     read_stage_records,
     run_delta,
@@ -49,7 +51,7 @@ from .privacy.ledger import Intent, Ledger
 from .recipe import Recipe
 from .reporting.progress import Reporter
 from .reporting.release import write_release, write_reward_model
-from .reporting.statement import PrivacyStatement, StageStatement, merge_stages, state_privacy
+from .reporting.statement import PrivacyStatement, StageStatement, state_privacy
 from .rewards import Reward, RewardFunction, load_reward, normalize
 from .rewards.load import RELEASED
 from .training import Stage
@@ -133,7 +135,7 @@ def run_recipe(
         ledger = _open_ledger(recipe)
         identity = _run_identity(private, folder, ledger)
         origins = _same_origins(private, check_provenance(recipe), ledger.intents(run=identity))
-        earlier = merge_stages([stage for origin in origins.values() for stage in origin.stages])
+        earlier = past_stages(origins)
         records = records or read_stage_records(recipe, private / "cache")
         data, assumptions = stage_units(recipe, records, ledger)
         delta = run_delta(recipe, records)
@@ -457,7 +459,7 @@ def _remember_origins(private: Path, origins: dict[str, Origin]) -> None:
 
 
 def _assumed(recipe: Recipe, origins: dict[str, Origin]) -> set[str]:
-    assumed = {text for origin in origins.values() for text in origin.assumptions}
+    assumed = past_assumptions(origins)
     if recipe.rollouts is not None and recipe.rollouts.synthetic_steps:
         assumed.add(
             f"{recipe.rollouts.synthetic_steps} updates on prompts that the model wrote itself read no record: they rest on "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,14 @@ from .privacy.accountant import SampledGaussian
 from .privacy.budget import StageBudget, allocate
 from .privacy.ledger import Ledger, Spending
 from .recipe import STAGES, Recipe
-from .reporting.statement import PrivacyStatement, StageStatement, epsilon_of, state_privacy
+from .reporting.statement import (
+    PrivacyStatement,
+    StageStatement,
+    epsilon_of,
+    merge_stages,
+    read_statement,
+    state_privacy,
+)
 from .rewards import is_reward_model
 from .rewards.load import RELEASED
 from .training import StagePlan, plan_stage
@@ -330,6 +336,16 @@ class Origin:
         return dumps([self.name, [asdict(stage) for stage in self.stages]])
 
 
+def past_stages(origins: dict[str, Origin]) -> list[StageStatement]:
+    """The private stages of all models together, each once."""
+    return merge_stages([stage for origin in origins.values() for stage in origin.stages])
+
+
+def past_assumptions(origins: dict[str, Origin]) -> set[str]:
+    """What remains unchecked about the models."""
+    return {text for origin in origins.values() for text in origin.assumptions}
+
+
 def check_provenance(recipe: Recipe) -> dict[str, Origin]:
     """Where every model that enters the run comes from, by the field that names it. Models of unknown past are refused.
 
@@ -359,8 +375,8 @@ def check_provenance(recipe: Recipe) -> dict[str, Origin]:
 
 
 def _past(recipe: Recipe, name: str, is_public: bool) -> Origin:
-    path = Path(embedded.resolve(name)) / "privacy.json"
-    if not path.exists():
+    stated = read_statement(embedded.resolve(name))
+    if stated is None:
         if name == embedded.TINY_REVIEW_LM:
             return Origin(name, (), ())
         if not is_public:
@@ -369,8 +385,7 @@ def _past(recipe: Recipe, name: str, is_public: bool) -> Origin:
                 "made from the private data would void the guarantee."
             )
         return Origin(name, (), (f"model {name!r} was made without the private data (declared)",))
-    value = json.loads(path.read_text(encoding="utf-8"))
-    stages = PrivacyStatement.stages_from(value)
+    value, stages = stated
     assumptions = set(value["assumptions"])
     if not value["private"] and not math.isinf(recipe.target_epsilon):
         raise DPAlignError(

@@ -26,7 +26,7 @@ from ..planning import check_lengths
 from ..privacy import accountant
 from ..privacy.ledger import Ledger
 from ..reporting.numbers import all_runs, at_most
-from ..reporting.statement import PrivacyStatement, account, state_privacy
+from ..reporting.statement import account, read_statement, state_privacy
 from ..rewards import RewardConfig, load_reward
 from ..rewards.load import RELEASED
 from .arguments import Parser
@@ -107,13 +107,15 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     plan = plan_evaluation(settings, data.declared_units)
     folder = private_folder(Path(given.output_dir) / "private")
     identity = _identity(folder, given)
+    stages = [s for name in _folders(given) for s in (read_statement(name) or ({}, []))[1]]  # before anything is spent
     result = evaluate_privately(policy, data, plan, reward, config, folder=folder, run=identity, ledger=ledger)
     if result is None:
         raise DPAlignError(
             "this measurement was lost by an interruption and its budget is spent: another --output_dir spends again."
         )
     result = {"model": given.model, "reward_source": given.reward, **result, "delta": delta}
-    result |= _together(given, identity, ledger, delta)
+    result["epsilon_with_the_models"] = state_privacy(identity, ledger, delta, stages, [], set()).epsilon
+    result["assumptions"] = _assumptions(given, {stage.dataset for stage in stages})
     result["ledger"] = account(ledger, given.dataset_name, delta)
     ledger.close()
     write_json(Path(given.output_dir) / "evaluation.json", result)
@@ -140,24 +142,21 @@ def _refuse_unprivate(given: argparse.Namespace) -> None:
         )
 
 
-def _together(given: argparse.Namespace, identity: str, ledger: Ledger, delta: float) -> dict[str, Any]:
-    """Epsilon of a held-out unit over the measurement and the models in it, and what that takes for granted."""
-    stages = []
-    for name in (given.model, given.reward.removeprefix(f"{RELEASED}:")):
-        path = Path(name) / "privacy.json"
-        if path.is_file():
-            stages += PrivacyStatement.stages_from(json.loads(path.read_text(encoding="utf-8")))
-    statement = state_privacy(identity, ledger, delta, stages, [], set())
-    assumptions = [] if given.declared_units else [f"the number of units of {given.dataset_name!r} is public"]
-    others = sorted({stage.dataset for stage in stages} - {given.dataset_name})
-    if others:
-        names = ", ".join(map(repr, others))
-        assumptions.append(f"the units of {given.dataset_name!r} are not in {names} (declared by its name)")
-    if given.model_is_public:
-        assumptions.append(f"model {given.model!r} was made without the private data (declared)")
-    if given.reward_is_public:
-        assumptions.append(f"reward {given.reward!r} was made without the private data (declared)")
-    return {"epsilon_with_the_models": statement.epsilon, "assumptions": assumptions}
+def _folders(given: argparse.Namespace) -> list[Path]:
+    """Of the model and the reward, where they are releases."""
+    return [Path(given.model), Path(given.reward.removeprefix(f"{RELEASED}:"))]
+
+
+def _assumptions(given: argparse.Namespace, datasets: set[str]) -> list[str]:
+    name = given.dataset_name
+    others = ", ".join(map(repr, sorted(datasets - {name})))
+    said = {
+        f"the number of units of {name!r} is public": not given.declared_units,
+        f"the units of {name!r} are not in {others} (declared by its name)": bool(others),
+        f"model {given.model!r} was made without the private data (declared)": given.model_is_public,
+        f"reward {given.reward!r} was made without the private data (declared)": given.reward_is_public,
+    }
+    return [text for text, holds in said.items() if holds]
 
 
 def _identity(folder: Path, given: argparse.Namespace) -> str:
@@ -173,8 +172,7 @@ def _identity(folder: Path, given: argparse.Namespace) -> str:
 
 def _weights(given: argparse.Namespace) -> list[str]:
     """SHA-256 of the adapters: a release that was trained again at the same path is another model."""
-    folders = [Path(given.model), Path(given.reward.removeprefix(f"{RELEASED}:"))]
-    files = [folder / "adapter_model.safetensors" for folder in folders]
+    files = [folder / "adapter_model.safetensors" for folder in _folders(given)]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..errors import DPAlignError
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
+from ..reporting.numbers import at_most
 from .arguments import Parser
 
 DESCRIPTION = """Computes any one of epsilon, noise multiplier, batch size and steps from the others, for Poisson
@@ -132,7 +133,7 @@ def _largest(feasible: Callable[[int], bool], high: int) -> int:
 def _print(plan: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(
-        f"epsilon [bold]{plan['epsilon']:.4f}[/] at delta {plan['delta']:.3g} with noise multiplier "
+        f"epsilon [bold]{at_most(plan['epsilon'], 4)}[/] at delta {plan['delta']:.3g} with noise multiplier "
         f"[bold]{plan['noise_multiplier']:.4f}[/]: {plan['steps']} Poisson samples of {plan['batch_size']:g} expected out "
         f"of {plan['units']:g} units (rate {plan['sampling_rate']:.5f}), {plan['passes']} pass(es) each."
     )

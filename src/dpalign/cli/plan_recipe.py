@@ -18,6 +18,8 @@ from ..planning import (
     check_budget,
     check_provenance,
     parameter_count,
+    past_assumptions,
+    past_stages,
     plan_recipe,
     read_stage_records,
     run_delta,
@@ -25,7 +27,7 @@ from ..planning import (
 from ..privacy import accountant
 from ..privacy.budget import StageBudget, allocate, epsilon_together
 from ..recipe import Recipe
-from ..reporting.statement import merge_stages
+from ..reporting.numbers import at_most
 from .parsing import recipe_from
 
 DESCRIPTION = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute. Draws
@@ -56,8 +58,7 @@ def plan_of(recipe: Recipe) -> dict[str, Any]:
             config = recipe.data_of(name)
             config.declared_units = count_units(records[name], config)
     origins = check_provenance(recipe)
-    earlier = merge_stages([stage for origin in origins.values() for stage in origin.stages])
-    assumptions = sorted({text for origin in origins.values() for text in origin.assumptions})
+    earlier, assumptions = past_stages(origins), sorted(past_assumptions(origins))
     delta = run_delta(recipe, None)
     stages = plan_recipe(recipe, None, delta, earlier)
     together = check_budget(recipe, stages, earlier, delta)
@@ -143,10 +144,10 @@ def _print(plan: dict[str, Any]) -> None:
     for heading, cell in _CELLS.items():
         table.add_row(heading, *[cell(stage) for stage in plan["stages"]])
     console.print(table)
-    console.print(f"The whole run: epsilon [bold]{plan['epsilon']:.4f}[/] (target {plan['target_epsilon']:g}).")
+    console.print(f"The whole run: epsilon [bold]{at_most(plan['epsilon'], 4)}[/] (target {plan['target_epsilon']:g}).")
     if len(plan["stages"]) > 1 and plan["inflation"] is not None:
         console.print(
-            f"A unit in all stages would pay epsilon {plan['sequential_epsilon']:.4f} at the noise that each stage needs "
+            f"A unit in all stages would pay epsilon {at_most(plan['sequential_epsilon'], 4)} at the noise that each stage needs "
             f"alone; composition: sequential keeps the target with all of it x{plan['inflation']:.4f}."
         )
     if any(s["flops"] is None for s in plan["stages"]):
@@ -165,7 +166,7 @@ _CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
     "noise multiplier, alone": lambda s: f"{s['noise_multiplier_alone']:.4f}",
     "noise multiplier": lambda s: f"{s['noise_multiplier']:.4f}",
     "noise per update (of C)": lambda s: f"{s['noise_per_update']:.6f}",
-    "epsilon alone": lambda s: f"{s['epsilon_alone']:.3f}",
+    "epsilon alone": lambda s: at_most(s["epsilon_alone"]),
     "tokens": lambda s: f"{s['tokens_trained'] + s['tokens_read']:.1e}",
     "FLOPs": lambda s: "?" if s["flops"] is None else f"{s['flops']:.1e}",
 }

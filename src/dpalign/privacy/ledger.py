@@ -97,9 +97,7 @@ class Ledger:
             self._db.execute("CREATE TABLE IF NOT EXISTS datasets (name TEXT PRIMARY KEY, secret BLOB NOT NULL)")
             self._db.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL)")
             columns = ", ".join(f"{f.name}" for f in fields(Intent))
-            unique = (
-                "UNIQUE (dataset, run, stage, step, attempt)"  # copies of a run that begin together cannot both go on
-            )
+            unique = "UNIQUE (dataset, run, stage, step, attempt)"  # copies that begin together cannot both go on
             self._db.execute(
                 f"CREATE TABLE IF NOT EXISTS intents (id INTEGER PRIMARY KEY, written TEXT NOT NULL, {columns}, {unique})"
             )

@@ -7,8 +7,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from ..errors import DPAlignError
 from ..privacy.accountant import ACCOUNTANT, SampledGaussian, epsilon
 from ..privacy.ledger import Intent, Ledger, Spending, composed_epsilon
 
@@ -74,6 +76,27 @@ class PrivacyStatement:
     def stages_from(value: dict[str, Any]) -> list[StageStatement]:
         """Stages of a privacy.json."""
         return [StageStatement(**{**stage, "part": tuple(stage["part"])}) for stage in value["stages"]]
+
+
+def read_statement(folder: str | Path) -> tuple[dict[str, Any], list[StageStatement]] | None:
+    """The privacy.json of a release and its stages; None of what has no statement.
+
+    Raises:
+        DPAlignError: it is damaged.
+    """
+    path = Path(folder) / "privacy.json"
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        stages = PrivacyStatement.stages_from(value)
+        if not isinstance(value["private"], bool) or not isinstance(value["assumptions"], list):
+            raise TypeError
+        for stage in stages:
+            stage.spendings()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DPAlignError(f"{path} is not a privacy statement: copy the release again.") from None
+    return value, stages
 
 
 def merge_stages(stages: list[StageStatement]) -> list[StageStatement]:

@@ -84,8 +84,7 @@ class Stage:
         self.beside = self.plan.beside if beside is None else beside
         self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
         settings = asdict(self.config) | {"units": data.declared_units, "part": (data.low, data.high)}
-        if any(self.plan.beside):
-            settings["beside"] = [[m.rounded() for m in others] for others in self.plan.beside]
+        settings["mechanism"] = self.plan.mechanism().rounded()  # its noise may depend on the run's other stages
         self.config_hash = hash_of(settings)
         self.private = self.config.insecure_seed is None and self.plan.noise_multiplier > 0
         self.rests_on_private = rests_on_private
