@@ -143,9 +143,21 @@ def run_recipe(
         planned = plan_recipe(recipe, data, delta, before)
         check_budget(recipe, planned, before, delta)
         run = Run(
-            recipe, reporter, folder, private, identity, ledger, delta, earlier, before, planned, data,
-            sorted({*assumptions, *_assumed(recipe, origins)}), policy, reward_model,
-        )  # fmt: skip
+            recipe,
+            reporter,
+            folder,
+            private,
+            identity,
+            ledger,
+            delta,
+            earlier,
+            before,
+            planned,
+            data,
+            sorted({*assumptions, *_assumed(recipe, origins)}),
+            policy,
+            reward_model,
+        )
         _load_models(run, records, reward_function)
         _remember_origins(private, origins)  # from here on the run rests on them
         for name in planned:
@@ -241,11 +253,14 @@ def _normalization(run: Run) -> Normalization:
         return Normalization()
     assert run.reward_model is not None
     return normalize(
-        run.reward_model, run.policy, rows=NORMALIZATION_ROWS, seed=run.planned["reward"].config.seed,
+        run.reward_model,
+        run.policy,
+        rows=NORMALIZATION_ROWS,
+        seed=run.planned["reward"].config.seed,
         prompt_tokens=rollouts.prompt_tokens if rollouts else 8,
         max_new_tokens=rollouts.max_completion_length if rollouts else run.planned["reward"].config.max_length // 2,
         text=rollouts.reward.text if rollouts else None,
-    )  # fmt: skip
+    )
 
 
 def _run_rollouts(run: Run, name: str, algorithm: type[PPO] | type[RLOO]) -> None:
@@ -263,9 +278,16 @@ def _run_evaluation(run: Run) -> None:
     stage = run.planned["evaluation"]
     with run.reporter.status("measuring on held-out private units"):
         run.results["private_evaluation"] = evaluate_privately(
-            run.policy, run.data["evaluation"], stage.plan, run.reward, run.recipe.rollouts,
-            folder=run.private / "evaluation", run=run.identity, ledger=run.ledger, tell=run.reporter.note,
-        )  # fmt: skip
+            run.policy,
+            run.data["evaluation"],
+            stage.plan,
+            run.reward,
+            run.recipe.rollouts,
+            folder=run.private / "evaluation",
+            run=run.identity,
+            ledger=run.ledger,
+            tell=run.reporter.note,
+        )
 
 
 _STAGES = {
@@ -280,10 +302,19 @@ _STAGES = {
 def _train(run: Run, algorithm: Algorithm, model: AdapterStack) -> None:
     name, data, reporter = algorithm.name, run.data[algorithm.name], run.reporter
     stage = Stage(
-        model, algorithm, data, folder=run.private / name, run=run.identity, ledger=run.ledger,
-        plan=run.planned[name].plan, beside=_beside(run, name), rests_on_private=_rests_on_private(run),
-        log=run.folder / "metrics.jsonl", report=reporter.step, tell=reporter.note,
-    )  # fmt: skip
+        model,
+        algorithm,
+        data,
+        folder=run.private / name,
+        run=run.identity,
+        ledger=run.ledger,
+        plan=run.planned[name].plan,
+        beside=_beside(run, name),
+        rests_on_private=_rests_on_private(run),
+        log=run.folder / "metrics.jsonl",
+        report=reporter.step,
+        tell=reporter.note,
+    )
     if stage.is_finished:
         stage.load_final()
         reporter.note(f"stage {name} is already done.")

@@ -252,12 +252,18 @@ def check_budget(recipe: Recipe, stages: dict[str, PlannedStage], earlier: list[
     for stage in stages.values():
         planned.append(
             StageStatement(
-                stage=stage.name, dataset=stage.dataset, part=stage.part, split=stage.split, unit=stage.unit,
-                declared_units=stage.units, max_grad_norm=getattr(stage.config, "max_grad_norm", 1.0),
-                epsilon_alone=stage.plan.epsilon, mechanisms=[asdict(stage.plan.mechanism())],
+                stage=stage.name,
+                dataset=stage.dataset,
+                part=stage.part,
+                split=stage.split,
+                unit=stage.unit,
+                declared_units=stage.units,
+                max_grad_norm=getattr(stage.config, "max_grad_norm", 1.0),
+                epsilon_alone=stage.plan.epsilon,
+                mechanisms=[asdict(stage.plan.mechanism())],
                 private=stage.plan.noise_multiplier > 0,
             )
-        )  # fmt: skip
+        )
     together = epsilon_of(planned, delta)
     if together > recipe.target_epsilon:
         raise DPAlignError(

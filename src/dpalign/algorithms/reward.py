@@ -86,8 +86,10 @@ class RewardModelling(Algorithm):
         super().__init__(config)
         wide = config.margin_range
         self.metrics = (
-            MetricRange("loss", 0.0, wide), MetricRange("accuracy", 0.0, 1.0), MetricRange("margin", -wide, wide)
-        )  # fmt: skip
+            MetricRange("loss", 0.0, wide),
+            MetricRange("accuracy", 0.0, 1.0),
+            MetricRange("margin", -wide, wide),
+        )
 
     def setup(self, model: AdapterStack) -> None:
         assert isinstance(model, RewardModel)
@@ -172,9 +174,11 @@ def encode_pair(model: RewardModel, record: Record) -> Pair:
     chosen, rejected = pair_texts(model, record)
     margin, preference = record.get("margin"), record.get("preference")
     return Pair(
-        model.encode(chosen), model.encode(rejected),
-        0.0 if margin is None else float(margin), 1.0 if preference is None else float(preference),
-    )  # fmt: skip
+        model.encode(chosen),
+        model.encode(rejected),
+        0.0 if margin is None else float(margin),
+        1.0 if preference is None else float(preference),
+    )
 
 
 def check_pair_columns(records: list[Record], path: str) -> None:

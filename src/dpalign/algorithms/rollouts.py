@@ -118,10 +118,14 @@ class RolloutAlgorithm(Algorithm):
         policy.add_adapter(self.name, config.adapter)
         if config.adapter.init_a == "synthetic_gradient":
             align_inputs(
-                policy, self._score, rows=config.adapter.init_rows, prompt_tokens=config.prompt_tokens,
-                max_new_tokens=config.max_completion_length, min_new_tokens=config.min_completion_length,
+                policy,
+                self._score,
+                rows=config.adapter.init_rows,
+                prompt_tokens=config.prompt_tokens,
+                max_new_tokens=config.max_completion_length,
+                min_new_tokens=config.min_completion_length,
                 micro_batch_size=config.micro_batch_size,
-            )  # fmt: skip
+            )
 
     def _score(self, rollouts: Rollouts, policy: Policy) -> Tensor:
         prompts = rollouts.input_ids[:, : -self.config.max_completion_length]
@@ -157,9 +161,14 @@ class RolloutAlgorithm(Algorithm):
         return self._experience(policy, ids, mask, prompts, columns, unit_rows)
 
     def _experience(
-        self, policy: Policy, ids: Tensor, mask: Tensor, prompts: list[str], columns: dict[str, list],
+        self,
+        policy: Policy,
+        ids: Tensor,
+        mask: Tensor,
+        prompts: list[str],
+        columns: dict[str, list],
         unit_rows: list[list[int]],
-    ) -> Experience:  # fmt: skip
+    ) -> Experience:
         config = self.config
         rollouts = sample(policy, ids, mask, config)
         with torch.no_grad(), policy.reference():
@@ -231,9 +240,12 @@ class RolloutAlgorithm(Algorithm):
 def sample(policy: Policy, ids: Tensor, mask: Tensor, config: RolloutConfig) -> Rollouts:
     """Completions of `(rows, prompt)` ids with the config's lengths."""
     return policy.sample(
-        ids, mask, config.max_completion_length, min_new_tokens=config.min_completion_length,
+        ids,
+        mask,
+        config.max_completion_length,
+        min_new_tokens=config.min_completion_length,
         rows_at_once=config.micro_batch_size if policy.constant_rows else 256,  # filled-up rows cost time
-    )  # fmt: skip
+    )
 
 
 def encode_prompt(policy: Policy, record: Record, config: RolloutConfig) -> list[int] | None:

@@ -81,24 +81,32 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         reference_texts(records, column, given.data)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
     config = PPOConfig(
-        max_prompt_length=given.max_prompt_length, max_completion_length=given.max_completion_length,
-        prompt_max_tokens=given.prompt_tokens, prepend_bos=given.prepend_bos,
+        max_prompt_length=given.max_prompt_length,
+        max_completion_length=given.max_completion_length,
+        prompt_max_tokens=given.prompt_tokens,
+        prepend_bos=given.prepend_bos,
         reward=RewardConfig(
-            source=given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high,
+            source=given.reward,
+            is_public=given.reward_is_public,
+            low=given.reward_low,
+            high=given.reward_high,
             columns=given.reward_columns,
         ),
-    )  # fmt: skip
+    )
     reward = load_reward(config.reward, device)
     reference_reward = None
     if given.reference_reward:
         # Declared or not: it decides nothing here, and its numbers are labelled by `_outside`.
         reference_reward = load_reward(
             RewardConfig(
-                source=given.reference_reward, is_public=True, low=given.reference_reward_low,
-                high=given.reference_reward_high, columns=given.reward_columns,
+                source=given.reference_reward,
+                is_public=True,
+                low=given.reference_reward_low,
+                high=given.reference_reward_high,
+                columns=given.reward_columns,
             ),
             device,
-        )  # fmt: skip
+        )
     judge = load_judge(given.judge) if given.judge else None
     names = [*given.models, *([given.baseline] if given.baseline and given.baseline not in given.models else [])]
     epsilons = {name: stated_epsilon(name) for name in names}
@@ -112,9 +120,14 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
             prompts = _prompts(policy, records, config, given, first)
             references = reference_texts(prompts.records, column, given.data) if column else None
             measured[name] = measure_policy(
-                policy, prompts, reward, config, seed=given.seed, reference_reward=reference_reward,
+                policy,
+                prompts,
+                reward,
+                config,
+                seed=given.seed,
+                reference_reward=reference_reward,
                 references=references,
-            )  # fmt: skip
+            )
             first = first or (prompts, measured[name].prompts)
     rows: dict[str, dict[str, Any]] = {name: measured[name].evaluation.as_dict() for name in names}
     for name, row in rows.items():
@@ -140,9 +153,11 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="dpalign evaluate", description=DESCRIPTION, epilog=EXAMPLES,
+        prog="dpalign evaluate",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("models", nargs="+", help="releases or base models")
     data = parser.add_argument_group("prompts")
     data.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
@@ -167,9 +182,10 @@ def _parser() -> Parser:
     rewards.add_argument("--reward_columns", nargs="*", default=[], help="columns of the data that functions are given")
     rewards.add_argument("--reference_reward", help="a second reward, in a column of its own; may be non-private")
     rewards.add_argument(
-        "--reference_reward_is_public", action="store_true",
+        "--reference_reward_is_public",
+        action="store_true",
         help="declare a classifier or function public; without it, its column is labelled",
-    )  # fmt: skip
+    )
     rewards.add_argument("--reference_reward_low", type=float)
     rewards.add_argument("--reference_reward_high", type=float)
     wins = parser.add_argument_group("win rate")
@@ -213,9 +229,12 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _prompts(
-    policy: Policy, records: list[Record], config: PPOConfig, given: argparse.Namespace,
+    policy: Policy,
+    records: list[Record],
+    config: PPOConfig,
+    given: argparse.Namespace,
     first: tuple[PublicPrompts, list[str]] | None,
-) -> PublicPrompts:  # fmt: skip
+) -> PublicPrompts:
     """The model's prompts: those of the first model, also where another tokenizer would cut texts elsewhere."""
     prompts = public_prompts(policy, records, config, given.num_prompts)
     if first is not None and "prompt" not in records[0]:
@@ -270,8 +289,9 @@ def _result(
     result: dict[str, Any] = {"data": given.data, "reward": given.reward, "seed": given.seed, "intervals": INTERVALS}
     if given.reference_reward:
         result["reference_reward"] = {
-            "source": given.reference_reward, "outside_the_guarantee": "reference_reward" in outside,
-        }  # fmt: skip
+            "source": given.reference_reward,
+            "outside_the_guarantee": "reference_reward" in outside,
+        }
     if given.baseline:
         result["baseline"] = given.baseline
         result["judge"] = {"source": given.judge or given.reward, "outside_the_guarantee": "win_rate" in outside}

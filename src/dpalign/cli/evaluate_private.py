@@ -43,9 +43,11 @@ EXAMPLE = """example:
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the noisy means, the noise's standard deviations, and what the ledger has now."""
     parser = Parser(
-        prog="dpalign evaluate --private", description=DESCRIPTION, epilog=EXAMPLE,
+        prog="dpalign evaluate --private",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="a release")
     parser.add_argument("--private", action="store_true", required=True)
     parser.add_argument("--dataset_name", required=True, help="declared name of the held-out data, the ledger's key")
@@ -84,20 +86,25 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     if not policy.adapters:
         raise DPAlignError(f"{given.model} has no adapter to compare with its base: give a release.")
     config = PPOConfig(
-        max_prompt_length=given.max_prompt_length, max_completion_length=given.max_completion_length,
-        prompt_max_tokens=given.prompt_tokens, prepend_bos=given.prepend_bos,
+        max_prompt_length=given.max_prompt_length,
+        max_completion_length=given.max_completion_length,
+        prompt_max_tokens=given.prompt_tokens,
+        prepend_bos=given.prepend_bos,
         reward=RewardConfig(
             source=given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high
         ),
-    )  # fmt: skip
+    )
     reward = load_reward(config.reward, policy.device)
     records = read_records(given.data)
     check_prompt_columns(policy, records, given.data, config)
     check_lengths("evaluation", config, policy.model.config)
     source = DataConfig(
-        name=given.dataset_name, path=given.data, unit=given.unit, max_records_per_unit=given.max_records_per_unit,
+        name=given.dataset_name,
+        path=given.data,
+        unit=given.unit,
+        max_records_per_unit=given.max_records_per_unit,
         declared_units=given.declared_units,
-    )  # fmt: skip
+    )
     ledger = Ledger(given.ledger)
     data = build_units(records, source, ledger)
     delta = given.delta if given.delta is not None else accountant.default_delta(int(data.declared_units))
@@ -180,8 +187,10 @@ def _print(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     noise = result["noise_standard_deviation"]
     for key, label in (
-        ("reward", "mean reward"), ("reward_reference", "mean reward of the base"), ("win_rate", "win rate over the base")
-    ):  # fmt: skip
+        ("reward", "mean reward"),
+        ("reward_reference", "mean reward of the base"),
+        ("win_rate", "win rate over the base"),
+    ):
         console.print(f"{label}: {result[key]:.3f} (standard deviation of the noise {noise[key]:.3f})")
     entry = result["ledger"]
     console.print(

@@ -46,9 +46,11 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     torch.manual_seed(given.seed)
     with policy.merged():
         rollouts = policy.generate(
-            *policy.encode_prompts(encoded, max(map(len, encoded))), given.max_completion_length,
-            temperature=given.temperature, top_p=given.top_p,
-        )  # fmt: skip
+            *policy.encode_prompts(encoded, max(map(len, encoded))),
+            given.max_completion_length,
+            temperature=given.temperature,
+            top_p=given.top_p,
+        )
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts, policy.decode(rollouts), strict=True)]
     if not as_json:
         for row in rows:

@@ -40,9 +40,12 @@ def recipe_from(command: str, arguments: list[str], description: str) -> Recipe:
     """
     set_loader("dpalign", load_yaml, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(
-        prog=f"dpalign {command}", description=description, exit_on_error=False, parser_mode="dpalign",
+        prog=f"dpalign {command}",
+        description=description,
+        exit_on_error=False,
+        parser_mode="dpalign",
         epilog="A recipe's fields, in YAML or here; see --sft.help and --ppo.help for the stages.",
-    )  # fmt: skip
+    )
     parser.add_argument("--config", "--recipe", action=ActionConfigFile, help="the recipe (may also come first)")
     parser.add_class_arguments(Recipe)
     if arguments and not arguments[0].startswith("-"):

@@ -38,9 +38,14 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("--noise-multiplier", "--noise_multiplier", type=float, help="sigma of each pass")
     given = parser.parse_args(arguments)
     plan = complete_plan(
-        units=given.units, batch_size=given.batch_size, steps=given.steps, passes=given.passes, delta=given.delta,
-        epsilon=given.epsilon, noise_multiplier=given.noise_multiplier,
-    )  # fmt: skip
+        units=given.units,
+        batch_size=given.batch_size,
+        steps=given.steps,
+        passes=given.passes,
+        delta=given.delta,
+        epsilon=given.epsilon,
+        noise_multiplier=given.noise_multiplier,
+    )
     if not as_json:
         _print(plan)
     return plan

@@ -76,9 +76,13 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     assert recipe.ppo is not None
     plot_noised_reward(metrics, plot, half_range=1.0, count=3, divisor=recipe.ppo.expected_batch_size)
     write_report(
-        folder / "report.html", title="dpalign quickstart", guarantee=guarantee(summary), evaluation=evaluation,
-        samples=samples, plot=plot,
-    )  # fmt: skip
+        folder / "report.html",
+        title="dpalign quickstart",
+        guarantee=guarantee(summary),
+        evaluation=evaluation,
+        samples=samples,
+        plot=plot,
+    )
     write_json(folder / "summary.json", summary)
     if not as_json:
         _print(summary, evaluation, samples, folder)

@@ -120,20 +120,30 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="dpalign sweep", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
+        prog="dpalign sweep",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("recipe", help="the recipe; its fields can be overridden as in `dpalign run`")
     parser.add_argument(
-        "--epsilons", nargs="+", default=["0", "1", "2", "4", "8", "inf"], metavar="EPSILON[:SEEDS]",
+        "--epsilons",
+        nargs="+",
+        default=["0", "1", "2", "4", "8", "inf"],
+        metavar="EPSILON[:SEEDS]",
         help="epsilons, each perhaps with a number of seeds of its own (default: 0 1 2 4 8 inf)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each epsilon (default 3)")
     parser.add_argument("--vary", nargs="+", metavar=("FIELD", "VALUE"), help="also run every value of this field")
     parser.add_argument(
-        "--at", nargs="+", action="append", default=[], metavar=("EPSILON", "FIELD=VALUE"),
+        "--at",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("EPSILON", "FIELD=VALUE"),
         help="overrides for one epsilon alone (a learning rate tuned for it, say); may be given several times",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--public_proxy", help="public file that takes the place of all private data: tuning on it is free"
     )
@@ -227,11 +237,18 @@ def _run(recipe: str, shared: list[str], trial: Trial, folder: Path) -> dict[str
     before = {k: v for k, v in summary["evaluation"].items() if k != last}
     stages = {s["stage"]: s["mechanisms"][0]["noise_multiplier"] for s in summary["stages"]}
     return {
-        "epsilon": trial.epsilon, "seed": trial.seed, "value": trial.value, **row,
-        "reward_ci95_prompts": summary["evaluation"][last]["reward_ci95"], "before": before,
-        "reward_model": summary.get("reward_model"), "spent_epsilon": summary["epsilon"], "delta": summary["delta"],
-        "noise_multipliers": stages, "seconds": summary.get("seconds"),
-    }  # fmt: skip
+        "epsilon": trial.epsilon,
+        "seed": trial.seed,
+        "value": trial.value,
+        **row,
+        "reward_ci95_prompts": summary["evaluation"][last]["reward_ci95"],
+        "before": before,
+        "reward_model": summary.get("reward_model"),
+        "spent_epsilon": summary["epsilon"],
+        "delta": summary["delta"],
+        "noise_multipliers": stages,
+        "seconds": summary.get("seconds"),
+    }
 
 
 def _check(trial: Trial, recipe: Recipe) -> None:
@@ -285,9 +302,13 @@ def _pretrained(recipe: Recipe, trial: Trial, reporter: Reporter) -> dict[str, A
     if is_reward_model(config.reward):
         row["reference_reward"] = row["reward"]
     return {
-        "epsilon": "0", "seed": trial.seed, "value": trial.value, **row,
-        "reward_ci95_prompts": found["reward_ci95"], "spent_epsilon": 0.0,
-    }  # fmt: skip
+        "epsilon": "0",
+        "seed": trial.seed,
+        "value": trial.value,
+        **row,
+        "reward_ci95_prompts": found["reward_ci95"],
+        "spent_epsilon": 0.0,
+    }
 
 
 def _says(given: argparse.Namespace, trial: Trial) -> str:

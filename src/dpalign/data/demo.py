@@ -78,9 +78,12 @@ def movie_preferences(cache: Path | None = None) -> dict[str, Path]:
     texts, rest = shuffled[:TEXTS], shuffled[TEXTS:]
     pairs = rated_pairs(rest[: 2 * PAIRS])
     rows = {
-        "texts": texts, "pairs": pairs, "prompts": rest[2 * PAIRS :], "public_pairs": rated_pairs(public),
+        "texts": texts,
+        "pairs": pairs,
+        "prompts": rest[2 * PAIRS :],
+        "public_pairs": rated_pairs(public),
         "public_prompts": public,
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in rows.items():
         write_text(files[name], "".join(dumps(r, indent=None) + "\n" for r in records))
@@ -102,10 +105,14 @@ def rated_pairs(snippets: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         waiting.remove(partner)
         low, high = sorted((partner, snippet), key=lambda r: r["mean"])
-        pairs.append({
-            "id": f"{low['id']}+{high['id']}", "chosen": high["text"], "rejected": low["text"],
-            "difference": round(high["mean"] - low["mean"], 6),
-        })  # fmt: skip
+        pairs.append(
+            {
+                "id": f"{low['id']}+{high['id']}",
+                "chosen": high["text"],
+                "rejected": low["text"],
+                "difference": round(high["mean"] - low["mean"], 6),
+            }
+        )
     return pairs
 
 

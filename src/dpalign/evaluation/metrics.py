@@ -156,10 +156,18 @@ def measure_policy(
         for name, values in rouge(texts, references).items():
             more[name], more[f"{name}_ci95"], _ = _mean(values)
     evaluation = Evaluation(
-        reward=mean_reward, reward_ci95=reward_ci95, unscored=unscored, kl=kl, kl_ci95=kl_ci95, perplexity=perplexity,
-        perplexity_ci95=perplexity_ci95, completion_length=length, completion_length_ci95=length_ci95,
-        prompts=len(prompts.ids), **more,
-    )  # fmt: skip
+        reward=mean_reward,
+        reward_ci95=reward_ci95,
+        unscored=unscored,
+        kl=kl,
+        kl_ci95=kl_ci95,
+        perplexity=perplexity,
+        perplexity_ci95=perplexity_ci95,
+        completion_length=length,
+        completion_length_ci95=length_ci95,
+        prompts=len(prompts.ids),
+        **more,
+    )
     return Measured(evaluation, prompt_texts, texts, scores)
 
 
@@ -210,9 +218,14 @@ def distinct(ids: Tensor, mask: Tensor, n: int) -> float:
 
 
 def evaluate_stages(
-    policy: Policy, prompts: PublicPrompts, reward: Reward, config: RolloutConfig, *, seed: int = 0,
+    policy: Policy,
+    prompts: PublicPrompts,
+    reward: Reward,
+    config: RolloutConfig,
+    *,
+    seed: int = 0,
     reference_reward: Reward | None = None,
-) -> dict[str, tuple[Evaluation, list[tuple[str, str]]]]:  # fmt: skip
+) -> dict[str, tuple[Evaluation, list[tuple[str, str]]]]:
     """`evaluate_policy` of the base model and of the policy after each stage, by the stage's name."""
 
     def measure() -> tuple[Evaluation, list[tuple[str, str]]]:

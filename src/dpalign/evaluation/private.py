@@ -103,9 +103,14 @@ def evaluate_privately(
         MetricRange("win_rate", 0.0, 1.0),
     )
     mechanism = GaussianMechanism(
-        [], max_grad_norm=1.0, noise_multiplier=0.0, divisor=data.declared_units, entropy=SystemEntropy(), metrics=block,
+        [],
+        max_grad_norm=1.0,
+        noise_multiplier=0.0,
+        divisor=data.declared_units,
+        entropy=SystemEntropy(),
+        metrics=block,
         metrics_noise_multiplier=plan.noise_multiplier,
-    )  # fmt: skip
+    )
     policy.coins = SystemEntropy()
     for chunk, count in policy.chunks(len(data.units), config.micro_batch_size):
         values = _measure(policy, [data.units[i] for i in chunk], reward, config)
@@ -151,8 +156,22 @@ def _measure(policy: Policy, units: list, reward: Reward, config: RolloutConfig)
 
 def _intent(data: UnitDataset, plan: StagePlan, run: str) -> Intent:
     return Intent(
-        dataset=data.name, run=run, stage=STAGE, step=0, attempt=0, split=data.split, low=data.low, high=data.high,
-        sampling_rate=1.0, noise_multiplier=plan.noise_multiplier, metrics_noise_multiplier=math.inf, passes=1,
-        max_grad_norm=1.0, unit=data.unit, units=data.declared_units, fingerprint=data.fingerprint,
-        config_hash=hash_of(plan.mechanism().rounded()), private=plan.noise_multiplier > 0,
-    )  # fmt: skip
+        dataset=data.name,
+        run=run,
+        stage=STAGE,
+        step=0,
+        attempt=0,
+        split=data.split,
+        low=data.low,
+        high=data.high,
+        sampling_rate=1.0,
+        noise_multiplier=plan.noise_multiplier,
+        metrics_noise_multiplier=math.inf,
+        passes=1,
+        max_grad_norm=1.0,
+        unit=data.unit,
+        units=data.declared_units,
+        fingerprint=data.fingerprint,
+        config_hash=hash_of(plan.mechanism().rounded()),
+        private=plan.noise_multiplier > 0,
+    )

@@ -252,9 +252,14 @@ class AdapterStack(nn.Module):
         rank = sum(self.model.peft_config[a].r for a in self.adapters)
         # Layers by their full names: the stages may adapt different ones. peft's own concatenation refuses that.
         config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=list(layers), lora_dropout=0.0, bias="none",
-            fan_in_fan_out=_fan_in_fan_out(self.model), task_type=self.task_type,
-        )  # fmt: skip
+            r=rank,
+            lora_alpha=rank,
+            target_modules=list(layers),
+            lora_dropout=0.0,
+            bias="none",
+            fan_in_fan_out=_fan_in_fan_out(self.model),
+            task_type=self.task_type,
+        )
         self.model.add_adapter(RELEASE_ADAPTER, config)
         try:
             with torch.no_grad():

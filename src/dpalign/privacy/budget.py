@@ -122,9 +122,13 @@ def _epsilon(stages: list[StageBudget], factors: Mapping[str, float], earlier: l
 
 
 def _level(
-    stages: list[StageBudget], ratios: dict[str, float], earlier: list[Spending], target: float, delta: float,
+    stages: list[StageBudget],
+    ratios: dict[str, float],
+    earlier: list[Spending],
+    target: float,
+    delta: float,
     precision: float = 1e-4,
-) -> float:  # fmt: skip
+) -> float:
     """Smallest common factor on `ratios` that fits; from above, to a relative precision."""
 
     def excess(log_level: float) -> float:
@@ -143,9 +147,13 @@ def _level(
 
 
 def _ratios(
-    free: list[StageBudget], stages: list[StageBudget], earlier: list[Spending], target: float, delta: float,
+    free: list[StageBudget],
+    stages: list[StageBudget],
+    earlier: list[Spending],
+    target: float,
+    delta: float,
     allocation: Allocation,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     if allocation == "equal" or len(free) == 1:
         return {s.name: 1.0 for s in free}
     if allocation != "minimal":
@@ -164,14 +172,16 @@ def _ratios(
 
     start = np.vstack([np.zeros(len(free) - 1), 0.4 * np.eye(len(free) - 1)])
     found = minimize(
-        noise, start[0], method="Nelder-Mead",
+        noise,
+        start[0],
+        method="Nelder-Mead",
         options={"initial_simplex": start, "xatol": 0.05, "fatol": 3e-3, "maxfev": 40},
-    )  # fmt: skip
+    )
     return ratios(found.x)
 
 
 def spending_of(
     stage: str, dataset: str, split: str, part: tuple[float, float], mechanism: SampledGaussian
-) -> Spending:  # fmt: skip
+) -> Spending:
     """A planned spending, which no run has made yet."""
     return Spending(dataset, "", stage, split, *part, mechanism)

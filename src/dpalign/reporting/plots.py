@@ -77,9 +77,14 @@ def plot_evaluation(
         for number, (name, row) in enumerate(rows.items()):
             half = {k: _bar(row.get(f"{k}_ci95")) for k in ("kl", key)}
             bar = axes.errorbar(
-                row["kl"], row[key], xerr=half["kl"], yerr=half[key], fmt=MARKERS[number % len(MARKERS)], capsize=3,
+                row["kl"],
+                row[key],
+                xerr=half["kl"],
+                yerr=half[key],
+                fmt=MARKERS[number % len(MARKERS)],
+                capsize=3,
                 label=labelled(name, row),
-            )  # fmt: skip
+            )
             axes.annotate(
                 name,
                 (row["kl"], row[key]),

@@ -73,16 +73,25 @@ def write_release(folder: Path, policy: Policy, statement: PrivacyStatement, bas
 
 
 def write_reward_model(
-    folder: Path, model: RewardModel, statement: PrivacyStatement, base_model: str, title: str,
+    folder: Path,
+    model: RewardModel,
+    statement: PrivacyStatement,
+    base_model: str,
+    title: str,
     normalization: Normalization,
-) -> None:  # fmt: skip
+) -> None:
     """Writes a reward model as a release of its own, in one move."""
     with replace_folder(folder) as temporary:
         model.save(temporary, base_model, normalization)
         _describe(
-            temporary, statement, base_model, title, auto_class="AutoModelForSequenceClassification",
-            options=", num_labels=1", pooling=model.text.pooling,
-        )  # fmt: skip
+            temporary,
+            statement,
+            base_model,
+            title,
+            auto_class="AutoModelForSequenceClassification",
+            options=", num_labels=1",
+            pooling=model.text.pooling,
+        )
 
 
 def _describe(folder: Path, statement: PrivacyStatement, base_model: str, title: str, **texts: str) -> None:

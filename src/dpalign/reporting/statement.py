@@ -141,12 +141,19 @@ def state_privacy(
         mechanisms = [s.mechanism for s in ledger.spendings(run=run, dataset=dataset, stage=stage)]
         stages.append(
             StageStatement(
-                stage=stage, dataset=dataset, part=(first.low, first.high), split=first.split, unit=first.unit,
-                declared_units=first.units, max_grad_norm=first.max_grad_norm, epsilon_alone=epsilon(mechanisms, delta),
-                mechanisms=[asdict(m) for m in mechanisms], private=all(i.private for i in intents),
+                stage=stage,
+                dataset=dataset,
+                part=(first.low, first.high),
+                split=first.split,
+                unit=first.unit,
+                declared_units=first.units,
+                max_grad_norm=first.max_grad_norm,
+                epsilon_alone=epsilon(mechanisms, delta),
+                mechanisms=[asdict(m) for m in mechanisms],
+                private=all(i.private for i in intents),
                 id=hashlib.sha256(json.dumps([run, dataset, stage]).encode()).hexdigest()[:16],
             )
-        )  # fmt: skip
+        )
     stages = merge_stages([*earlier, *stages])
     return PrivacyStatement(
         private=all(s.private for s in stages),

@@ -110,9 +110,12 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     if "share" in row:
         cells["share"] = f"{row['share']:.2f}"
     for name, heading, digits in (
-        ("reference_reward", "reference reward", 3), ("reward_model_accuracy", "reward model accuracy", 3),
-        ("kl", "KL (nats)", 2), ("perplexity", "perplexity", 1), ("distinct_2", "distinct-2", 3),
-    ):  # fmt: skip
+        ("reference_reward", "reference reward", 3),
+        ("reward_model_accuracy", "reward model accuracy", 3),
+        ("kl", "KL (nats)", 2),
+        ("perplexity", "perplexity", 1),
+        ("distinct_2", "distinct-2", 3),
+    ):
         if name in row:
             cells[heading] = mean(name, digits)
     sigmas = row.get("noise_multipliers") or {}
@@ -125,9 +128,18 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 def _grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
     rows = [_cells(row) for row in result["rows"]]
     order = (
-        "epsilon", "value", "reward", "share", "reference reward", "reward model accuracy", "KL (nats)", "perplexity",
-        "distinct-2", "sigma", "seeds",
-    )  # fmt: skip
+        "epsilon",
+        "value",
+        "reward",
+        "share",
+        "reference reward",
+        "reward model accuracy",
+        "KL (nats)",
+        "perplexity",
+        "distinct-2",
+        "sigma",
+        "seeds",
+    )
     return [name for name in order if any(name in row for row in rows)], rows
 
 
@@ -149,13 +161,17 @@ def write_markdown(target: Path, result: dict[str, Any]) -> None:
     headings, rows = _grid(result)
     names = [str(result["varied"]) if h == "value" else h for h in headings]
     lines = [
-        f"`{result['command']}`", "",
+        f"`{result['command']}`",
+        "",
         "Mean and 95% interval over seeds (Student's t; * one run: its interval is over prompts), on public prompts. `share` is "
-        "the part of the non-private gain over the pretrained model that is kept.", "",
-        f"| {' | '.join(names)} |", f"|{'---|' * len(headings)}",
-        *[f"| {' | '.join(row.get(h, '') for h in headings)} |" for row in rows], "",
+        "the part of the non-private gain over the pretrained model that is kept.",
+        "",
+        f"| {' | '.join(names)} |",
+        f"|{'---|' * len(headings)}",
+        *[f"| {' | '.join(row.get(h, '') for h in headings)} |" for row in rows],
+        "",
         *[entry["sentence"] for entry in result["spent_by_tuning"]],
-    ]  # fmt: skip
+    ]
     write_text(target, "\n".join(lines) + "\n")
 
 

@@ -35,8 +35,11 @@ def classifier(path: str, config: RewardConfig, device: str | torch.device = "cp
         for start in range(0, len(texts), 32):
             batch = tokenizer(
                 texts[start : start + 32],
-                return_tensors="pt", truncation=True, max_length=length, padding="max_length",
-            )  # fmt: skip
+                return_tensors="pt",
+                truncation=True,
+                max_length=length,
+                padding="max_length",
+            )
             logits = model(**batch.to(device)).logits
             scores += (logits if config.use_logit else logits.softmax(-1))[:, index].tolist()
         return scores

@@ -21,9 +21,15 @@ def learned(model: RewardModel, text: str | None = None) -> RewardFunction:
 
 
 def normalize(
-    model: RewardModel, policy: Policy, *, rows: int, prompt_tokens: int, max_new_tokens: int, seed: int,
+    model: RewardModel,
+    policy: Policy,
+    *,
+    rows: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    seed: int,
     text: str | None = None,
-) -> Normalization:  # fmt: skip
+) -> Normalization:
     """Constants that give the policy's own text mean reward 0 and standard deviation 1.
 
     The policy writes prompts and completions itself: it is public or a DP release, and no record is read.

@@ -120,9 +120,11 @@ class Stage:
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         options: dict[str, Any] = {
-            "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
             "weight_decay": config.weight_decay,
-        }  # fmt: skip
+        }
         if not config.adam_noise_correction:
             return torch.optim.AdamW(self.gradients.parameters, **options)
         deviation = self.plan.noise_multiplier * config.max_grad_norm / config.expected_batch_size
@@ -215,9 +217,9 @@ class Stage:
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        return {
-            "constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))
-        }[config.lr_scheduler_type]  # fmt: skip
+        return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+            config.lr_scheduler_type
+        ]
 
     # Ledger ----------------------------------------------------------------------------------------------
 
@@ -225,12 +227,25 @@ class Stage:
         config, data, plan = self.config, self.data, self.plan
         metrics_sigma = config.metrics_noise_ratio * sigma if config.metrics_noise_ratio > 0 else math.inf
         return Intent(
-            dataset=data.name, run=self.run, stage=self.algorithm.name, step=step, attempt=attempt, split=data.split, low=data.low,
-            high=data.high, sampling_rate=plan.sampling_rate, noise_multiplier=sigma,
-            metrics_noise_multiplier=metrics_sigma, passes=plan.passes, max_grad_norm=config.max_grad_norm,
-            unit=data.unit, units=data.declared_units, fingerprint=data.fingerprint,
-            config_hash=self.config_hash, private=self.private,
-        )  # fmt: skip
+            dataset=data.name,
+            run=self.run,
+            stage=self.algorithm.name,
+            step=step,
+            attempt=attempt,
+            split=data.split,
+            low=data.low,
+            high=data.high,
+            sampling_rate=plan.sampling_rate,
+            noise_multiplier=sigma,
+            metrics_noise_multiplier=metrics_sigma,
+            passes=plan.passes,
+            max_grad_norm=config.max_grad_norm,
+            unit=data.unit,
+            units=data.declared_units,
+            fingerprint=data.fingerprint,
+            config_hash=self.config_hash,
+            private=self.private,
+        )
 
     def _check_same_run(self) -> None:
         for intent in self.ledger.intents(run=self.run, stage=self.algorithm.name):
@@ -270,11 +285,16 @@ class Stage:
             try:
                 needed = [
                     accountant.noise_multiplier(
-                        target, plan.target_delta, sampling_rate=plan.sampling_rate, steps=steps, passes=plan.passes,
-                        metrics_noise_ratio=self.config.metrics_noise_ratio, spent=releases,
+                        target,
+                        plan.target_delta,
+                        sampling_rate=plan.sampling_rate,
+                        steps=steps,
+                        passes=plan.passes,
+                        metrics_noise_ratio=self.config.metrics_noise_ratio,
+                        spent=releases,
                     )
                     for target, releases in limits
-                ]  # fmt: skip
+                ]
             except DPAlignError:
                 return math.inf
             return max(plan.noise_multiplier, *needed)
@@ -358,8 +378,10 @@ class Stage:
         tensors = {f"model/{n}": t for n, t in self.model.stage_state().items()}
         tensors |= optimizer_tensors(self.optimizer, self.gradients.names)
         state = {
-            "algorithm": self.algorithm.state(), "fingerprint": self.data.fingerprint, "config_hash": self.config_hash
-        }  # fmt: skip
+            "algorithm": self.algorithm.state(),
+            "fingerprint": self.data.fingerprint,
+            "config_hash": self.config_hash,
+        }
         save_checkpoint(self.folder / where, step, tensors, state)
 
     def _resume(self) -> int | None:

@@ -23,9 +23,15 @@ class DPAdamBC(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-        noise_deviation: float, floor: float,
-    ) -> None:  # fmt: skip
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        noise_deviation: float,
+        floor: float,
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self.noise_deviation, self.floor = noise_deviation, floor

@@ -72,13 +72,15 @@ def plan_stage(name: str, config: TrainingConfig, units: float) -> StagePlan:
     else:
         assert config.target_epsilon is not None
         sigma = accountant.noise_multiplier(
-            config.target_epsilon, delta, sampling_rate=rate, steps=steps, passes=config.passes,
+            config.target_epsilon,
+            delta,
+            sampling_rate=rate,
+            steps=steps,
+            passes=config.passes,
             metrics_noise_ratio=config.metrics_noise_ratio,
-        )  # fmt: skip
+        )
     if sigma > 0 and config.clipping == "none":
         raise DPAlignError("clipping none has unbounded sensitivity: it is only for target_epsilon inf.")
-    plan = StagePlan(
-        steps, rate, config.passes, config.minibatches, sigma, config.metrics_noise_ratio, 0.0, delta, 0.0
-    )  # fmt: skip
+    plan = StagePlan(steps, rate, config.passes, config.minibatches, sigma, config.metrics_noise_ratio, 0.0, delta, 0.0)
     plan = plan.at(sigma, 0.0)
     return replace(plan, target_epsilon=plan.epsilon if config.target_epsilon is None else config.target_epsilon)
