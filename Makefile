@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	$(BIN)/dpalign quickstart $(if $(filter 1,$(COMPARE)),--compare) $(ARGS)
 
 test: .venv/installed-test
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -35,7 +35,7 @@ from dpalign.algorithms import ppo
 from dpalign.algorithms.base import unit_means
 from dpalign.algorithms.ppo import PPO, PPOConfig
 from dpalign.gradients import PerUnitGradients
-from dpalign.models.policy import AdapterConfig, Policy
+from dpalign.models import AdapterConfig, Policy
 from dpalign.privacy.entropy import SystemEntropy
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.rewards import Reward

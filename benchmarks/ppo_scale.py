@@ -25,7 +25,7 @@ from models import gpt2, word_tokenizer
 from ppo_iteration import DPPPO
 
 from dpalign.algorithms.ppo import PPOConfig
-from dpalign.models.policy import AdapterConfig, Policy
+from dpalign.models import AdapterConfig, Policy
 
 SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}  # layers, hidden, heads
 PHASES = ("generate", "reference", "train")

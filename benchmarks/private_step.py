@@ -41,7 +41,7 @@ from models import gpt2, word_tokenizer
 from torch import Tensor, nn
 
 from dpalign.gradients import PerUnitGradients
-from dpalign.models.policy import AdapterConfig, Policy
+from dpalign.models import AdapterConfig, Policy
 from dpalign.privacy.entropy import SystemEntropy
 from dpalign.privacy.mechanism import GaussianMechanism
 

@@ -179,10 +179,10 @@ def test_a_killed_sequential_run_ends_within_its_target(tmp_path, capsys, monkey
     recipe = one_name(tmp_path, reward=REWARD | {"max_steps": 8, "save_steps": 2})
     step = Stage._step
 
-    def dies(self, phase, positions, sigma, entropy, number):
+    def dies(self, phase, positions, sample, number):
         if self.algorithm.name == "reward" and number == 5:
             raise KeyboardInterrupt
-        return step(self, phase, positions, sigma, entropy, number)
+        return step(self, phase, positions, sample, number)
 
     monkeypatch.setattr(Stage, "_step", dies)
     assert call(capsys, "run", recipe, "--json").status == 130

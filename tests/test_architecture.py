@@ -32,10 +32,14 @@ def imports_of(file: Path) -> set[str]:
     package = ("dpalign", *file.relative_to(SOURCE).with_suffix("").parts)[:-1]
     rooms = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            target = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
-            names = [target[1]] if len(target) > 1 and target[1] else [alias.name for alias in node.names]
-            rooms |= {name for name in names if name in LEVEL}
+        targets: list[tuple[str, ...]] = []
+        if isinstance(node, ast.Import):
+            targets = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            front = package[: len(package) - node.level + 1] if node.level else ()
+            named = (*front, *(node.module.split(".") if node.module else ()))
+            targets = [(*named, alias.name) for alias in node.names]
+        rooms |= {target[1] for target in targets if target[0] == "dpalign" and len(target) > 1 and target[1] in LEVEL}
     return rooms
 
 
@@ -52,6 +56,31 @@ def test_imports_go_down_only():
 
 def test_an_upward_import_is_seen(tmp_path, monkeypatch):
     (tmp_path / "privacy").mkdir()
-    (tmp_path / "privacy" / "bad.py").write_text("from ..training.loop import Stage\nfrom .. import pipeline\n")
+    lines = ["from ..training.loop import Stage", "from .. import pipeline", "import dpalign.recipe", "import json"]
+    lines += ["from dpalign.models import Policy", "from dpalign import data", "from .entropy import SystemEntropy"]
+    (tmp_path / "privacy" / "bad.py").write_text("\n".join(lines))
     monkeypatch.setattr("test_architecture.SOURCE", tmp_path)
-    assert set(upward(tmp_path / "privacy" / "bad.py")) == {"privacy -> training", "privacy -> pipeline"}
+    seen = {f"privacy -> {room}" for room in ("training", "pipeline", "recipe", "models", "data")}
+    assert set(upward(tmp_path / "privacy" / "bad.py")) == seen
+
+
+def test_units_are_reached_through_the_gate_alone():
+    """Nobody else samples, builds a mechanism or writes to the ledger: a step is journaled, drawn and answered there."""
+    doors = {
+        str(file.relative_to(SOURCE))
+        for file in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-1] in ("poisson_sample", "GaussianMechanism", "Intent")
+    }
+    assert doors == {"privacy/gate.py", "privacy/ledger.py"}  # the ledger reads its rows
+
+
+def test_no_function_is_longer_than_a_page():
+    long = [
+        f"{file.relative_to(SOURCE)}: {node.name}"
+        for file in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    assert not long

@@ -163,6 +163,9 @@ REWARD_MODEL = {
     "not a reward model": (lambda folder: reward("", source=f"reward_model:{folder}"), "not the release of a reward model"),
     "both ppo and rloo": ({"rloo": {"max_steps": 1}}, "keep one of them"),
     "evaluation of nothing": ({"ppo": None, "evaluation": {}}, "add one of them"),
+    "rloo longer than the model": (
+        {"ppo": None, "rloo": {"max_completion_length": 5000}}, "stage rloo needs",
+    ),
     "one rollout for rloo": ({"ppo": None, "rloo": {"num_generations": 1}}, "must be at least 2"),
     "judges overlap": (
         lambda folder: pairs()(folder) | {

@@ -76,7 +76,7 @@ def secrets(monkeypatch) -> Secrets:
     monkeypatch.setattr(GaussianMechanism, "add", watched_add)
     monkeypatch.setattr(GaussianMechanism, "release", watched_release)
     monkeypatch.setattr(SystemEntropy, "bytes", watched_bytes)
-    monkeypatch.setattr("dpalign.training.loop.poisson_sample", draw)
+    monkeypatch.setattr("dpalign.privacy.gate.poisson_sample", draw)
     return found
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from copy import deepcopy
 
 import pytest
 
+from dpalign.cli.parsing import recipe_from
+from dpalign.cli.plan_recipe import plan_of
 from dpalign.privacy import accountant
-from helpers import call
+from helpers import call, write_recipe
 
 # units, batch size, steps, golden noise multiplier at epsilon 4 and delta 4e-5 (dp-accounting PLD, checked twice)
 GOLDEN = [
@@ -102,3 +105,11 @@ def test_default_delta_and_the_table(capsys):
 )
 def test_what_cannot_be_planned(capsys, arguments, says):
     assert says in call(capsys, "plan", "--units", 100, *arguments, "--json").error
+
+
+def test_planning_leaves_the_recipe_as_it_was(tmp_path):
+    """The number of units is counted for the plan; a run with the same recipe still counts for itself."""
+    given = recipe_from("plan", [str(write_recipe(tmp_path))], "")
+    before = deepcopy(given)
+    plan = plan_of(given)
+    assert plan["stages"][0]["units"] == 32 and given == before and given.data.declared_units is None

@@ -13,10 +13,10 @@ from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig
 from dpalign.pipeline import _remember_origins, _same_origins
 from dpalign.planning import Origin
-from dpalign.privacy.accountant import epsilon
+from dpalign.privacy.accountant import SampledGaussian, epsilon
 from dpalign.privacy.ledger import Intent, Ledger
+from dpalign.privacy.statement import StageStatement, account
 from dpalign.reporting.numbers import at_most
-from dpalign.reporting.statement import StageStatement, account
 from dpalign.training import Stage
 from helpers import call, ledger_rows, reviews, statement, write_jsonl, write_recipe
 from tiny import dataset, tiny_policy, words
@@ -26,7 +26,7 @@ ORIGIN = Origin("old", (), ())
 SPENT = StageStatement(
     stage="sft", dataset="d", part=(0.0, 1.0), split="s", unit="record", declared_units=9.0, max_grad_norm=1.0,
     epsilon_alone=1.0, private=True, id="a",
-    mechanisms=[{"sampling_rate": 0.5, "noise_multiplier": 2.0, "steps": 3, "metrics_noise_multiplier": float("inf")}],
+    mechanisms=[SampledGaussian(0.5, 2.0, 3)],
 )  # fmt: skip
 INTENT = Intent(
     dataset="d", run="run", stage="sft", step=0, attempt=0, split="s", low=0.0, high=1.0, sampling_rate=0.5,

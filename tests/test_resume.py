@@ -141,6 +141,21 @@ def test_other_settings_are_refused(change, fork, capsys):
     assert ledger_rows(fork) == rows
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--sft.micro_batch_size", 3, "--ppo.micro_batch_size", 5, "--num_threads", 1),
+        ("--sft.gradient_checkpointing", "true", "--sft.save_steps", 2, "--sft.logging_steps", 3),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_on_a_smaller_machine(change, fork, capsys):
+    """What costs memory or time only is no other setting: nothing that is released depends on it."""
+    done = call(capsys, "run", fork / "recipe.yaml", *change, "--json")
+    assert done.json["epsilon"] <= 2 and "stage sft resumes after step 5 of 14" in done.err
+    assert ledger_rows(fork, stage="sft", attempt=1) == STEPS - SAVED
+
+
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
 def test_a_corrupt_checkpoint_is_one_sentence_and_its_loss_a_roll_back(file, fork, capsys):
     rows, epsilon = ledger_rows(fork), spent(capsys, fork)

@@ -18,6 +18,7 @@ from transformers import (
 from dpalign.data import UnitDataset
 from dpalign.data.load import Record
 from dpalign.models import Policy
+from dpalign.privacy.parts import Part
 
 VOCABULARY = 96
 
@@ -61,6 +62,6 @@ def words(count: int, seed: int) -> str:
 def dataset(units: list[list[Record]], declared: float | None = None) -> UnitDataset:
     """Units as they are; a unit's id is the `id` column of its first record."""
     return UnitDataset(
-        name="tiny", units=units, ids=[str(unit[0]["id"]).encode() for unit in units], low=0.0, high=1.0,
+        part=Part("tiny"), units=units, ids=[str(unit[0]["id"]).encode() for unit in units],
         declared_units=float(declared or len(units)), unit="record", fingerprint="none",
     )  # fmt: skip

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,10 @@ from .planning import (
 )
 from .privacy.accountant import SampledGaussian
 from .privacy.ledger import Intent, Ledger
+from .privacy.statement import PrivacyStatement, StageStatement, state_privacy
 from .recipe import Recipe
 from .reporting.progress import Reporter
 from .reporting.release import write_release, write_reward_model
-from .reporting.statement import PrivacyStatement, StageStatement, state_privacy
 from .rewards import Reward, RewardFunction, load_reward, normalize
 from .rewards.load import RELEASED
 from .training import Stage
@@ -71,9 +71,11 @@ class Run:
     identity: str
     ledger: Ledger
     delta: float
+    origins: dict[str, Origin]
     earlier: list[StageStatement]
     before: list[StageStatement]
     planned: dict[str, PlannedStage]
+    records: dict[str, list[Record]]
     data: dict[str, UnitDataset]
     assumptions: list[str]
     policy: Policy | None = None
@@ -120,59 +122,67 @@ def run_recipe(
     """
     started = time.monotonic()
     _quiet_libraries()
-    reporter = reporter or Reporter(quiet=True)
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
+    _check_stages(recipe)
+    folder = Path(recipe.output_dir)
+    with _locked(private_folder(folder / "private")), closing(_open_ledger(recipe)) as ledger:
+        run = _begin(recipe, folder, ledger, records, reporter or Reporter(quiet=True))
+        run.policy, run.reward_model = policy, reward_model
+        _load_models(run, reward_function)
+        _remember_origins(run.private, run.origins)  # from here on the run rests on them
+        for name in run.planned:
+            _STAGES[name](run)
+        return _finish(run, started)
+
+
+def _check_stages(recipe: Recipe) -> None:
     if not recipe.stages:
         raise DPAlignError("the recipe has no stage: give it a section sft, reward, ppo or rloo.")
     if recipe.ppo is not None and recipe.rloo is not None:
         raise DPAlignError("the recipe has both ppo and rloo: keep one of them.")
     if recipe.evaluation is not None and recipe.rollouts is None:
         raise DPAlignError("stage evaluation measures what ppo or rloo has trained: add one of them.")
-    folder = Path(recipe.output_dir)
-    private = private_folder(folder / "private")
-    with _locked(private):
-        ledger = _open_ledger(recipe)
-        identity = _run_identity(private, folder, ledger)
-        origins = _same_origins(private, check_provenance(recipe), ledger.intents(run=identity))
-        earlier = past_stages(origins)
-        records = records or read_stage_records(recipe, private / "cache")
-        data, assumptions = stage_units(recipe, records, ledger)
-        delta = run_delta(recipe, records)
-        before = [*earlier, *stages_elsewhere(identity, ledger, delta, recipe)]
-        planned = plan_recipe(recipe, data, delta, before)
-        check_budget(recipe, planned, before, delta)
-        run = Run(
-            recipe,
-            reporter,
-            folder,
-            private,
-            identity,
-            ledger,
-            delta,
-            earlier,
-            before,
-            planned,
-            data,
-            sorted({*assumptions, *_assumed(recipe, origins)}),
-            policy,
-            reward_model,
-        )
-        _load_models(run, records, reward_function)
-        _remember_origins(private, origins)  # from here on the run rests on them
-        for name in planned:
-            _STAGES[name](run)
-        summary = _finish(run, started)
-        ledger.close()
-    return summary
+
+
+def _begin(
+    recipe: Recipe, folder: Path, ledger: Ledger, records: dict[str, list[Record]] | None, reporter: Reporter
+) -> Run:
+    """Everything about a run that needs no model: its past, its units and its budget."""
+    private = folder / "private"
+    identity = _run_identity(private, folder, ledger)
+    origins = _same_origins(private, check_provenance(recipe), ledger.intents(run=identity))
+    earlier = past_stages(origins)
+    records = records or read_stage_records(recipe, private / "cache")
+    data, assumptions = stage_units(recipe, records, ledger)
+    delta = run_delta(recipe, records)
+    before = [*earlier, *stages_elsewhere(identity, ledger, delta, recipe)]
+    planned = plan_recipe(recipe, data, delta, before)
+    check_budget(recipe, planned, before, delta)
+    return Run(
+        recipe=recipe,
+        reporter=reporter,
+        folder=folder,
+        private=private,
+        identity=identity,
+        ledger=ledger,
+        delta=delta,
+        origins=origins,
+        earlier=earlier,
+        before=before,
+        planned=planned,
+        records=records,
+        data=data,
+        assumptions=sorted({*assumptions, *_assumed(recipe, origins)}),
+    )
 
 
 # Models and checks of the records ------------------------------------------------------------------------------------
 
 
-def _load_models(run: Run, records: dict[str, list[Record]], reward_function: RewardFunction | None) -> None:
+def _load_models(run: Run, reward_function: RewardFunction | None) -> None:
     # All that can be refused is refused here, before the first draw.
-    recipe, stages = run.recipe, run.recipe.stages
+    recipe, stages, records = run.recipe, run.recipe.stages, run.records
     device = _device(recipe.device)
     if recipe.reward is not None and run.reward_model is None:
         config = recipe.reward.model
@@ -198,7 +208,7 @@ def _load_models(run: Run, records: dict[str, list[Record]], reward_function: Re
         assert run.policy is not None
         for name in {"ppo", "rloo", "evaluation"} & set(stages):
             check_prompt_columns(run.policy, records[name], source[name], recipe.rollouts)
-        check_lengths("ppo", recipe.rollouts, run.policy.model.config)
+        check_lengths("ppo" if recipe.ppo is not None else "rloo", recipe.rollouts, run.policy.model.config)
         if reward_function is not None or recipe.rollouts.reward.source != RELEASED:
             run.reward = load_reward(recipe.rollouts.reward, run.policy.device, reward_function)
         if recipe.reference_reward is not None:
@@ -337,7 +347,7 @@ def _beside(run: Run, name: str) -> tuple[tuple[SampledGaussian, ...], ...]:
     for other, stage in run.planned.items():
         if other == name:
             continue
-        drawn = run.ledger.spendings(run=run.identity, dataset=stage.dataset, stage=other)
+        drawn = run.ledger.spendings(run=run.identity, dataset=stage.part.dataset, stage=other)
         left = stage.plan.steps - sum(s.mechanism.steps for s in drawn)
         others += drawn
         if left > 0 and not any((run.private / other / "final").glob("step-*")):
@@ -387,7 +397,7 @@ def summarize(statement: PrivacyStatement, release: Path) -> dict[str, Any]:
                 "dataset": s.dataset,
                 "units": s.declared_units,
                 "epsilon": s.epsilon_alone,
-                "mechanisms": s.mechanisms,
+                "mechanisms": [asdict(m) for m in s.mechanisms],
             }
             for s in statement.stages
         ],
@@ -433,8 +443,8 @@ def peak_memory_mb() -> float:
 
 def _quiet_libraries() -> None:
     # Their warnings may quote lengths or texts of records.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.simplefilter("ignore")
 
 
@@ -456,10 +466,10 @@ def _run_identity(private: Path, folder: Path, ledger: Ledger) -> str:
     value = json.loads(file.read_text(encoding="utf-8"))
     if value["ledger"] != ledger.identity:
         raise DPAlignError(
-            f"{folder} was begun with another ledger than {ledger.path}: give that one with --ledger, or choose another "
-            "output folder."
+            f"{folder} was begun with another ledger than {ledger.path}: give that one with --ledger, or choose "
+            "another output folder."
         )
-    return value["run"]
+    return str(value["run"])
 
 
 def _same_origins(private: Path, origins: dict[str, Origin], drawn: list[Intent]) -> dict[str, Origin]:
@@ -493,8 +503,8 @@ def _assumed(recipe: Recipe, origins: dict[str, Origin]) -> set[str]:
     assumed = past_assumptions(origins)
     if recipe.rollouts is not None and recipe.rollouts.synthetic_steps:
         assumed.add(
-            f"{recipe.rollouts.synthetic_steps} updates on prompts that the model wrote itself read no record: they rest on "
-            "the model and the reward"
+            f"{recipe.rollouts.synthetic_steps} updates on prompts that the model wrote itself read no record: they "
+            "rest on the model and the reward"
         )
     return assumed
 

@@ -1,4 +1,4 @@
-"""Everything between a recipe and its first draw: whose data each stage may sample, what it will spend, what is refused."""
+"""Everything between a recipe and its first draw: whose data a stage may sample, what it spends, what is refused."""
 
 from __future__ import annotations
 
@@ -19,35 +19,32 @@ from .models import embedded
 from .privacy import accountant
 from .privacy.accountant import SampledGaussian
 from .privacy.budget import StageBudget, allocate
-from .privacy.ledger import Ledger, Spending
-from .recipe import STAGES, Recipe
-from .reporting.statement import (
-    PrivacyStatement,
+from .privacy.ledger import Ledger
+from .privacy.parts import Part, Spending, epsilon_of, met
+from .privacy.statement import (
     StageStatement,
-    epsilon_of,
     merge_stages,
     read_statement,
     state_privacy,
 )
+from .recipe import STAGES, Recipe
 from .rewards import is_reward_model
 from .rewards.load import RELEASED
 from .training import StagePlan, plan_stage
 
-Part = tuple[float, float]
+Range = tuple[float, float]  # of the hash
 
 
 @dataclass(frozen=True)
 class PlannedStage:
     """A stage before anything was drawn.
 
-    part: the range of the dataset's hash that its units come from. alone: the plan with the whole budget for itself.
-    plan: the plan that runs.
+    part: the units that it may sample; without data at hand its identity is empty. units: how many they are, declared.
+    alone: the plan with the whole budget for itself. plan: the plan that runs.
     """
 
     name: str
     config: Any
-    dataset: str
-    split: str
     part: Part
     units: float
     unit: str
@@ -60,7 +57,7 @@ class PlannedStage:
 
     def at(self, plan: StagePlan) -> Spending:
         """What it spends under a plan."""
-        return Spending(self.dataset, "", self.name, self.split, *self.part, plan.mechanism())
+        return Spending(self.part, plan.mechanism(), stage=self.name)
 
 
 # The data ------------------------------------------------------------------------------------------------------------
@@ -102,7 +99,7 @@ def stage_units(
     return data, sorted(set(assumptions))
 
 
-def split_parts(recipe: Recipe) -> dict[str, Part]:
+def split_parts(recipe: Recipe) -> dict[str, Range]:
     """Range of the hash for each stage; stages on one dataset get disjoint ranges, in order, unless it gives ranges.
 
     With `split` given, its keys fix the parts even for stages that this run skips, so that `dpalign sft`
@@ -125,7 +122,7 @@ def split_parts(recipe: Recipe) -> dict[str, Part]:
             f"split {split}: fractions make disjoint parts; leave split out (--split null) for stages that share all "
             "units, or give every stage a range [low, high]."
         )
-    parts: dict[str, Part] = {}
+    parts: dict[str, Range] = {}
     configs = {name: recipe.data_of(name) for name in recipe.stages}
     for dataset in {c.name for c in configs.values()}:
         sharing = [n for n in configs if configs[n].name == dataset]
@@ -168,13 +165,14 @@ def plan_recipe(
     for name in recipe.stages:
         source, config = recipe.data_of(name), stage_config(recipe, name, delta)
         if data is not None:
-            units, split, unit = data[name].declared_units, data[name].split, data[name].unit
+            part, units, unit = data[name].part, data[name].declared_units, data[name].unit
         else:
-            units, split, unit = _declared_units(recipe, name, parts[name]), "", source.unit or "record"
+            part = Part(source.name, "", *parts[name])
+            units, unit = _declared_units(recipe, name, parts[name]), source.unit or "record"
         is_evaluation = isinstance(config, PrivateEvaluationConfig)
         alone = plan_evaluation(config, units) if is_evaluation else plan_stage(name, config, units)
-        stages[name] = PlannedStage(name, config, source.name, split, parts[name], units, unit, alone, alone)
-    kinds = {(s.dataset, s.unit) for s in stages.values()} | {(s.dataset, s.unit) for s in earlier}
+        stages[name] = PlannedStage(name, config, part, units, unit, alone, alone)
+    kinds = {(s.part.dataset, s.unit) for s in stages.values()} | {(s.dataset, s.unit) for s in earlier}
     if len(kinds) > len({dataset for dataset, _ in kinds}):
         raise DPAlignError("two stages name different units of one dataset: use one data.unit throughout.")
     _check_allocation(recipe, stages)
@@ -198,12 +196,10 @@ def _check_allocation(recipe: Recipe, stages: dict[str, PlannedStage]) -> None:
         )
     held_out = stages.get("evaluation")
     for name, stage in stages.items():
-        if held_out is None or name == "evaluation" or stage.dataset != held_out.dataset:
-            continue
-        if max(stage.part[0], held_out.part[0]) < min(stage.part[1], held_out.part[1]):
+        if held_out is not None and stage is not held_out and stage.part.overlaps(held_out.part):
             raise DPAlignError(
-                f"stages evaluation and {name} share units, so nothing would be held out: give evaluation a range of its own "
-                "(split), or evaluation_data."
+                f"stages evaluation and {name} share units, so nothing would be held out: give evaluation a range of "
+                "its own (split), or evaluation_data with a name of its own."
             )
 
 
@@ -223,20 +219,15 @@ def _beside_others(
     stage: PlannedStage, stages: dict[str, PlannedStage], spent: list[Spending], target: float
 ) -> PlannedStage:
     # A parallel recipe too may have stages that meet: ranges that overlap, or a release of the same data.
-    met = beside(stage, [*(s.spending for name, s in stages.items() if name != stage.name), *spent])
-    if not any(met):
+    others = beside(stage, [*(s.spending for name, s in stages.items() if name != stage.name), *spent])
+    if not any(others):
         return stage
-    return replace(stage, plan=replace(stage.plan, target_epsilon=target, beside=met))
+    return replace(stage, plan=replace(stage.plan, target_epsilon=target, beside=others))
 
 
 def beside(stage: PlannedStage, others: list[Spending]) -> tuple[tuple[SampledGaussian, ...], ...]:
     """What `others` spend on the units of a stage, for each of the sets of them that a unit may meet."""
-    low, high = stage.part
-    others = [s for s in others if s.dataset == stage.dataset]
-    others = [replace(s, low=0.0, high=1.0) if s.split != stage.split else s for s in others]
-    starts = sorted({low, *(s.low for s in others if low <= s.low < high)})
-    met = {tuple(s.mechanism for s in others if s.low <= start < s.high) for start in starts}
-    return tuple(sorted(met, key=str))
+    return tuple(sorted(met(others, stage.part), key=str))
 
 
 def check_budget(recipe: Recipe, stages: dict[str, PlannedStage], earlier: list[StageStatement], delta: float) -> float:
@@ -248,23 +239,9 @@ def check_budget(recipe: Recipe, stages: dict[str, PlannedStage], earlier: list[
     Raises:
         DPAlignError: it is more than the target.
     """
-    planned = list(earlier)
-    for stage in stages.values():
-        planned.append(
-            StageStatement(
-                stage=stage.name,
-                dataset=stage.dataset,
-                part=stage.part,
-                split=stage.split,
-                unit=stage.unit,
-                declared_units=stage.units,
-                max_grad_norm=getattr(stage.config, "max_grad_norm", 1.0),
-                epsilon_alone=stage.plan.epsilon,
-                mechanisms=[asdict(stage.plan.mechanism())],
-                private=stage.plan.noise_multiplier > 0,
-            )
-        )
-    together = epsilon_of(planned, delta)
+    known = all(stage.private for stage in earlier) and all(s.plan.noise_multiplier > 0 for s in stages.values())
+    spendings = [sp for stage in earlier for sp in stage.spendings()] + [stage.spending for stage in stages.values()]
+    together = epsilon_of(spendings, delta) if known else math.inf
     if together > recipe.target_epsilon:
         raise DPAlignError(
             f"all stages together would spend epsilon {together:.3f} at delta {delta:.3g}, more than the target "
@@ -296,7 +273,7 @@ def run_delta(recipe: Recipe, records: dict[str, list[Record]] | None) -> float:
     return accountant.default_delta(math.ceil(max(totals)))
 
 
-def _declared_units(recipe: Recipe, name: str, part: Part) -> float:
+def _declared_units(recipe: Recipe, name: str, part: Range) -> float:
     declared = recipe.data_of(name).declared_units
     if declared is None:
         raise DPAlignError(f"stage {name} has no data file here and no declared number of units: set declared_units.")
@@ -315,7 +292,7 @@ def parameter_count(recipe: Recipe) -> float | None:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):
-            return float(AutoModelForCausalLM.from_config(config).num_parameters())
+            return float(AutoModelForCausalLM.from_config(config).num_parameters())  # type: ignore[no-untyped-call]
     except (OSError, ValueError):
         return None
 
@@ -334,7 +311,8 @@ class Origin:
     @staticmethod
     def from_json(value: dict[str, Any]) -> Origin:
         """From its fields as JSON has them."""
-        return Origin(value["name"], tuple(PrivacyStatement.stages_from(value)), tuple(value["assumptions"]))
+        stages = tuple(StageStatement.from_json(stage) for stage in value["stages"])
+        return Origin(value["name"], stages, tuple(value["assumptions"]))
 
     @property
     def fingerprint(self) -> str:
@@ -402,8 +380,8 @@ def _past(recipe: Recipe, name: str, is_public: bool) -> Origin:
     if len(datasets) > 1:
         if recipe.units_disjoint != "declared":
             raise DPAlignError(
-                f"the release {name} was trained on {sorted({s.dataset for s in stages})}, which cannot be compared with "
-                "this run's data: use the same data.name, or declare units_disjoint: declared."
+                f"the release {name} was trained on {sorted({s.dataset for s in stages})}, which cannot be compared "
+                "with this run's data: use the same data.name, or declare units_disjoint: declared."
             )
         assumptions.add(f"the units of {', '.join(map(repr, sorted(datasets)))} are disjoint (declared)")
     return Origin(name, tuple(stages), tuple(sorted(assumptions)))

@@ -50,8 +50,8 @@ class _DPTrainer:
     ) -> None:
         if eval_dataset is not None and not (eval_is_public and self.stage == "reward"):
             raise DPAlignError(
-                "eval_dataset would be measured without noise: declare it public with eval_is_public=True (reward models), "
-                "or evaluate the release on public prompts with `dpalign evaluate --eval_is_public`."
+                "eval_dataset would be measured without noise: declare it public with eval_is_public=True (reward "
+                "models), or evaluate the release on public prompts with `dpalign evaluate --eval_is_public`."
             )
         if peft_config is not None:
             args = dataclasses.replace(args, adapter=adapter_from(peft_config))
@@ -120,7 +120,8 @@ class _DPTrainer:
     @property
     def privacy(self) -> dict[str, Any]:
         """The release's privacy statement."""
-        return json.loads((self._release() / "privacy.json").read_text(encoding="utf-8"))
+        value: dict[str, Any] = json.loads((self._release() / "privacy.json").read_text(encoding="utf-8"))
+        return value
 
 
 class DPSFTTrainer(_DPTrainer):

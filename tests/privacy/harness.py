@@ -38,6 +38,7 @@ from dpalign.data import UnitDataset
 from dpalign.data.load import Record
 from dpalign.models import AdapterConfig, AdapterStack, RewardModel
 from dpalign.models.policy import Rollouts
+from dpalign.privacy.gate import Gate
 from dpalign.privacy.ledger import Intent, Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.rewards import Reward, RewardConfig
@@ -82,6 +83,17 @@ def nobody(data: UnitDataset, call: int) -> list[int]:
 def own_coins(data: UnitDataset, call: int) -> list[int]:
     """Each unit with probability 0.6, whoever else is there."""
     return [i for i, unit in enumerate(data.ids) if zlib.crc32(unit + bytes([call])) < 0.6 * 2**32]
+
+
+def through(gate: type[Gate]) -> type[Stage]:
+    """A stage whose units are behind another gate."""
+
+    class Elsewhere(Stage):
+        def __init__(self, *arguments, **settings) -> None:
+            super().__init__(*arguments, **settings)
+            self.gate.__class__ = gate
+
+    return Elsewhere
 
 
 def run_stage(
@@ -150,8 +162,8 @@ def run_stage(
     ledger = ledger or Ledger(":memory:")
     with (
         tempfile.TemporaryDirectory() as temporary,
-        patch("dpalign.training.loop.GaussianMechanism", Recorder),
-        patch("dpalign.training.loop.poisson_sample", draw),
+        patch("dpalign.privacy.gate.GaussianMechanism", Recorder),
+        patch("dpalign.privacy.gate.poisson_sample", draw),
         patch("dpalign.algorithms.rollouts.sample", completions_of_prompts if completions_are_fixed else own_sample),
         suppress(Interrupted),
     ):

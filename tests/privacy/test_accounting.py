@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
-from harness import everyone, ppo, prompts, run_stage
+from harness import everyone, ppo, prompts, run_stage, through
 from opacus.accountants.gdp import GaussianAccountant
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
 from dpalign.privacy.accountant import SampledGaussian, epsilon, noise_multiplier
-from dpalign.privacy.ledger import Spending, composed_epsilon
+from dpalign.privacy.gate import Gate
+from dpalign.privacy.parts import Part, Spending, epsilon_of
 from dpalign.training import Stage
 from tiny import dataset
 
@@ -88,10 +89,10 @@ def test_agrees_with_the_prv_accountant_and_kills_gdp():
 def composition(ppo_part: tuple[float, float], scale: float = 1.0) -> float:
     """Epsilon of an SFT stage on [0, 1/2) and a PPO stage on `ppo_part`, each with epsilon 4 at `scale` 1."""
     stages = [
-        Spending("d", "run", "sft", "split", 0.0, 0.5, SampledGaussian(0.04096, 1.498 * scale, 977)),
-        Spending("d", "run", "ppo", "split", *ppo_part, SampledGaussian(0.02048, 1.6164 * scale, 4883)),
+        Spending(Part("d", "split", 0.0, 0.5), SampledGaussian(0.04096, 1.498 * scale, 977)),
+        Spending(Part("d", "split", *ppo_part), SampledGaussian(0.02048, 1.6164 * scale, 4883)),
     ]
-    return composed_epsilon(stages, DELTA)
+    return epsilon_of(stages, DELTA)
 
 
 def test_disjoint_stages_cost_the_larger_and_overlapping_ones_compose():
@@ -128,9 +129,9 @@ def test_passes_over_one_sample():
     assert epsilon_of_four_passes(passes_for_free) < 4.01
 
 
-class JournalsOnePass(Stage):
-    def _intent(self, step, attempt, sigma):
-        return replace(super()._intent(step, attempt, sigma), passes=1)
+class JournalsOnePass(Gate):
+    def _intent(self, step, number, attempt):
+        return replace(super()._intent(step, number, attempt), passes=1)
 
 
 def epsilon_of_the_ledger(stage_class: type[Stage]) -> float:
@@ -145,7 +146,7 @@ def test_the_ledger_counts_the_passes():
     """PRIVACY test 9 in the loop: three samples, four passes each, are twelve unsampled releases at sigma 8."""
     truth = epsilon([SampledGaussian(1.0, 8.0, 12)], DELTA)
     assert epsilon_of_the_ledger(Stage) == pytest.approx(truth, rel=1e-3)
-    assert epsilon_of_the_ledger(JournalsOnePass) < 0.6 * truth
+    assert epsilon_of_the_ledger(through(JournalsOnePass)) < 0.6 * truth
 
 
 def test_metrics_and_rows_that_are_not_counted():

@@ -20,15 +20,22 @@ from dpalign.models import AdapterConfig, RewardModel
 from dpalign.pipeline import _beside
 from dpalign.planning import PlannedStage, check_budget, plan_recipe
 from dpalign.privacy.accountant import SampledGaussian, epsilon
-from dpalign.privacy.budget import Allocation, StageBudget, allocate, epsilon_together, spending_of
-from dpalign.privacy.ledger import Ledger, Spending
+from dpalign.privacy.budget import Allocation, StageBudget, allocate
+from dpalign.privacy.ledger import Ledger
+from dpalign.privacy.parts import Part, Spending, epsilon_of
+from dpalign.privacy.statement import StageStatement
 from dpalign.recipe import Recipe
-from dpalign.reporting.statement import StageStatement
 from dpalign.training import Stage, StagePlan, plan_stage
 from tiny import dataset, tiny_policy, words
 
-Part = tuple[float, float]
-ALL: Part = (0.0, 1.0)
+Range = tuple[float, float]
+ALL: Range = (0.0, 1.0)
+
+
+def spending_of(stage: str, dataset: str, identity: str, within: Range, mechanism: SampledGaussian) -> Spending:
+    """What no run has spent yet."""
+    return Spending(Part(dataset, identity, *within), mechanism, stage=stage)
+
 
 # Golden values -----------------------------------------------------------------------------------------------
 
@@ -61,12 +68,12 @@ def test_the_papers_sizes(sizes, delta, sequential, within, inflation, near):
     for name, (_, plan) in alone.items():
         assert plan.noise_multiplier == pytest.approx(sizes[name][3], rel=2e-3) and 3.98 < plan.epsilon <= 4
     stages = [budget for budget, _ in alone.values()]
-    assert epsilon_together([s.spending for s in stages], delta) == pytest.approx(sequential, abs=within)
+    assert epsilon_of([s.spending for s in stages], delta) == pytest.approx(sequential, abs=within)
     factors = allocate(stages, 4.0, delta)
     assert len(set(factors.values())) == 1 and factors["sft"] == pytest.approx(inflation, abs=near)
-    assert 3.98 < epsilon_together([s.at(factors[s.name]) for s in stages], delta) <= 4
+    assert 3.98 < epsilon_of([s.at(factors[s.name]) for s in stages], delta) <= 4
     short = [s.at(0.99 * factors[s.name]) for s in stages]
-    assert epsilon_together(short, delta, quick=True) > 4.01, "mutant: one per cent less noise is too little"
+    assert epsilon_of(short, delta, quick=True) > 4.01, "mutant: one per cent less noise is too little"
 
 
 # Allocation --------------------------------------------------------------------------------------------------
@@ -87,7 +94,9 @@ def plan(name: str, given: float | None) -> StagePlan:
     return plan_stage(name, config, units)
 
 
-def budgets(parts: Mapping[str, Part], fixed: Mapping[str, float] | None = None, split: str = "s") -> list[StageBudget]:
+def budgets(
+    parts: Mapping[str, Range], fixed: Mapping[str, float] | None = None, split: str = "s"
+) -> list[StageBudget]:
     """Stages of `SIZES` on their parts of one dataset, each planned alone."""
     given = fixed or {}
     return [
@@ -101,7 +110,7 @@ def budgets(parts: Mapping[str, Part], fixed: Mapping[str, float] | None = None,
 def brute_force(spendings: list[Spending]) -> float:
     """The worst unit's epsilon: for every place of a unit, the stages whose part contains it, composed."""
     places = [i / 1000 + 1 / 2000 for i in range(1000)]
-    met = {tuple(s.mechanism for s in spendings if s.low <= place < s.high) for place in places}
+    met = {tuple(s.mechanism for s in spendings if s.part.low <= place < s.part.high) for place in places}
     return max(epsilon(mechanisms, DELTA, quick=True) for mechanisms in met)
 
 
@@ -127,7 +136,7 @@ def test_mixed_parts_against_brute_force(parts, groups):
     """Never above the target at any place; stages that meet nobody keep their noise; no budget is left lying."""
     stages = budgets(parts)
     factors, spendings = allocated(stages)
-    assert epsilon_together(spendings, DELTA, quick=True) == pytest.approx(brute_force(spendings), rel=1e-9)
+    assert epsilon_of(spendings, DELTA, quick=True) == pytest.approx(brute_force(spendings), rel=1e-9)
     for group in groups:
         together = [s for s in spendings if s.stage in group]
         assert 0.985 * TARGET < brute_force(together) <= TARGET
@@ -149,7 +158,7 @@ def test_parts_of_different_splits_cannot_be_told_apart():
     factors, spendings = allocated(stages)
     assert min(factors.values()) > 1.05
     assert epsilon([s.mechanism for s in spendings], DELTA) <= TARGET
-    other = replace(stages[1], spending=replace(stages[1].spending, dataset="e"))
+    other = replace(stages[1], spending=replace(stages[1].spending, part=replace(stages[1].spending.part, dataset="e")))
     assert allocated([stages[0], other])[0] == {"sft": 1, "ppo": 1}  # another name: disjoint by check or declaration
 
 
@@ -205,7 +214,7 @@ def test_earlier_releases_on_the_same_data_are_paid_first():
     factors, spendings = allocated(stages, spent=(spent,))
     assert factors["sft"] > 1 == factors["ppo"]
     assert 0.985 * TARGET < brute_force([*spendings, spent]) <= TARGET
-    elsewhere = replace(spent, dataset="e")
+    elsewhere = replace(spent, part=replace(spent.part, dataset="e"))
     assert allocated(stages, spent=(elsewhere,))[0] == {"sft": 1, "ppo": 1}
 
 
@@ -255,10 +264,10 @@ def test_a_planned_recipe_keeps_its_target_and_every_stage_knows_its_neighbours(
     planned = plan_recipe(recipe(split=split), None, DELTA, [])
     assert 0.985 * TARGET < brute_force(mechanisms(planned)) <= TARGET
     for stage in planned.values():
-        low, high = stage.part
+        low, high = stage.part.low, stage.part.high
         others = [s.spending for s in planned.values() if s is not stage]
         met = {
-            frozenset(o.mechanism for o in others if o.low <= place < o.high)
+            frozenset(o.mechanism for o in others if o.part.low <= place < o.part.high)
             for place in (low + (high - low) * (i + 0.5) / 400 for i in range(400))
         }
         beside = {frozenset(o) for o in stage.plan.beside}
@@ -311,7 +320,7 @@ def test_the_stages_of_an_earlier_release_are_paid_first():
     earlier = StageStatement(
         stage="sft", dataset="d", part=ALL, split="", unit="record", declared_units=2000, max_grad_norm=1.0,
         epsilon_alone=epsilon([mechanism], DELTA), private=True,
-        mechanisms=[{"sampling_rate": 0.05, "noise_multiplier": 2.0, "steps": 100}],
+        mechanisms=[mechanism],
     )  # fmt: skip
     ppo = recipe(("ppo",))
     planned = plan_recipe(ppo, None, DELTA, [earlier])
@@ -340,10 +349,10 @@ RECORDS = [
 class DiesAt(Stage):
     """Dies when step 6 of 12 has been drawn; steps 1 to 4 are saved."""
 
-    def _step(self, phase, positions, sigma, entropy, step):
+    def _step(self, phase, positions, sample, step):
         if step == 5:
             raise KeyboardInterrupt
-        return super()._step(phase, positions, sigma, entropy, step)
+        return super()._step(phase, positions, sample, step)
 
 
 class ForgetsTheOthers(Stage):

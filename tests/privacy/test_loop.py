@@ -27,6 +27,7 @@ from harness import (
     texts,
 )
 
+from dpalign.privacy.gate import Sample
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.training import Stage
@@ -43,11 +44,14 @@ class NoisePerMicroBatch(GaussianMechanism):
 
 
 class NoNoiseAfterFirstPass(Stage):
-    def _step(self, phase, positions, sigma, entropy, step):
+    """The later passes use a mechanism of their own making instead of the sample's."""
+
+    def _step(self, phase, positions, sample, step):
         plan, self.plan = self.plan, replace(self.plan, passes=1)
-        super()._step(phase, positions, sigma, entropy, step)
+        super()._step(phase, positions, sample, step)
+        silent = replace(sample.step, mechanism=replace(sample.step.mechanism, noise_multiplier=0.0))
         for _ in range(plan.passes - 1):
-            super()._step(phase, positions, 0.0, entropy, step)
+            super()._step(phase, positions, Sample(silent, sample.units, sample.coins), step)
         self.plan = plan
 
 
@@ -120,8 +124,8 @@ def test_one_intent_per_phase_is_found():
 
 
 class SkipsEmpty(Stage):
-    def _step(self, phase, positions, sigma, entropy, step):
-        return super()._step(phase, positions, sigma, entropy, step) if positions else None
+    def _step(self, phase, positions, sample, step):
+        return super()._step(phase, positions, sample, step) if positions else None
 
 
 def noisy_steps(algorithm, data, **settings) -> tuple[int, int, int]:
@@ -166,21 +170,21 @@ def test_the_empty_sample_test_kills():
 class StopsEarly(Stage):
     """Drops the second pass where the raw mean score is extreme."""
 
-    def _step(self, phase, positions, sigma, entropy, step):
+    def _step(self, phase, positions, sample, step):
         self.plan = replace(self.plan, passes=1 if phase.scores.abs().mean() > 1e3 else 2)
-        return super()._step(phase, positions, sigma, entropy, step)
+        return super()._step(phase, positions, sample, step)
 
 
 class SkipsNotFinite(Stage):
-    def _step(self, phase, positions, sigma, entropy, step):
-        return super()._step(phase, positions, sigma, entropy, step) if phase.scores.isfinite().all() else None
+    def _step(self, phase, positions, sample, step):
+        return super()._step(phase, positions, sample, step) if phase.scores.isfinite().all() else None
 
 
 class StopsNotFinite(Stage):
-    def _step(self, phase, positions, sigma, entropy, step):
+    def _step(self, phase, positions, sample, step):
         if not phase.scores.isfinite().all():
             raise Interrupted
-        return super()._step(phase, positions, sigma, entropy, step)
+        return super()._step(phase, positions, sample, step)
 
 
 def control_flow(trace: Trace) -> tuple:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import Interrupted, Sampler, nobody, run_stage, sft, texts
+from harness import Interrupted, Sampler, nobody, run_stage, sft, texts, through
 from scipy import stats
 
 from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
+from dpalign.privacy.gate import Gate
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism, MetricRange
 from dpalign.training import Stage
@@ -92,13 +93,13 @@ def largest_correlation(noises: list[np.ndarray]) -> float:
     return max(abs(np.corrcoef(a, b)[0, 1]) for a, b in pairs) * length**0.5
 
 
-class SeededByStep(Stage):
-    def _entropy(self, attempt: int, step: int) -> SystemEntropy:
-        return SeededEntropy(0, f"{step}")
+class SeededByStep(Gate):
+    def _coins(self, attempt: int, number: int) -> SystemEntropy:
+        return SeededEntropy(0, f"{number}")
 
 
-class SeededByAttempt(Stage):
-    def _entropy(self, attempt: int, step: int) -> SystemEntropy:
+class SeededByAttempt(Gate):
+    def _coins(self, attempt: int, number: int) -> SystemEntropy:
         return SeededEntropy(0, f"{attempt}")
 
 
@@ -144,12 +145,12 @@ def noises_rolled_back(stage_class: type[Stage], folder: Path) -> list[np.ndarra
 def test_no_noise_is_used_twice(noises_of: Callable, tmp_path: Path):
     """PRIVACY test 6: noise of different steps and restarts is independent; keys that repeat are found."""
     assert largest_correlation(noises_of(Stage, tmp_path / "fresh")) < 6
-    assert largest_correlation(noises_of(SeededByAttempt, tmp_path / "attempt")) > 20
+    assert largest_correlation(noises_of(through(SeededByAttempt), tmp_path / "attempt")) > 20
 
 
 def test_a_roll_back_with_noise_keyed_by_step_is_found(tmp_path: Path):
     """PRIVACY test 6, mutant: the step alone keys the noise, so a restart repeats it."""
-    assert largest_correlation(noises_rolled_back(SeededByStep, tmp_path)) > 20
+    assert largest_correlation(noises_rolled_back(through(SeededByStep), tmp_path)) > 20
 
 
 class SameForEveryTensor(SystemEntropy):

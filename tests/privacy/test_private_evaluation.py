@@ -71,7 +71,7 @@ def measure(
     plan = plan_evaluation(PrivateEvaluationConfig(noise_multiplier=sigma), data.declared_units)
     reward = reward or Reward(lambda prompts, completions, score: score, LOW, HIGH)
     with (
-        patch("dpalign.evaluation.private.GaussianMechanism", Recorder),
+        patch("dpalign.privacy.gate.GaussianMechanism", Recorder),
         patch("dpalign.evaluation.private.sample", completions_of_prompts),
     ):
         result = evaluate_privately(
@@ -213,7 +213,7 @@ def noise_p_value(entropy: type[SystemEntropy], folder: Path) -> float:
     settings = config(prompt_min_tokens=3, prompt_max_tokens=3)
     middle = {"reward": 1.0, "reward_reference": 1.0, "win_rate": 0.5}
     values = []
-    with patch("dpalign.evaluation.private.SystemEntropy", entropy):
+    with patch("dpalign.privacy.gate.SystemEntropy", entropy):
         for i in range(60):
             result, _ = measure(empty, folder / str(i), settings=settings)
             values += [(result[m] - middle[m]) / result["noise_standard_deviation"][m] for m in middle]

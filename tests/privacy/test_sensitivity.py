@@ -166,9 +166,9 @@ class MicroBatchMean(Stage):
 
 
 class DivideByDrawn(Stage):
-    def _step(self, phase, positions, sigma, entropy, step):
-        self.config.expected_batch_size = max(1, len(positions))
-        return super()._step(phase, positions, sigma, entropy, step)
+    def _step(self, phase, positions, sample, step):
+        sample.step = replace(sample.step, divisor=max(1, len(positions)))
+        return super()._step(phase, positions, sample, step)
 
 
 def cut_by_position(data, call):

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from ..errors import DPAlignError
 from ..models import Policy
 from ..models.generation import write_prompts
 from ..models.policy import Rollouts
@@ -58,9 +59,13 @@ def align_inputs(
         for i in range(0, rows, micro_batch_size):
             rows_here = slice(i, i + micro_batch_size)
             logprobs, _ = policy.completion_logprobs(rollouts[rows_here], min_new_tokens)
-            (-(advantages[rows_here] * logprobs.sum(1)).sum() / rows).backward()
+            (-(advantages[rows_here] * logprobs.sum(1)).sum() / rows).backward()  # type: ignore[no-untyped-call]
         for layer, weight in zip(layers, weights, strict=True):
-            assert weight.grad is not None
+            if weight.grad is None:
+                raise DPAlignError(
+                    "an adapted layer took no part in the loss, so init_a synthetic_gradient has no gradient for it: "
+                    "leave it out of adapter.target_modules."
+                )
             gradient = weight.grad.float().T if layer.fan_in_fan_out else weight.grad.float()  # (out, in)
             a = layer.lora_A[policy.adapters[-1]].weight
             a.data.copy_(leading_inputs(gradient, a.shape[0]))
@@ -74,4 +79,5 @@ def align_inputs(
 
 def leading_inputs(gradient: Tensor, rank: int) -> Tensor:
     """`(rank, in)` orthonormal rows: the leading right singular vectors of an `(out, in)` gradient."""
-    return torch.linalg.svd(gradient, full_matrices=False).Vh[:rank]
+    directions: Tensor = torch.linalg.svd(gradient, full_matrices=False).Vh
+    return directions[:rank]

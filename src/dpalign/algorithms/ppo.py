@@ -88,7 +88,9 @@ class PPO(RolloutAlgorithm):
 
     # 3. Rewards and advantages ---------------------------------------------------------------------------
 
-    def advantages(self, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, scores: Tensor, mask: Tensor):
+    def advantages(
+        self, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, scores: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Generalised advantage estimation on per-token rewards; every row by itself.
 
         Args:

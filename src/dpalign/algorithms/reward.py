@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.load import Record, require_columns
 from ..data.text import render
 from ..errors import DPAlignError
-from ..models import AdapterStack, ModelConfig, RewardModel, TextFormat
+from ..models import ModelConfig, RewardModel, TextFormat
 from ..privacy.mechanism import MetricRange
 from .base import Algorithm, Batch, TrainingConfig
 
@@ -91,8 +91,7 @@ class RewardModelling(Algorithm):
             MetricRange("margin", -wide, wide),
         )
 
-    def setup(self, model: AdapterStack) -> None:
-        assert isinstance(model, RewardModel)
+    def setup(self, model: RewardModel) -> None:
         model.add_adapter(self.name, self.config.adapter)
         model.train_head()
 

@@ -59,7 +59,7 @@ def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
     Args:
         returns: `(rows,)`. group: `(rows,)` int64; every group has the same number of rows, at least 2.
     """
-    _, place = group.unique(return_inverse=True)
+    _, place = group.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     count = torch.bincount(place)[place].to(returns)
     total = returns.new_zeros(len(returns)).index_add_(0, place, returns)[place]
     return returns - (total - returns) / (count - 1)

@@ -6,6 +6,7 @@ A unit is a prompt with its rollouts, or all prompts of a person. Nothing here i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ class RolloutAlgorithm(Algorithm):
         ids: Tensor,
         mask: Tensor,
         prompts: list[str],
-        columns: dict[str, list],
+        columns: dict[str, list[Any]],
         unit_rows: list[list[int]],
     ) -> Experience:
         config = self.config
@@ -216,7 +217,7 @@ class RolloutAlgorithm(Algorithm):
             for start in range(0, count, config.micro_batch_size):
                 batch = self.batch(phase, list(range(start, min(count, start + config.micro_batch_size))))
                 losses, _ = self.row_losses(policy, batch, phase)
-                (losses.sum() / (count * group)).backward()
+                (losses.sum() / (count * group)).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -257,7 +258,7 @@ def encode_prompt(policy: Policy, record: Record, config: RolloutConfig) -> list
     text = render(tokenizer, record["text"])
     low, high = config.prompt_min_tokens, config.prompt_max_tokens
     length = cut_length(text, low or high or 8, high or low or 8)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) < length:
         return None
     front = [tokenizer.bos_token_id] if config.prepend_bos and tokenizer.bos_token_id is not None else []
@@ -289,5 +290,5 @@ def in_micro_batches(policy: Policy, rollouts: Rollouts, config: RolloutConfig) 
 
 def _has_eos(policy: Policy, rollouts: Rollouts) -> Tensor:
     eos = policy.tokenizer.eos_token_id
-    ended = (rollouts.completion_ids == eos) & (rollouts.completion_mask > 0)
+    ended: Tensor = (rollouts.completion_ids == eos) & (rollouts.completion_mask > 0)
     return ended.any(1).float()

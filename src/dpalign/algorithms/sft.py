@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class SFT(Algorithm):
         tensors = tuple(t.to(self.device) for t in (ids, attention, learned))
         return Batch(row_unit.to(self.device), tensors)
 
-    def row_losses(self, policy: Policy, batch: Batch, phase) -> tuple[Tensor, Tensor]:
+    def row_losses(self, policy: Policy, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
         ids, attention, learned = batch.tensors
         # The first token has no prediction, and the last one predicts nothing.
         logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)

@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         print(
-            f"dpalign: internal error {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}; its message "
-            "is withheld because it may quote private data (set DPALIGN_DEBUG=1 to see it yourself).",
+            f"dpalign: internal error {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}; its "
+            "message is withheld because it may quote private data (set DPALIGN_DEBUG=1 to see it yourself).",
             file=sys.stderr,
         )
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ..files import write_json
 from ..models import ModelConfig, Policy
 from ..reporting.progress import Reporter
 from ..reporting.tables import OUTSIDE, print_evaluation
-from ..rewards import RewardConfig, load_reward
+from ..rewards import Reward, RewardConfig, load_reward
 from .arguments import Parser
 
 DESCRIPTION = """Samples one completion per public prompt from each model and measures them side by side:
@@ -69,16 +70,49 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         return evaluate_private.run(arguments, as_json)
     given = _parser().parse_args(arguments)
     _check(given)
+    inputs = _read(given)
+    measured = _measure(given, inputs, Reporter(quiet=as_json))
+    rows = _rows(given, inputs, measured)
+    outside = _outside(given)
+    result = _result(given, rows, outside, inputs.reference_column)
+    if given.output:
+        write_json(Path(given.output), result)
+    labels = short_names(inputs.names)
+    shown = {labels[name]: row for name, row in rows.items()}
+    title = f"{rows[inputs.names[0]]['prompts']:,} public prompts"
+    if given.plot:
+        from ..reporting.plots import plot_evaluation  # imports matplotlib
+
+        plot_evaluation(shown, Path(given.plot), title=f"Reward against KL on {title}", outside=outside)
+    if not as_json:
+        print_evaluation(shown, title, outside, _notes(given, rows, labels, outside) + inputs.no_rouge)
+    return result
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is read before the first model is loaded.
+
+    reference_column: column of the texts for ROUGE; no_rouge: a note on why there is none, where a reader may wonder.
+    names: models in the order of the table; epsilons: what their statements say, None without one.
+    """
+
+    records: list[Record]
+    reference_column: str | None
+    no_rouge: list[str]
+    device: str
+    config: PPOConfig
+    reward: Reward
+    reference_reward: Reward | None
+    judge: Judge | None
+    names: list[str]
+    epsilons: dict[str, float | None]
+
+
+def _read(given: argparse.Namespace) -> _Inputs:
     records = read_records(given.data)
     require_columns(records, [("prompt",), ("text",)], given.data)
-    column, no_rouge = given.reference_column, []
-    lacking = lacking_references(records, "completion")
-    if column is None and not lacking:
-        column = "completion"
-    elif column is None and lacking < len(records):
-        no_rouge = [f"no ROUGE: {lacking} of {len(records)} records have no text in column 'completion'"]
-    if column:
-        reference_texts(records, column, given.data)
+    column, no_rouge = _reference_column(given, records)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
     config = PPOConfig(
         max_prompt_length=given.max_prompt_length,
@@ -110,45 +144,55 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     judge = load_judge(given.judge) if given.judge else None
     names = [*given.models, *([given.baseline] if given.baseline and given.baseline not in given.models else [])]
     epsilons = {name: stated_epsilon(name) for name in names}
+    return _Inputs(records, column, no_rouge, device, config, reward, reference_reward, judge, names, epsilons)
 
-    reporter = Reporter(quiet=as_json)
+
+def _reference_column(given: argparse.Namespace, records: list[Record]) -> tuple[str | None, list[str]]:
+    """The column of reference texts, and a note if `completion` would be it but for records without a text."""
+    column: str | None = given.reference_column
+    no_rouge = []
+    lacking = lacking_references(records, "completion")
+    if column is None and not lacking:
+        column = "completion"
+    elif column is None and lacking < len(records):
+        no_rouge = [f"no ROUGE: {lacking} of {len(records)} records have no text in column 'completion'"]
+    if column:
+        reference_texts(records, column, given.data)
+    return column, no_rouge
+
+
+def _measure(given: argparse.Namespace, inputs: _Inputs, reporter: Reporter) -> dict[str, Measured]:
+    """Every model on the same prompts."""
     measured: dict[str, Measured] = {}
     first: tuple[PublicPrompts, list[str]] | None = None
-    for name in sorted(names, key=lambda n: n != given.baseline):  # a baseline that cannot be loaded is said first
+    column = inputs.reference_column
+    # A baseline that cannot be loaded is said first.
+    for name in sorted(inputs.names, key=lambda n: n != given.baseline):
         with reporter.status(f"measuring {escape(name)}"):
-            policy = Policy.load(ModelConfig(name_or_path=name), device)
-            prompts = _prompts(policy, records, config, given, first)
+            policy = Policy.load(ModelConfig(name_or_path=name), inputs.device)
+            prompts = _prompts(policy, inputs.records, inputs.config, given, first)
             references = reference_texts(prompts.records, column, given.data) if column else None
             measured[name] = measure_policy(
                 policy,
                 prompts,
-                reward,
-                config,
+                inputs.reward,
+                inputs.config,
                 seed=given.seed,
-                reference_reward=reference_reward,
+                reference_reward=inputs.reference_reward,
                 references=references,
             )
             first = first or (prompts, measured[name].prompts)
-    rows: dict[str, dict[str, Any]] = {name: measured[name].evaluation.as_dict() for name in names}
-    for name, row in rows.items():
-        if epsilons[name] is not None:
-            row["epsilon"] = epsilons[name]
-        if given.baseline and name != given.baseline:
-            row |= _against(measured[name], measured[given.baseline], judge, given.judge)
-    outside = _outside(given)
-    result = _result(given, rows, outside, column)
-    if given.output:
-        write_json(Path(given.output), result)
-    labels = short_names(names)
-    shown = {labels[name]: row for name, row in rows.items()}
-    title = f"{rows[names[0]]['prompts']:,} public prompts"
-    if given.plot:
-        from ..reporting.plots import plot_evaluation  # imports matplotlib
+    return measured
 
-        plot_evaluation(shown, Path(given.plot), title=f"Reward against KL on {title}", outside=outside)
-    if not as_json:
-        print_evaluation(shown, title, outside, _notes(given, rows, labels, outside) + no_rouge)
-    return result
+
+def _rows(given: argparse.Namespace, inputs: _Inputs, measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {name: measured[name].evaluation.as_dict() for name in inputs.names}
+    for name, row in rows.items():
+        if inputs.epsilons[name] is not None:
+            row["epsilon"] = inputs.epsilons[name]
+        if given.baseline and name != given.baseline:
+            row |= _against(measured[name], measured[given.baseline], inputs.judge, given.judge)
+    return rows
 
 
 def _parser() -> Parser:

@@ -25,16 +25,16 @@ from ..models import ModelConfig, Policy
 from ..planning import check_lengths
 from ..privacy import accountant
 from ..privacy.ledger import Ledger
+from ..privacy.statement import account, read_statement, state_privacy
 from ..reporting.numbers import all_runs, at_most
-from ..reporting.statement import account, read_statement, state_privacy
 from ..rewards import RewardConfig, load_reward
 from ..rewards.load import RELEASED
 from .arguments import Parser
 
-DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the model and
-of its base, and how often the model wins, as one Gaussian release. It is journaled in the ledger under the data's
-name before anything is read, and adds to what has been spent there: give units that no training has seen, or accept
-the sum that is printed. The same --output_dir gives the same numbers again and spends nothing."""
+DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
+model and of its base, and how often the model wins, as one Gaussian release. It is journaled in the ledger under the
+data's name before anything is read, and adds to what has been spent there: give units that no training has seen, or
+accept the sum that is printed. The same --output_dir gives the same numbers again and spends nothing."""
 EXAMPLE = """example:
   dpalign evaluate runs/x/release --private --dataset_name support-chats-heldout --data heldout.jsonl --epsilon 1 \\
       --reward reward_model:runs/x/reward_model --output_dir runs/x-heldout"""
@@ -42,38 +42,7 @@ EXAMPLE = """example:
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the noisy means, the noise's standard deviations, and what the ledger has now."""
-    parser = Parser(
-        prog="dpalign evaluate --private",
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", help="a release")
-    parser.add_argument("--private", action="store_true", required=True)
-    parser.add_argument("--dataset_name", required=True, help="declared name of the held-out data, the ledger's key")
-    parser.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
-    parser.add_argument("--unit", help="column that names the privacy unit; without one each record is a unit")
-    parser.add_argument("--max_records_per_unit", type=int, default=1)
-    parser.add_argument("--declared_units", type=int, help="public number of units (default: counted, and so public)")
-    parser.add_argument(
-        "--model_is_public", action="store_true", help="declare a model without a privacy statement public"
-    )
-    parser.add_argument("--epsilon", type=float, help="epsilon of the measurement")
-    parser.add_argument("--noise_multiplier", type=float, help="sigma instead of epsilon")
-    parser.add_argument("--delta", type=float, help="default: min(1e-5, 1/(10 units))")
-    parser.add_argument(
-        "--reward", default="vader", help="vader, classifier:PATH, reward_model:PATH or module:function"
-    )
-    parser.add_argument("--reward_is_public", action="store_true", help="declare any reward but vader public")
-    parser.add_argument("--reward_low", type=float, help="declared range of the reward; values are clipped to it")
-    parser.add_argument("--reward_high", type=float)
-    parser.add_argument("--prompt_tokens", type=int, help="cut `text` into prompts of this many tokens (default 8)")
-    parser.add_argument("--max_prompt_length", type=int, default=64)
-    parser.add_argument("--max_completion_length", type=int, default=16)
-    parser.add_argument("--prepend_bos", action="store_true", help="put BOS in front, as the recipes here do")
-    parser.add_argument("--ledger", help="the ledger file (default: as for `dpalign run`)")
-    parser.add_argument("--output_dir", required=True, help="folder of this measurement")
-    given = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
     if (given.epsilon is None) == (given.noise_multiplier is None):
         raise DPAlignError("give exactly one of --epsilon and --noise_multiplier.")
     if given.noise_multiplier == 0 or given.epsilon == math.inf:
@@ -131,12 +100,47 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     return result
 
 
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dpalign evaluate --private",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="a release")
+    parser.add_argument("--private", action="store_true", required=True)
+    parser.add_argument("--dataset_name", required=True, help="declared name of the held-out data, the ledger's key")
+    parser.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
+    parser.add_argument("--unit", help="column that names the privacy unit; without one each record is a unit")
+    parser.add_argument("--max_records_per_unit", type=int, default=1)
+    parser.add_argument("--declared_units", type=int, help="public number of units (default: counted, and so public)")
+    parser.add_argument(
+        "--model_is_public", action="store_true", help="declare a model without a privacy statement public"
+    )
+    parser.add_argument("--epsilon", type=float, help="epsilon of the measurement")
+    parser.add_argument("--noise_multiplier", type=float, help="sigma instead of epsilon")
+    parser.add_argument("--delta", type=float, help="default: min(1e-5, 1/(10 units))")
+    parser.add_argument(
+        "--reward", default="vader", help="vader, classifier:PATH, reward_model:PATH or module:function"
+    )
+    parser.add_argument("--reward_is_public", action="store_true", help="declare any reward but vader public")
+    parser.add_argument("--reward_low", type=float, help="declared range of the reward; values are clipped to it")
+    parser.add_argument("--reward_high", type=float)
+    parser.add_argument("--prompt_tokens", type=int, help="cut `text` into prompts of this many tokens (default 8)")
+    parser.add_argument("--max_prompt_length", type=int, default=64)
+    parser.add_argument("--max_completion_length", type=int, default=16)
+    parser.add_argument("--prepend_bos", action="store_true", help="put BOS in front, as the recipes here do")
+    parser.add_argument("--ledger", help="the ledger file (default: as for `dpalign run`)")
+    parser.add_argument("--output_dir", required=True, help="folder of this measurement")
+    return parser
+
+
 def _refuse_unprivate(given: argparse.Namespace) -> None:
     """The numbers carry one epsilon: what was made from private data without one must not enter them."""
     if stated_epsilon(given.model) is None and not given.model_is_public:
         raise DPAlignError(
-            f"{given.model} has no privacy.json: give a dpalign release, or declare that it was made without private data "
-            "(--model_is_public)."
+            f"{given.model} has no privacy.json: give a dpalign release, or declare that it was made without private "
+            "data (--model_is_public)."
         )
     if stated_epsilon(given.model) == math.inf:
         raise DPAlignError(
@@ -144,8 +148,8 @@ def _refuse_unprivate(given: argparse.Namespace) -> None:
         )
     if is_outside_the_guarantee(given.reward, given.reward_is_public):
         raise DPAlignError(
-            f"reward {given.reward!r} is neither public (--reward_is_public) nor a private release: the measurement would "
-            "have no guarantee."
+            f"reward {given.reward!r} is neither public (--reward_is_public) nor a private release: the measurement "
+            "would have no guarantee."
         )
 
 
@@ -174,7 +178,7 @@ def _identity(folder: Path, given: argparse.Namespace) -> str:
     value = json.loads(file.read_text(encoding="utf-8"))
     if value["asked"] != asked:
         raise DPAlignError(f"{given.output_dir} holds another measurement: choose another --output_dir for this one.")
-    return value["run"]
+    return str(value["run"])
 
 
 def _weights(given: argparse.Namespace) -> list[str]:

@@ -11,8 +11,8 @@ from ..files import replace_folder
 from ..models import ModelConfig, Policy
 from .arguments import Parser
 
-DESCRIPTION = """Copies the release of a run (adapter, tokenizer, card, privacy.json) to a folder, or with --merge writes
-full float32 weights that load without peft. Nothing private is copied."""
+DESCRIPTION = """Copies the release of a run (adapter, tokenizer, card, privacy.json) to a folder, or with --merge
+writes full float32 weights that load without peft. Nothing private is copied."""
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:

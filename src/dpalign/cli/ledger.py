@@ -10,9 +10,10 @@ from rich.table import Table
 
 from ..errors import DPAlignError
 from ..privacy import accountant
-from ..privacy.ledger import Ledger, composed_epsilon, default_path
+from ..privacy.ledger import Ledger, default_path
+from ..privacy.parts import epsilon_of
+from ..privacy.statement import account
 from ..reporting.numbers import all_runs, at_most
-from ..reporting.statement import account
 from .arguments import Parser
 
 DESCRIPTION = """Replays the ledger: every run on a dataset's declared name adds up, finished or not. The ledger is
@@ -51,7 +52,7 @@ def _dataset(ledger: Ledger, name: str, delta: float | None) -> dict[str, Any]:
                 "run": run_name,
                 "stages": stages,
                 "draws": sum(s.mechanism.steps for s in own),
-                "epsilon": composed_epsilon(own, delta),
+                "epsilon": epsilon_of(own, delta),
             }
         )
     return {

@@ -9,13 +9,13 @@ import re
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, set_loader
+from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # type: ignore[attr-defined]
 
 from ..errors import DPAlignError
 from ..recipe import Recipe
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Safe YAML in which 1e-3 is a number."""
 
 

@@ -72,42 +72,7 @@ def complete_plan(
     accountant.check_delta(delta)
     if epsilon is not None:
         accountant.check_epsilon(epsilon)
-    named = {"epsilon": epsilon, "noise multiplier": noise_multiplier, "batch size": batch_size, "steps": steps}
-    missing = [name for name, value in named.items() if value is None]
-    if len(missing) != 1:
-        what = "all of them are given" if not missing else f"missing: {', '.join(missing)}"
-        raise DPAlignError(
-            f"give three of epsilon, noise multiplier, batch size and steps, and the fourth follows ({what})."
-        )
-    if batch_size is not None and not 0 < batch_size <= units:
-        raise DPAlignError(f"batch size {batch_size:g} must be positive and at most the {units:g} units.")
-    if steps is not None and steps < 1:
-        raise DPAlignError(f"steps {steps} must be at least 1.")
-
-    def within(batch: float, n: int) -> bool:
-        return accountant.epsilon([SampledGaussian(batch / units, sigma, n, passes)], delta, quick=True) <= target
-
-    if noise_multiplier is None:
-        assert epsilon is not None and batch_size is not None and steps is not None
-        noise_multiplier = accountant.noise_multiplier(
-            epsilon, delta, sampling_rate=batch_size / units, steps=steps, passes=passes
-        )
-    elif epsilon is not None:
-        target, sigma = epsilon, noise_multiplier
-        if steps is None:
-            assert batch_size is not None
-            fixed = batch_size
-            steps = _largest(lambda n: within(fixed, n), 1_000_000)
-        else:
-            count = steps
-            size = _largest(lambda b: within(b, count), int(units))
-            batch_size = float(size)
-        assert steps is not None and batch_size is not None
-        if steps < 1 or batch_size < 1:
-            raise DPAlignError(
-                f"noise multiplier {sigma:g} is too small for epsilon {epsilon:g}, even for one step of one unit."
-            )
-    assert batch_size is not None and steps is not None
+    noise_multiplier, batch_size, steps = _complete(units, delta, passes, epsilon, noise_multiplier, batch_size, steps)
     mechanism = SampledGaussian(batch_size / units, noise_multiplier, steps, passes)
     reached = accountant.epsilon([mechanism], delta)
     return {
@@ -127,6 +92,55 @@ def complete_plan(
     }
 
 
+def _complete(
+    units: float,
+    delta: float,
+    passes: int,
+    epsilon: float | None,
+    sigma: float | None,
+    batch_size: float | None,
+    steps: int | None,
+) -> tuple[float, float, int]:
+    """Noise multiplier, batch size and steps: those that are given, and the one that follows from epsilon."""
+
+    def affordable(sigma: float, epsilon: float, batch: float, count: int) -> bool:
+        return accountant.epsilon([SampledGaussian(batch / units, sigma, count, passes)], delta, quick=True) <= epsilon
+
+    named = {"epsilon": epsilon, "noise multiplier": sigma, "batch size": batch_size, "steps": steps}
+    missing = [name for name, value in named.items() if value is None]
+    if len(missing) == 1:
+        if batch_size is not None and not 0 < batch_size <= units:
+            raise DPAlignError(f"batch size {batch_size:g} must be positive and at most the {units:g} units.")
+        if steps is not None and steps < 1:
+            raise DPAlignError(f"steps {steps} must be at least 1.")
+        if epsilon is None:
+            if sigma is not None and batch_size is not None and steps is not None:
+                return sigma, batch_size, steps
+        elif sigma is None:
+            if batch_size is not None and steps is not None:
+                rate = batch_size / units
+                sigma = accountant.noise_multiplier(epsilon, delta, sampling_rate=rate, steps=steps, passes=passes)
+                return sigma, batch_size, steps
+        elif batch_size is not None:
+            most = _largest(lambda n: affordable(sigma, epsilon, batch_size, n), 1_000_000)
+            return _checked(epsilon, sigma, batch_size, most)
+        elif steps is not None:
+            largest = _largest(lambda b: affordable(sigma, epsilon, b, steps), int(units))
+            return _checked(epsilon, sigma, float(largest), steps)
+    what = "all of them are given" if not missing else f"missing: {', '.join(missing)}"
+    raise DPAlignError(
+        f"give three of epsilon, noise multiplier, batch size and steps, and the fourth follows ({what})."
+    )
+
+
+def _checked(epsilon: float, sigma: float, batch_size: float, steps: int) -> tuple[float, float, int]:
+    if steps < 1 or batch_size < 1:
+        raise DPAlignError(
+            f"noise multiplier {sigma:g} is too small for epsilon {epsilon:g}, even for one step of one unit."
+        )
+    return sigma, batch_size, steps
+
+
 def _largest(feasible: Callable[[int], bool], high: int) -> int:
     # Searched from below by doubling: what overspends the target by far is slow to account for.
     bound = 1
@@ -139,8 +153,8 @@ def _print(plan: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(
         f"epsilon [bold]{at_most(plan['epsilon'], 4)}[/] at delta {plan['delta']:.3g} with noise multiplier "
-        f"[bold]{plan['noise_multiplier']:.4f}[/]: {plan['steps']} Poisson samples of {plan['batch_size']:g} expected out "
-        f"of {plan['units']:g} units (rate {plan['sampling_rate']:.5f}), {plan['passes']} pass(es) each."
+        f"[bold]{plan['noise_multiplier']:.4f}[/]: {plan['steps']} Poisson samples of {plan['batch_size']:g} expected "
+        f"out of {plan['units']:g} units (rate {plan['sampling_rate']:.5f}), {plan['passes']} pass(es) each."
     )
     if plan["noise_multiplier"] == 0:
         console.print("NOT PRIVATE: epsilon is infinite without noise.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from rich.console import Console
@@ -25,13 +25,14 @@ from ..planning import (
     run_delta,
 )
 from ..privacy import accountant
-from ..privacy.budget import StageBudget, allocate, epsilon_together
+from ..privacy.budget import StageBudget, allocate
+from ..privacy.parts import Part, epsilon_of
 from ..recipe import Recipe
 from ..reporting.numbers import at_most
 from .parsing import recipe_from
 
-DESCRIPTION = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute. Draws
-nothing and writes nothing. Needs the data only where a dataset has no declared_units."""
+DESCRIPTION = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute.
+Draws nothing and writes nothing. Needs the data only where a dataset has no declared_units."""
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
@@ -51,12 +52,7 @@ def plan_of(recipe: Recipe) -> dict[str, Any]:
     Units are counted, not split by the secret hash: a stage's number is its share of the declared or counted total,
     as in a run.
     """
-    undeclared = [n for n in recipe.stages if recipe.data_of(n).declared_units is None]
-    if undeclared:
-        records = read_stage_records(recipe)
-        for name in undeclared:
-            config = recipe.data_of(name)
-            config.declared_units = count_units(records[name], config)
+    recipe = _with_counted_units(recipe)
     origins = check_provenance(recipe)
     earlier, assumptions = past_stages(origins), sorted(past_assumptions(origins))
     delta = run_delta(recipe, None)
@@ -76,12 +72,27 @@ def plan_of(recipe: Recipe) -> dict[str, Any]:
     return plan | _if_units_were_shared(stages, recipe.target_epsilon, delta)
 
 
+def _with_counted_units(recipe: Recipe) -> Recipe:
+    """A copy of the recipe that declares the number of units of every dataset, counted where it was not declared."""
+    undeclared = [name for name in recipe.stages if recipe.data_of(name).declared_units is None]
+    if not undeclared:
+        return recipe
+    records = read_stage_records(recipe)
+    counted = {}
+    for name in undeclared:
+        config = recipe.data_of(name)
+        counted[id(config)] = replace(config, declared_units=count_units(records[name], config))
+    sections: dict[str, Any] = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    declared: dict[str, Any] = {name: counted[id(v)] for name, v in sections.items() if id(v) in counted}
+    return replace(recipe, **declared)
+
+
 def _if_units_were_shared(stages: dict[str, PlannedStage], target: float, delta: float) -> dict[str, Any]:
     """`sequential_epsilon`: what a unit in all stages would pay at the parallel noise; `inflation`: the common factor
     on all noise multipliers that brings it back to the target."""
     shared = [
         StageBudget(
-            replace(stage.at(stage.alone), dataset="", split="", low=0.0, high=1.0),
+            replace(stage.at(stage.alone), part=Part("all")),
             getattr(stage.config, "expected_batch_size", stage.units),
         )
         for stage in stages.values()
@@ -90,7 +101,7 @@ def _if_units_were_shared(stages: dict[str, PlannedStage], target: float, delta:
         return {"sequential_epsilon": math.inf, "inflation": None}
     factors = allocate(shared, target, delta)
     return {
-        "sequential_epsilon": epsilon_together([s.spending for s in shared], delta),
+        "sequential_epsilon": epsilon_of([s.spending for s in shared], delta),
         "inflation": max(factors.values()),
     }
 
@@ -101,9 +112,9 @@ def _stage(stage: PlannedStage, parameters: float | None) -> dict[str, Any]:
     tokens = _tokens(stage)
     return {
         "stage": stage.name,
-        "dataset": stage.dataset,
+        "dataset": stage.part.dataset,
         "unit": stage.unit,
-        "part": list(stage.part),
+        "part": [stage.part.low, stage.part.high],
         "units": stage.units,
         "batch_size": size,
         "sampling_rate": plan.sampling_rate,
@@ -147,8 +158,8 @@ def _print(plan: dict[str, Any]) -> None:
     console.print(f"The whole run: epsilon [bold]{at_most(plan['epsilon'], 4)}[/] (target {plan['target_epsilon']:g}).")
     if len(plan["stages"]) > 1 and plan["inflation"] is not None:
         console.print(
-            f"A unit in all stages would pay epsilon {at_most(plan['sequential_epsilon'], 4)} at the noise that each stage needs "
-            f"alone; composition: sequential keeps the target with all of it x{plan['inflation']:.4f}."
+            f"A unit in all stages would pay epsilon {at_most(plan['sequential_epsilon'], 4)} at the noise that each "
+            f"stage needs alone; composition: sequential keeps the target with all of it x{plan['inflation']:.4f}."
         )
     if any(s["flops"] is None for s in plan["stages"]):
         console.print("FLOPs need the model's configuration, which is not here.")

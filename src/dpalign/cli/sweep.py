@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..algorithms.rollouts import check_prompt_columns
+from ..algorithms.rollouts import RolloutConfig, check_prompt_columns
 from ..data.load import read_records
 from ..errors import DPAlignError
 from ..evaluation import evaluate_policy, public_prompts
@@ -22,17 +22,17 @@ from ..models import Policy
 from ..planning import check_provenance
 from ..privacy import accountant
 from ..privacy.ledger import Ledger
+from ..privacy.statement import account
 from ..recipe import STAGES, Recipe
 from ..reporting.numbers import all_runs
 from ..reporting.progress import Reporter
-from ..reporting.statement import account
 from ..reporting.sweep import plot_sweep, summarize_sweep, sweep_table, write_markdown
-from ..rewards import is_reward_model, load_reward
+from ..rewards import RewardConfig, is_reward_model, load_reward
 from .arguments import Parser
 from .parsing import recipe_from
 
-DESCRIPTION = """Runs a recipe once for each epsilon and seed, each run in a process of its own, and prints the mean and 95%
-interval over seeds. Epsilon 0 is the pretrained model, inf the run without privacy.
+DESCRIPTION = """Runs a recipe once for each epsilon and seed, each run in a process of its own, and prints the mean and
+95% interval over seeds. Epsilon 0 is the pretrained model, inf the run without privacy.
 
 Every finished run is appended to OUTPUT_DIR/runs.jsonl and is not run again, so the same command goes on after an
 interruption. Every run is in the ledger: on private data all of them add up, and the report says to what. To
@@ -70,8 +70,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     folder = Path(given.output_dir)
     shared = [*overrides, *_proxy(given)]
     recipe = recipe_from("sweep", [given.recipe, *shared], DESCRIPTION)
-    if recipe.rollouts is None:
-        raise DPAlignError("a sweep measures what ppo or rloo has trained: the recipe has neither.")
+    _rollouts(recipe)
     data = recipe.data_of("ppo")
     if not data.eval_path or not data.eval_is_public:
         raise DPAlignError("a sweep compares runs on public prompts: set data.eval_path and data.eval_is_public: true.")
@@ -220,8 +219,8 @@ def _finished(log: Path, recipe: str, shared: list[str]) -> dict[tuple[str, int,
 def _check_same(row: dict[str, Any], trial: Trial, log: Path) -> None:
     if row["of_trial"] != list(trial.overrides):
         raise DPAlignError(
-            f"epsilon {trial.epsilon}, seed {trial.seed} was run with other settings (--at, --vary): delete its line in {log} "
-            "and its folder to run it again, or choose another --output_dir."
+            f"epsilon {trial.epsilon}, seed {trial.seed} was run with other settings (--at, --vary): delete its line "
+            f"in {log} and its folder to run it again, or choose another --output_dir."
         )
 
 
@@ -268,30 +267,42 @@ def _check(trial: Trial, recipe: Recipe) -> None:
         return
     if check_provenance(recipe)["model"].stages:
         raise DPAlignError(
-            f"epsilon 0 is the pretrained model, and {recipe.model.name_or_path} has been trained on private data already: "
-            "leave 0 out, or start from its base model."
+            f"epsilon 0 is the pretrained model, and {recipe.model.name_or_path} has been trained on private data "
+            "already: leave 0 out, or start from its base model."
         )
-    rollouts, reference = recipe.rollouts, recipe.reference_reward
-    assert rollouts is not None
-    if not is_reward_model(rollouts.reward):
+    reference = _reward_of_pretrained(recipe)
+    if not is_reward_model(_rollouts(recipe).reward):
         return
-    if reference is None:
-        raise DPAlignError(
-            "epsilon 0 has no reward model of its own: give the recipe a reference_reward, or leave 0 out."
-        )
     is_demo = all(recipe.data_of(name).is_demo for name in recipe.stages)
     if is_outside_the_guarantee(reference.source, reference.is_public) and not is_demo:
         raise DPAlignError(
-            f"the reference reward {reference.source!r} has no guarantee, so its numbers on epsilon 0 are not shown: leave 0 "
-            "out, or give a reference_reward that is public or a private release."
+            f"the reference reward {reference.source!r} has no guarantee, so its numbers on epsilon 0 are not shown: "
+            "leave 0 out, or give a reference_reward that is public or a private release."
         )
 
 
+def _rollouts(recipe: Recipe) -> RolloutConfig:
+    if recipe.rollouts is None:
+        raise DPAlignError("a sweep measures what ppo or rloo has trained: the recipe has neither.")
+    return recipe.rollouts
+
+
+def _reward_of_pretrained(recipe: Recipe) -> RewardConfig:
+    # A reward model is trained by a run, and the pretrained model has none: the reference reward stands in.
+    reward = _rollouts(recipe).reward
+    if not is_reward_model(reward):
+        return reward
+    if recipe.reference_reward is None:
+        raise DPAlignError(
+            "epsilon 0 has no reward model of its own: give the recipe a reference_reward, or leave 0 out."
+        )
+    return recipe.reference_reward
+
+
 def _pretrained(recipe: Recipe, trial: Trial, reporter: Reporter) -> dict[str, Any]:
-    config = recipe.rollouts
-    assert config is not None
+    config = _rollouts(recipe)
     policy = Policy.load(recipe.model)
-    reward = load_reward(recipe.reference_reward if is_reward_model(config.reward) else config.reward)  # type: ignore[arg-type]
+    reward = load_reward(_reward_of_pretrained(recipe))
     data = recipe.data_of("ppo")
     records = read_records(data.eval_path or "", data.eval_split)
     check_prompt_columns(policy, records, data.eval_path or "", config)

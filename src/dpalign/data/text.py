@@ -21,7 +21,7 @@ def render(tokenizer: PreTrainedTokenizerBase, value: Any, *, is_prompt: bool = 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, prepend_bos: bool) -> list[int]:
     """Token ids, with BOS in front if asked for and not already there."""
-    ids = tokenizer(text, add_special_tokens=not prepend_bos).input_ids
+    ids: list[int] = tokenizer(text, add_special_tokens=not prepend_bos).input_ids
     if prepend_bos and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
     return ids

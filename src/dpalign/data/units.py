@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import DPAlignError
 from ..privacy.ledger import Ledger
+from ..privacy.parts import Part
 from .load import DataConfig, Record
 
 
@@ -20,28 +21,24 @@ class UnitDataset:
 
     units: records of each unit (at least one, at most max_records_per_unit).
     ids: keyed hash of each unit's identity, in the order of `units`.
-    low, high: the part of the hash range [0, 1) that the units come from.
+    part: the dataset's name, and the range of the hash that the units come from; its identity is the keyed name of
+        what was hashed (the unit column, or, without one, the whole file).
     declared_units: public number of units that q and the divisor use: the declared total times high - low.
     fingerprint: keyed hash of the contents.
-    split: keyed name of the identity that was hashed (the unit column, or, without one, the whole file).
     """
 
-    name: str
+    part: Part
     units: list[list[Record]]
     ids: list[bytes]
-    low: float
-    high: float
     declared_units: float
     unit: str
     fingerprint: str
-    split: str = ""
 
 
-def build_units(records: list[Record], config: DataConfig, ledger: Ledger, low: float = 0.0, high: float = 1.0):
+def build_units(
+    records: list[Record], config: DataConfig, ledger: Ledger, low: float = 0.0, high: float = 1.0
+) -> UnitDataset:
     """Groups records by unit, keeps the units whose hash falls into [low, high), bounds each unit.
-
-    Returns:
-        UnitDataset
 
     Raises:
         DPAlignError: no name, a missing unit column, or an empty part.
@@ -65,7 +62,7 @@ def build_units(records: list[Record], config: DataConfig, ledger: Ledger, low: 
         grouped.setdefault(identity, []).append((ledger.keyed_hash(config.name, b"order", content), record))
     # Without a unit column an identity is a content: parts of another version of the file are other units.
     kind = [b"column", config.unit.encode()] if config.unit else [b"records", *sorted(grouped)]
-    split = ledger.keyed_hash(config.name, b"split", *kind).hex()[:16]
+    identity_name = ledger.keyed_hash(config.name, b"split", *kind).hex()[:16]
     total = config.declared_units if config.declared_units is not None else len(grouped)
     if total < 1:
         raise DPAlignError(f"declared_units {total} must be positive.")
@@ -79,15 +76,12 @@ def build_units(records: list[Record], config: DataConfig, ledger: Ledger, low: 
         content_hashes += [order for order, _ in rows]
     fingerprint = ledger.keyed_hash(config.name, b"fingerprint", *kept, *content_hashes).hex()
     return UnitDataset(
-        name=config.name,
+        part=Part(config.name, identity_name, low, high),
         units=units,
         ids=list(kept),
-        low=low,
-        high=high,
         declared_units=total * (high - low),
         unit="record" if config.unit is None else config.unit,
         fingerprint=fingerprint,
-        split=split,
     )
 
 
@@ -143,8 +137,8 @@ def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: 
                     )
             elif not declared:
                 raise DPAlignError(
-                    f"whether {config_a.name!r} ({a}) and {config_b.name!r} ({b}) share units cannot be checked without "
-                    "a unit column in both: name one, or declare units_disjoint: declared."
+                    f"whether {config_a.name!r} ({a}) and {config_b.name!r} ({b}) share units cannot be checked "
+                    "without a unit column in both: name one, or declare units_disjoint: declared."
                 )
             else:
                 assumptions.append(f"the units of {config_a.name!r} and {config_b.name!r} are disjoint (declared)")

@@ -27,9 +27,9 @@ class Evaluation:
 
     reward: mean reward of the completions; unscored: completions that the reward could not score, which its mean leaves
     out. reference_reward: the same under a second reward that is used for evaluation only. kl: nats per completion
-    against the model that the newest stage started from. perplexity: of the completions under the frozen base model; its
-    interval is the delta method's. distinct_n: distinct over all token n-grams, without an interval because it depends
-    on the number of completions. completion_length: tokens. rouge1, rouge2, rougeL: F1 against reference texts.
+    against the model that the newest stage started from. perplexity: of the completions under the frozen base model;
+    its interval is the delta method's. distinct_n: distinct over all token n-grams, without an interval because it
+    depends on the number of completions. completion_length: tokens. rouge1, rouge2, rougeL: F1 against reference texts.
     """
 
     reward: float

@@ -21,9 +21,9 @@ class PairEvaluation:
     """Agreement on the pairs that have a better text.
 
     accuracy: share of pairs whose better text scores higher (equal scores count half); accuracy_ci95: half-width of its
-    95% interval. calibration_error: expected difference between the stated probability that a text is the better one and
-    how often it is, over 10 bins (Guo et al. 2017). nll: nats per pair. margin, margin_std: score of the better text
-    minus that of the other.
+    95% interval. calibration_error: expected difference between the stated probability that a text is the better one
+    and how often it is, over 10 bins (Guo et al. 2017). nll: nats per pair. margin, margin_std: score of the better
+    text minus that of the other.
     """
 
     accuracy: float
@@ -66,7 +66,7 @@ def agreement(difference: Tensor, preference: Tensor) -> PairEvaluation:
     place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     gaps = [
         float((confidence[place == b].mean() - right[place == b].mean()).abs() * (place == b).sum())
-        for b in place.unique()
+        for b in place.unique()  # type: ignore[no-untyped-call]
     ]
     return PairEvaluation(
         accuracy=accuracy,

@@ -17,13 +17,15 @@ import torch
 
 from ..algorithms.rollouts import RolloutConfig, encode_prompt, sample
 from ..data import UnitDataset
+from ..data.load import Record
 from ..errors import DPAlignError
 from ..files import private_folder, write_json
 from ..models import Policy
 from ..privacy import accountant
-from ..privacy.entropy import SystemEntropy
-from ..privacy.ledger import Intent, Ledger
-from ..privacy.mechanism import GaussianMechanism, MetricRange
+from ..privacy.accountant import SampledGaussian
+from ..privacy.gate import Gate, PrivateStep
+from ..privacy.ledger import Ledger
+from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
 from ..training import StagePlan
 from ..training.loop import hash_of
@@ -56,12 +58,9 @@ def plan_evaluation(config: PrivateEvaluationConfig, units: float) -> StagePlan:
     if (config.target_epsilon is None) == (config.noise_multiplier is None):
         raise DPAlignError("stage evaluation needs exactly one of target_epsilon and noise_multiplier.")
     sigma = config.noise_multiplier
-    if sigma is None:
-        assert config.target_epsilon is not None
+    if sigma is None and config.target_epsilon is not None:
         sigma = accountant.noise_multiplier(config.target_epsilon, delta, sampling_rate=1.0, steps=1)
-    plan = StagePlan(1, 1.0, 1, 1, sigma, 0.0, 0.0, delta, 0.0).at(sigma, 0.0)
-    target = plan.epsilon if config.target_epsilon is None else config.target_epsilon
-    return plan.at(sigma, target)
+    return StagePlan.of(SampledGaussian(1.0, sigma or 0.0, 1), delta, config.target_epsilon)
 
 
 def evaluate_privately(
@@ -85,52 +84,67 @@ def evaluate_privately(
         None if it was lost.
     """
     result = private_folder(folder) / "result.json"
-    journaled = ledger.intents(dataset=data.name, run=run, stage=STAGE)
-    asked = _intent(data, plan, run)
-    if any((i.fingerprint, i.config_hash) != (asked.fingerprint, asked.config_hash) for i in journaled):
+    gate = _gate(data, plan, run, ledger)
+    journaled = gate.intents()
+    if any((i.fingerprint, i.config_hash) != (gate.fingerprint, gate.config_hash) for i in journaled):
         raise DPAlignError(
             "the held-out data or the settings have changed since it was measured: restore them, or use another folder."
         )
     if result.exists():
-        return json.loads(result.read_text(encoding="utf-8"))
+        value: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return value
     if journaled:
         tell("the private evaluation was lost by an interruption; its budget is spent, and it is not repeated.")
         return None
-    ledger.write([asked])
+    value = _measured_once(policy, data, plan, reward, config, gate)
+    write_json(result, value)
+    return value
+
+
+def _measured_once(
+    policy: Policy, data: UnitDataset, plan: StagePlan, reward: Reward, config: RolloutConfig, gate: Gate
+) -> dict[str, Any]:
     block = (
         MetricRange("reward", reward.low, reward.high),
         MetricRange("reward_reference", reward.low, reward.high),
         MetricRange("win_rate", 0.0, 1.0),
     )
-    mechanism = GaussianMechanism(
-        [],
-        max_grad_norm=1.0,
-        noise_multiplier=0.0,
-        divisor=data.declared_units,
-        entropy=SystemEntropy(),
-        metrics=block,
-        metrics_noise_multiplier=plan.noise_multiplier,
-    )
-    policy.coins = SystemEntropy()
-    for chunk, count in policy.chunks(len(data.units), config.micro_batch_size):
-        values = _measure(policy, [data.units[i] for i in chunk], reward, config)
-        mechanism.add_metrics(values[:count])
-    policy.coins = None
-    _, released = mechanism.release()
-    assert released is not None
+    step = PrivateStep(plan.mechanism(), max_grad_norm=1.0, divisor=data.declared_units, metrics=block)
+    (drawn,) = gate.draw([step], first=0, attempt=0)
+    mechanism = drawn.measurement()
+    policy.coins = drawn.coins
+    try:
+        for chunk, count in policy.chunks(len(drawn.units), config.micro_batch_size):
+            values = _measure(policy, [data.units[drawn.units[i]] for i in chunk], reward, config)
+            mechanism.add_metrics(values[:count])
+    finally:
+        policy.coins = None
+    released = mechanism.release()[1] or {}
     deviation = plan.noise_multiplier * math.sqrt(len(block)) / data.declared_units
-    value = {
+    return {
         **released,
         "noise_standard_deviation": {m.name: deviation * (m.high - m.low) / 2 for m in block},
         "units": data.declared_units,
         "epsilon": plan.epsilon,
     }
-    write_json(result, value)
-    return value
+
+
+def _gate(data: UnitDataset, plan: StagePlan, run: str, ledger: Ledger) -> Gate:
+    return Gate(
+        ledger,
+        data.part,
+        count=len(data.units),
+        unit=data.unit,
+        declared_units=data.declared_units,
+        fingerprint=data.fingerprint,
+        run=run,
+        stage=STAGE,
+        config_hash=hash_of(plan.mechanism().rounded()),
+    )
 
 
 @torch.no_grad()
-def _measure(policy: Policy, units: list, reward: Reward, config: RolloutConfig) -> torch.Tensor:
+def _measure(policy: Policy, units: list[list[Record]], reward: Reward, config: RolloutConfig) -> torch.Tensor:
     # One row per unit: the mean over its records of both rewards and of the wins; NaN where there is no prompt.
     encoded = [
         (unit, encode_prompt(policy, record, config), record) for unit, rows in enumerate(units) for record in rows
@@ -149,29 +163,6 @@ def _measure(policy: Policy, units: list, reward: Reward, config: RolloutConfig)
     wins = torch.where(ours.isnan() | theirs.isnan(), torch.nan, wins)
     per_row = torch.stack([ours.double(), theirs.double(), wins], 1)
     owner = torch.tensor([unit for unit, _, _ in rows])
-    for unit in owner.unique().tolist():
+    for unit in {unit for unit, _, _ in rows}:
         values[unit] = per_row[owner == unit].mean(0)
     return values
-
-
-def _intent(data: UnitDataset, plan: StagePlan, run: str) -> Intent:
-    return Intent(
-        dataset=data.name,
-        run=run,
-        stage=STAGE,
-        step=0,
-        attempt=0,
-        split=data.split,
-        low=data.low,
-        high=data.high,
-        sampling_rate=1.0,
-        noise_multiplier=plan.noise_multiplier,
-        metrics_noise_multiplier=math.inf,
-        passes=1,
-        max_grad_norm=1.0,
-        unit=data.unit,
-        units=data.declared_units,
-        fingerprint=data.fingerprint,
-        config_hash=hash_of(plan.mechanism().rounded()),
-        private=plan.noise_multiplier > 0,
-    )

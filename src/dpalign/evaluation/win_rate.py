@@ -102,7 +102,7 @@ def load_judge(source: str) -> Judge:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Judge = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise DPAlignError(f"judge {source!r} cannot be imported: {error}") from None
     if not callable(function):

@@ -113,8 +113,13 @@ class PerUnitGradients:
                 raise DPAlignError(f"{name} became trainable after training began: its gradient would not be clipped.")
 
     def rows_of(self, parameter: Tensor) -> Tensor:
-        """`(rows, *shape)`: each row's view of the parameter."""
-        assert self.row_unit is not None
+        """`(rows, *shape)`: each row's view of the parameter.
+
+        Raises:
+            DPAlignError: outside of `collect`, where no row belongs to a unit.
+        """
+        if self.row_unit is None:
+            raise DPAlignError("a row has its own view of a parameter inside PerUnitGradients.collect only.")
         leaf = self._leaves.get(id(parameter))
         if leaf is None:  # a frozen bias beside a trainable weight
             return parameter.expand(self.row_unit.shape[0], *parameter.shape)

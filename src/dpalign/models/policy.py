@@ -40,7 +40,7 @@ class Rollouts:
     def completion_ids(self) -> Tensor:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
-    def __getitem__(self, rows) -> Rollouts:
+    def __getitem__(self, rows: Tensor | slice | list[int]) -> Rollouts:
         return Rollouts(self.input_ids[rows], self.attention_mask[rows], self.completion_mask[rows])
 
     @staticmethod
@@ -60,7 +60,7 @@ class Policy(AdapterStack):
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(base, tokenizer)
         # generate fills every unset field from here: a base's own penalties or top-k would change the sampled law.
-        base.generation_config = GenerationConfig()
+        base.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self.value_head: nn.Linear | None = None
         accepted = inspect.signature(base.forward).parameters
         self._accepts_positions = "position_ids" in accepted
@@ -157,7 +157,7 @@ class Policy(AdapterStack):
         By default the law is exactly the policy's own (no top-k, no penalties), which PPO needs.
         """
         tokenizer = self.tokenizer
-        config = GenerationConfig(
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,  # DrawToken draws
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens or None,

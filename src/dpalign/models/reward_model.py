@@ -84,8 +84,8 @@ class RewardModel(AdapterStack):
         unknown = [name for name in missing if not name.startswith(f"{model.head_name}.")]
         if unknown:
             raise DPAlignError(
-                f"{config.name_or_path!r} has no weights for {', '.join(unknown)}: they would be random, stay so, and not be "
-                "in the release; use a model that was trained as a classifier, or a causal LM."
+                f"{config.name_or_path!r} has no weights for {', '.join(unknown)}: they would be random, stay so, and "
+                "not be in the release; use a model that was trained as a classifier, or a causal LM."
             )
         model.reset_head()
         if adapter is None:
@@ -116,10 +116,13 @@ class RewardModel(AdapterStack):
         config = AutoConfig.for_model(**{**causal.config.to_dict(), "num_labels": 1})
         try:
             with torch.device("meta"):
-                base = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype)
+                base = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+                    config, dtype=causal.dtype
+                )
         except ValueError:
             raise DPAlignError(
-                f"transformers has no sequence classifier for {type(causal).__name__}: name another model in reward.model."
+                f"transformers has no sequence classifier for {type(causal).__name__}: name another model in "
+                "reward.model."
             ) from None
         body = {
             k.replace(".base_layer.", "."): v for k, v in causal.base_model.state_dict().items() if ".lora_" not in k
@@ -159,11 +162,13 @@ class RewardModel(AdapterStack):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores `(rows,)` float32 of right-padded `(rows, length)` ids."""
         if self.text.pooling == "last":
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, 0]
-        hidden = self.classifier.base_model(
+            logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            return logits[:, 0]
+        hidden: Tensor = self.classifier.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
-        return (self.head(hidden).squeeze(2) * attention_mask).sum(1) / attention_mask.sum(1)
+        scores: Tensor = self.head(hidden).squeeze(2)  # (rows, length)
+        return (scores * attention_mask).sum(1) / attention_mask.sum(1)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, at most `text.max_length` (its last ones)."""

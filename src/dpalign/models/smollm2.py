@@ -51,7 +51,7 @@ def _convert(file: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     fields = loaded.config.to_dict()
     fields.pop("quantization_config", None)  # the weights are dequantized; the mark would forbid training
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.load_state_dict(loaded.state_dict())
     with replace_folder(target) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)

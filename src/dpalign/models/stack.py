@@ -80,7 +80,7 @@ class AdapterStack(nn.Module):
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         base.requires_grad_(False)
-        base.eval()
+        base.eval()  # type: ignore[no-untyped-call]
         _without_dropout(base)
         _refuse_coupling(base)
         if tokenizer.pad_token_id is None:
@@ -95,7 +95,8 @@ class AdapterStack(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     # Stages ------------------------------------------------------------------------------------------
 

@@ -10,8 +10,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from ..errors import DPAlignError
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 ACCOUNTANT = "dp-accounting PLD, add-or-remove-one, pessimistic"
 # A calibrated sigma is this much larger than the root that was found, so that the reported epsilon
@@ -55,7 +59,7 @@ class SampledGaussian:
         """sigma of the single Gaussian that equals all releases on one sample."""
         if self.noise_multiplier == 0 or self.metrics_noise_multiplier == 0:
             return 0.0
-        return (self.passes / self.noise_multiplier**2 + 1 / self.metrics_noise_multiplier**2) ** -0.5
+        return float((self.passes / self.noise_multiplier**2 + 1 / self.metrics_noise_multiplier**2) ** -0.5)
 
 
 def epsilon(mechanisms: Iterable[SampledGaussian], delta: float, *, quick: bool = False) -> float:
@@ -174,7 +178,7 @@ def _interval(steps: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _single(sampling_rate: float, sigma: float, interval: float):
+def _single(sampling_rate: float, sigma: float, interval: float) -> PrivacyLossDistribution:
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.from_gaussian_mechanism(

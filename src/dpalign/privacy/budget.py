@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 
 from ..errors import DPAlignError
-from .accountant import HEADROOM, SampledGaussian
-from .ledger import Spending, composed_epsilon
+from .accountant import HEADROOM
+from .parts import Spending, epsilon_of
 
 Allocation = Literal["equal", "minimal"] | Mapping[str, float]
 LARGEST_INFLATION = 1e4
@@ -54,14 +54,6 @@ class StageBudget:
         return m.steps * m.passes * (m.noise_multiplier * factor / self.expected_batch_size) ** 2
 
 
-def epsilon_together(spendings: list[Spending], delta: float, *, quick: bool = False) -> float:
-    """Epsilon of all spendings: the worst over datasets, whose units are disjoint by check or declaration."""
-    names = {s.dataset for s in spendings}
-    return max(
-        (composed_epsilon([s for s in spendings if s.dataset == n], delta, quick=quick) for n in names), default=0.0
-    )
-
-
 def allocate(
     stages: list[StageBudget],
     target_epsilon: float,
@@ -86,8 +78,8 @@ def allocate(
     """
     factors = {stage.name: 1.0 for stage in stages}
     for together in _sharing(stages):
-        dataset = together[0].spending.dataset
-        earlier = [s for s in spent if s.dataset == dataset]
+        dataset = together[0].spending.part.dataset
+        earlier = [s for s in spent if s.part.dataset == dataset]
         if math.isinf(target_epsilon) or _epsilon(together, factors, earlier, delta) <= target_epsilon:
             continue
         free = [s for s in together if not s.is_fixed and s.spending.mechanism.noise_multiplier > 0]
@@ -107,18 +99,14 @@ def _sharing(stages: list[StageBudget]) -> list[list[StageBudget]]:
     """Groups of stages that are connected by units they may share."""
     groups: list[list[StageBudget]] = []
     for stage in stages:
-        touching = [g for g in groups if any(_overlap(stage.spending, other.spending) for other in g)]
+        touching = [g for g in groups if any(stage.spending.part.overlaps(other.spending.part) for other in g)]
         merged = [s for g in touching for s in g] + [stage]
         groups = [g for g in groups if g not in touching] + [merged]
     return groups
 
 
-def _overlap(a: Spending, b: Spending) -> bool:
-    return a.dataset == b.dataset and (a.split != b.split or max(a.low, b.low) < min(a.high, b.high))
-
-
 def _epsilon(stages: list[StageBudget], factors: Mapping[str, float], earlier: list[Spending], delta: float) -> float:
-    return epsilon_together([*(s.at(factors.get(s.name, 1.0)) for s in stages), *earlier], delta, quick=True)
+    return epsilon_of([*(s.at(factors.get(s.name, 1.0)) for s in stages), *earlier], delta, quick=True)
 
 
 def _level(
@@ -178,10 +166,3 @@ def _ratios(
         options={"initial_simplex": start, "xatol": 0.05, "fatol": 3e-3, "maxfev": 40},
     )
     return ratios(found.x)
-
-
-def spending_of(
-    stage: str, dataset: str, split: str, part: tuple[float, float], mechanism: SampledGaussian
-) -> Spending:
-    """A planned spending, which no run has made yet."""
-    return Spending(dataset, "", stage, split, *part, mechanism)

@@ -23,7 +23,8 @@ class SystemEntropy:
     def uniforms(self, count: int) -> np.ndarray:
         """`(count,)` float64 uniforms in (0, 1], 53 bits each."""
         integers = np.frombuffer(self.bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
-        return (integers.astype(np.float64) + 1.0) * 2.0**-53
+        uniforms: np.ndarray = (integers.astype(np.float64) + 1.0) * 2.0**-53
+        return uniforms
 
     def normals(self, count: int) -> np.ndarray:
         """`(count,)` float64 standard normals.
@@ -35,7 +36,8 @@ class SystemEntropy:
         radius = np.sqrt(-2.0 * np.log(self.uniforms(pairs)))
         angle = 2.0 * np.pi * self.uniforms(pairs)
         both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        return both.reshape(4, count).sum(axis=0) / 2.0
+        normals: np.ndarray = both.reshape(4, count).sum(axis=0) / 2.0
+        return normals
 
 
 class SeededEntropy(SystemEntropy):

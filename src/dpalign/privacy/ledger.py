@@ -3,6 +3,10 @@
 The ledger belongs to the user, not to a run: it is keyed by the dataset's declared name, and every
 run on that name adds up, whatever became of the run. Epsilon is the replay of intents, so a crash
 can overstate it and never understate it. Contents are kept as keyed hashes only.
+
+The file outlives every version of this code, so its format has a rule: a table or column is never removed and never
+changes its meaning; a new one is optional, and a row without it must not mean less spending than one with it. Each
+such change is one more entry of MIGRATIONS; a file that has seen more of them than this code knows is refused.
 """
 
 from __future__ import annotations
@@ -12,13 +16,47 @@ import hmac
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import DPAlignError
-from .accountant import SampledGaussian, epsilon
+from .accountant import SampledGaussian
+from .parts import Part, Spending
+
+# One tuple of statements for each version of the format, oldest first; PRAGMA user_version counts those applied. The
+# first also fits the files of before there was a version: they have these tables, and only lack the number.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE IF NOT EXISTS datasets (name TEXT PRIMARY KEY, secret BLOB NOT NULL)",
+        "CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL)",
+        # UNIQUE: copies of a run that begin together cannot both go on.
+        """CREATE TABLE IF NOT EXISTS intents (
+            id INTEGER PRIMARY KEY, written TEXT NOT NULL, dataset, run, stage, step, attempt, split, low, high,
+            sampling_rate, noise_multiplier, metrics_noise_multiplier, passes, max_grad_norm, unit, units, fingerprint,
+            config_hash, private, UNIQUE (dataset, run, stage, step, attempt))""",
+    ),
+)
+COLUMNS = (
+    "dataset",
+    "run",
+    "stage",
+    "step",
+    "attempt",
+    "split",
+    "low",
+    "high",
+    "sampling_rate",
+    "noise_multiplier",
+    "metrics_noise_multiplier",
+    "passes",
+    "max_grad_norm",
+    "unit",
+    "units",
+    "fingerprint",
+    "config_hash",
+    "private",
+)
 
 
 @dataclass(frozen=True)
@@ -50,37 +88,15 @@ class Intent:
     private: bool
 
     @property
+    def part(self) -> Part:
+        """The units that could be drawn."""
+        return Part(self.dataset, self.split, self.low, self.high)
+
+    @property
     def mechanism(self) -> SampledGaussian:
+        """What the accountant counts: no noise where the run was not private."""
         sigma = self.noise_multiplier if self.private else 0.0
         return SampledGaussian(self.sampling_rate, sigma, 1, self.passes, self.metrics_noise_multiplier)
-
-
-@dataclass(frozen=True)
-class Spending:
-    """Equal intents of one stage, counted: the part of the dataset and the mechanism that ran on it."""
-
-    dataset: str
-    run: str
-    stage: str
-    split: str
-    low: float
-    high: float
-    mechanism: SampledGaussian
-
-
-def composed_epsilon(spendings: Iterable[Spending], delta: float, *, quick: bool = False) -> float:
-    """Epsilon of all spendings on ONE dataset: the worst over its units.
-
-    A unit pays for the stages whose part [low, high) contains its hash: parallel composition where
-    parts are disjoint, sequential where they overlap, mixed where some do. Parts of different splits
-    cannot be compared, so then every stage is taken to reach every unit.
-    """
-    spendings = list(spendings)
-    if len({s.split for s in spendings}) > 1:
-        spendings = [replace(s, low=0.0, high=1.0) for s in spendings]
-    starts = sorted({s.low for s in spendings})
-    met = [[s.mechanism for s in spendings if s.low <= start < s.high] for start in starts]
-    return max((epsilon(mechanisms, delta, quick=quick) for mechanisms in met), default=0.0)
 
 
 class Ledger:
@@ -94,31 +110,49 @@ class Ledger:
                 self.path.touch(mode=0o600, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self._db.execute("PRAGMA synchronous=EXTRA")
-            self._db.execute("CREATE TABLE IF NOT EXISTS datasets (name TEXT PRIMARY KEY, secret BLOB NOT NULL)")
-            self._db.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT NOT NULL)")
-            columns = ", ".join(f"{f.name}" for f in fields(Intent))
-            unique = "UNIQUE (dataset, run, stage, step, attempt)"  # copies that begin together cannot both go on
-            self._db.execute(
-                f"CREATE TABLE IF NOT EXISTS intents (id INTEGER PRIMARY KEY, written TEXT NOT NULL, {columns}, {unique})"
-            )
-            self._db.execute(
-                "INSERT INTO identity SELECT ? WHERE NOT EXISTS (SELECT * FROM identity)", (secrets.token_hex(16),)
-            )
+            self._migrate()
         except (sqlite3.Error, OSError) as error:
             raise DPAlignError(
                 f"the ledger {self.path} cannot be opened or written ({error}): nothing was drawn from the data; "
                 "give another path with --ledger."
             ) from None
 
+    def _migrate(self) -> None:
+        """Brings the file to this code's format, by adding only.
+
+        Raises:
+            DPAlignError: a newer version has written it, whose rows may mean what this one cannot count.
+        """
+        version = self._version()
+        if version > len(MIGRATIONS):
+            raise DPAlignError(
+                f"the ledger {self.path} was written by a newer dpalign (format {version}, this one knows "
+                f"{len(MIGRATIONS)}): upgrade dpalign, for this version cannot count all that it holds."
+            )
+        if version == len(MIGRATIONS):
+            return
+        self._db.execute("BEGIN IMMEDIATE")  # of two processes that open an old file, one changes it
+        for statements in MIGRATIONS[self._version() :]:
+            for statement in statements:
+                self._db.execute(statement)
+        self._db.execute(
+            "INSERT INTO identity SELECT ? WHERE NOT EXISTS (SELECT * FROM identity)", (secrets.token_hex(16),)
+        )
+        self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        self._db.execute("COMMIT")
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
     @property
     def identity(self) -> str:
         """Random name of this ledger: a run goes on only with the ledger that it began with."""
-        return self._db.execute("SELECT name FROM identity").fetchone()[0]
+        return str(self._db.execute("SELECT name FROM identity").fetchone()[0])
 
     def secret(self, dataset: str) -> bytes:
         """The dataset's secret key: fixed for its name, so that splits and hashes agree across runs."""
         self._db.execute("INSERT OR IGNORE INTO datasets VALUES (?, ?)", (dataset, secrets.token_bytes(32)))
-        return self._db.execute("SELECT secret FROM datasets WHERE name = ?", (dataset,)).fetchone()[0]
+        return bytes(self._db.execute("SELECT secret FROM datasets WHERE name = ?", (dataset,)).fetchone()[0])
 
     def keyed_hash(self, dataset: str, *parts: bytes) -> bytes:
         """HMAC-SHA256 under the dataset's secret: confirms nothing to somebody without the ledger."""
@@ -129,8 +163,7 @@ class Ledger:
 
     def write(self, intents: list[Intent]) -> None:
         """Puts the intents on disk, all or none; returns only when they are durable."""
-        names = ", ".join(f.name for f in fields(Intent))
-        marks = ", ".join("?" for _ in fields(Intent))
+        names, marks = ", ".join(COLUMNS), ", ".join("?" for _ in COLUMNS)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         newer = "SELECT 1 FROM intents WHERE dataset = ? AND run = ? AND stage = ? AND attempt > ?"
         try:
@@ -138,7 +171,8 @@ class Ledger:
             for intent in intents:
                 if self._db.execute(newer, (intent.dataset, intent.run, intent.stage, intent.attempt)).fetchone():
                     raise sqlite3.IntegrityError("a later attempt has begun")
-                row = (now, *asdict(intent).values())
+                values = asdict(intent)
+                row = (now, *(values[name] for name in COLUMNS))
                 self._db.execute(f"INSERT INTO intents (written, {names}) VALUES (?, {marks})", row)
             self._db.execute("COMMIT")
         except sqlite3.IntegrityError:
@@ -159,16 +193,17 @@ class Ledger:
         given = {"dataset": dataset, "run": run, "stage": stage}
         given = {k: v for k, v in given.items() if v is not None}
         where = " AND ".join(f"{k} = ?" for k in given) or "1"
-        names = ", ".join(f.name for f in fields(Intent))
-        cursor = self._db.execute(f"SELECT {names} FROM intents WHERE {where} ORDER BY id", tuple(given.values()))
-        rows = [{f.name: value for f, value in zip(fields(Intent), row, strict=True)} for row in cursor]
+        cursor = self._db.execute(
+            f"SELECT {', '.join(COLUMNS)} FROM intents WHERE {where} ORDER BY id", tuple(given.values())
+        )
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in cursor]
         return [Intent(**{**row, "private": bool(row["private"])}) for row in rows]
 
     def spendings(self, **where: str | None) -> list[Spending]:
         """Intents counted into mechanisms; see `intents` for the filters."""
         counted: dict[Spending, int] = {}
         for i in self.intents(**where):
-            one = Spending(i.dataset, i.run, i.stage, i.split, i.low, i.high, i.mechanism)
+            one = Spending(i.part, i.mechanism, i.run, i.stage)
             counted[one] = counted.get(one, 0) + 1
         return [replace(one, mechanism=replace(one.mechanism, steps=count)) for one, count in counted.items()]
 

@@ -14,7 +14,8 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 } td, th { border: 1px solid #ccc; padding: .35rem .6rem;
-text-align: left; vertical-align: top } .guarantee { background: #eef6ee; padding: .8rem 1rem; border-left: 4px solid #393 }
+text-align: left; vertical-align: top } .guarantee { background: #eef6ee; padding: .8rem 1rem;
+border-left: 4px solid #393 }
 img { max-width: 100% } .prompt { color: #777 }
 </style></head><body><h1>{{ title }}</h1>
 <p class="guarantee">{{ guarantee }}</p>

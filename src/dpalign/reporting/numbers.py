@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def at_most(epsilon: float, digits: int = 3) -> str:
@@ -13,7 +14,7 @@ def at_most(epsilon: float, digits: int = 3) -> str:
     return f"{math.ceil(epsilon * scale - 1e-6) / scale:.{digits}f}"  # 1e-6: what floats add to a round number
 
 
-def all_runs(entry: dict) -> str:
+def all_runs(entry: dict[str, Any]) -> str:
     """What all private runs on a dataset have spent together, `entry` as `account` gives it."""
     if len(entry["unit_kinds"]) > 1:
         return f"no bound, for they protect different units ({', '.join(entry['unit_kinds'])})"

@@ -65,7 +65,8 @@ def plot_evaluation(
 
     Args:
         rows: evaluations by model.
-        outside: columns that no privacy guarantee covers; title and panel say so, and of models of epsilon inf the legend.
+        outside: columns that no privacy guarantee covers; title and panel say so, and of models of epsilon inf
+            the legend.
     """
     panels = {"reward": "reward"}
     if any("reference_reward" in row for row in rows.values()):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import DPAlignError
-from ..training.loop import StagePlan, StepReport
+from ..training import StagePlan, StepReport
 from .numbers import at_most
 
 
@@ -25,13 +25,14 @@ class Reporter:
     def note(self, message: str) -> None:
         self.console.print(message, markup=False, soft_wrap=True)  # a log keeps its lines whole
 
-    def status(self, message: str):
+    def status(self, message: str) -> AbstractContextManager[object]:
         return self.console.status(message) if self.console.is_terminal else nullcontext()
 
     def start(self, stage: str, plan: StagePlan, units: float, unit: str, private: bool) -> None:
         """Says before the first draw what a stage is about to spend."""
         budget = (
-            f"epsilon {at_most(plan.epsilon)} at delta {plan.target_delta:.2g}, noise multiplier {plan.noise_multiplier:.4f}"
+            f"epsilon {at_most(plan.epsilon)} at delta {plan.target_delta:.2g}, "
+            f"noise multiplier {plan.noise_multiplier:.4f}"
             if private
             else "NOT PRIVATE (no noise, or a known seed)"
         )

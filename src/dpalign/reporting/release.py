@@ -9,8 +9,8 @@ import jinja2
 
 from ..files import replace_folder, write_json, write_text
 from ..models import Normalization, Policy, RewardModel
+from ..privacy.statement import PrivacyStatement
 from .numbers import all_runs, at_most
-from .statement import PrivacyStatement
 
 CARD = """\
 ---
@@ -32,15 +32,17 @@ adapter included, by at most a factor e^epsilon, except for a delta.
 |---|---|---|---|---|---|---|---|---|---|
 {% for stage in statement.stages %}{% for m in stage.mechanisms -%}
 | {{ stage.stage }} | {{ stage.dataset }} | {{ stage.unit }} | {{ "%g"|format(stage.declared_units) }} | \
-{{ stage.epsilon_alone | float | at_most }} | {{ "%.5f"|format(m.sampling_rate) }} | {{ "%.4f"|format(m.noise_multiplier) }} \
-| {{ m.steps }} | {{ m.passes }} | {{ stage.max_grad_norm }} |
+{{ stage.epsilon_alone | float | at_most }} | {{ "%.5f"|format(m.sampling_rate) }} | \
+{{ "%.4f"|format(m.noise_multiplier) }} | {{ m.steps }} | {{ m.passes }} | {{ stage.max_grad_norm }} |
 {% endfor %}{% endfor %}
 Accountant: {{ statement.accountant }}; numbers to recompute it are in `privacy.json`.
 
 {% for entry in statement.ledger -%}
-The ledger knows {{ entry.runs }} run(s) on `{{ entry.dataset }}`, together {{ entry | all_runs }} at delta {{ "%.3g"|format(entry.delta) }}\
+The ledger knows {{ entry.runs }} run(s) on `{{ entry.dataset }}`, together {{ entry | all_runs }} \
+at delta {{ "%.3g"|format(entry.delta) }}\
 {% if entry.runs_without_privacy %}; {{ entry.runs_without_privacy }} of them ran WITHOUT privacy, and whatever was \
-published from those is not covered{% endif %}{% if entry.demo_data %} (demo data: public text playing private){% endif %}.
+published from those is not covered{% endif %}\
+{% if entry.demo_data %} (demo data: public text playing private){% endif %}.
 {% endfor %}
 {% if statement.assumptions %}Assumptions: {{ statement.assumptions | join("; ") }}.
 {% endif %}
@@ -57,8 +59,10 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 {% if auto_class == "AutoModelForSequenceClassification" -%}
-The score of a text is the model's only logit{% if pooling == "mean" %}, but averaged over all tokens instead of read at the
-last one: `model.base_model.model.score(hidden_states).squeeze(-1)`, mean over the text{% endif %}; how a text is tokenised, and the constants that bring scores to mean 0 and
+The score of a text is the model's only logit{% if pooling == "mean" %}, but averaged over all tokens \
+instead of read at the
+last one: `model.base_model.model.score(hidden_states).squeeze(-1)`, mean over the text{% endif %}; \
+how a text is tokenised, and the constants that bring scores to mean 0 and
 standard deviation 1 on the SFT model's own text, are in `reward.json`. As the reward of a dpalign recipe:
 `reward: {source: "reward_model:path/to/this/folder"}`; its stages then join that run's statement.
 {% endif -%}

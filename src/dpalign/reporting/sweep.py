@@ -1,4 +1,4 @@
-"""The report of a sweep: rows with mean and 95% interval over seeds, a table, Markdown and the privacy-utility figure."""
+"""The report of a sweep: means and 95% intervals over seeds, a table, Markdown and the privacy-utility figure."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def write_markdown(target: Path, result: dict[str, Any]) -> None:
     lines = [
         f"`{result['command']}`",
         "",
-        "Mean and 95% interval over seeds (Student's t; * one run: its interval is over prompts), on public prompts. `share` is "
-        "the part of the non-private gain over the pretrained model that is kept.",
+        "Mean and 95% interval over seeds (Student's t; * one run: its interval is over prompts), on public prompts. "
+        "`share` is the part of the non-private gain over the pretrained model that is kept.",
         "",
         f"| {' | '.join(names)} |",
         f"|{'---|' * len(headings)}",

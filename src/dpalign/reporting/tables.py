@@ -48,7 +48,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     for entry in summary["ledger"]:
         if entry["runs"] > 1:
             console.print(
-                f"all {entry['runs']} runs on {entry['dataset']!r} together: {all_runs(entry)} (dpalign ledger shows them).",
+                f"all {entry['runs']} runs on {entry['dataset']!r} together: {all_runs(entry)} "
+                "(dpalign ledger shows them).",
                 markup=False,
             )
     if "evaluation" in summary:
@@ -56,7 +57,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     if "reward_model" in summary:
         model = summary["reward_model"]
         console.print(
-            f"reward model on {model['pairs']:,} public pairs: accuracy {model['accuracy']:.3f} ± {model['accuracy_ci95']:.3f}, "
+            f"reward model on {model['pairs']:,} public pairs: accuracy {model['accuracy']:.3f} "
+            f"± {model['accuracy_ci95']:.3f}, "
             f"calibration error {model['calibration_error']:.3f}, margin {model['margin']:.2f}."
         )
     if summary.get("private_evaluation"):

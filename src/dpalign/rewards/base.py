@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -70,7 +70,9 @@ class Reward:
             raise DPAlignError(f"the reward's range [{low}, {high}] must be finite and not empty.")
         self.function, self.low, self.high, self.scale, self.shift = function, low, high, scale, shift
 
-    def __call__(self, prompts: list[str], completions: list[str], columns: dict[str, list] | None = None):
+    def __call__(
+        self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]] | None = None
+    ) -> torch.Tensor:
         """`(rows,)` float32 rewards in [low, high]; NaN for a row that cannot be scored.
 
         A row that makes the function raise is scored alone, so that it cannot fail the others; what was
@@ -89,7 +91,7 @@ class Reward:
         raw = torch.tensor(scores, dtype=torch.float32) * self.scale + self.shift
         return torch.where(torch.isfinite(raw), raw.clamp(self.low, self.high), torch.nan)
 
-    def _score_alone(self, prompt: str, completion: str, columns: dict[str, list]) -> float:
+    def _score_alone(self, prompt: str, completion: str, columns: dict[str, list[Any]]) -> float:
         try:
             (score,) = self.function([prompt], [completion], **columns)
             return float(score)
@@ -97,7 +99,7 @@ class Reward:
             return math.nan
 
 
-def check_reward(function: RewardFunction, name: str = "reward", columns: dict[str, list] | None = None) -> None:
+def check_reward(function: RewardFunction, name: str = "reward", columns: dict[str, list[Any]] | None = None) -> None:
     """Refuses a reward whose score for a row depends on other rows or on earlier calls.
 
     Scores public probe texts; swaps one of them; reverses them; and repeats the first call after that

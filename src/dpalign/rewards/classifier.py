@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -27,7 +29,7 @@ def classifier(path: str, config: RewardConfig, device: str | torch.device = "cp
     length = min(tokenizer.model_max_length, positions, config.max_length)
 
     @torch.no_grad()
-    def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
         texts = completions
         if config.text not in (None, "completion"):
             texts = [p + c for p, c in zip(prompts, completions, strict=True)]

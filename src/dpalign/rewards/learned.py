@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..errors import DPAlignError
@@ -13,7 +15,7 @@ from .base import RewardFunction
 def learned(model: RewardModel, text: str | None = None) -> RewardFunction:
     """Scores of prompt and completion (or of the completion alone), each text by itself."""
 
-    def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
         texts = completions if text == "completion" else [p + c for p, c in zip(prompts, completions, strict=True)]
         return model.score(texts).tolist()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from .base import RewardFunction
@@ -11,7 +13,7 @@ def vader(text: str | None = None) -> RewardFunction:
     """VADER's compound score, -1 (negative) to 1 (positive) (Hutto and Gilbert, ICWSM 2014)."""
     analyzer = SentimentIntensityAnalyzer()
 
-    def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
         texts = (
             completions if text in (None, "completion") else [p + c for p, c in zip(prompts, completions, strict=True)]
         )

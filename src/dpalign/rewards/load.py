@@ -80,12 +80,13 @@ def _import_function(source: str) -> RewardFunction:
     module, _, name = source.partition(":")
     if not name:
         raise DPAlignError(
-            f"reward {source!r} is not known: use vader, classifier:PATH, reward_model, reward_model:PATH or module:function."
+            f"reward {source!r} is not known: use vader, classifier:PATH, reward_model, reward_model:PATH or "
+            "module:function."
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a file beside the recipe, as with `python -m`
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: RewardFunction = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise DPAlignError(f"reward {source!r} cannot be imported: {error}") from None
     if not callable(function):

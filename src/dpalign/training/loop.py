@@ -1,7 +1,7 @@
-"""One private stage: draw, journal, collect, clip, sum, noise, step, checkpoint.
+"""One private stage: journal and draw, roll out, collect, clip, sum, noise, step, checkpoint.
 
-The loop is the only caller of the mechanism and of the sampler. It shows and logs what the mechanism
-released and what is public (steps, time, epsilon), and nothing else.
+The loop reaches units through the gate alone. It shows and logs what the mechanism released and what is public (steps,
+time, epsilon), and nothing else.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ..gradients import PerUnitGradients
 from ..models import AdapterStack
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
-from ..privacy.entropy import SeededEntropy, SystemEntropy
-from ..privacy.ledger import Intent, Ledger
+from ..privacy.gate import Gate, PrivateStep, Sample
+from ..privacy.ledger import Ledger
 from ..privacy.mechanism import GaussianMechanism
-from ..privacy.sampling import poisson_sample
+from ..privacy.refit import Budget, refit
 from .checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
 from .optimizer import DPAdamBC
 from .plan import StagePlan, plan_stage
 
-# After an interruption, steps whose noise would be more than this many times the planned one are dropped.
-BEARABLE_NOISE = 4.0
+# Settings that cost memory or time and change nothing that is released: a run goes on with other ones.
+MACHINE_SETTINGS = frozenset({"micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps"})
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,22 @@ class Stage:
         self.plan = plan or plan_stage(algorithm.name, algorithm.config, data.declared_units)
         self.beside = self.plan.beside if beside is None else beside
         self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
-        settings = asdict(self.config) | {"units": data.declared_units, "part": (data.low, data.high)}
+        settings = asdict(self.config) | {"units": data.declared_units, "part": (data.part.low, data.part.high)}
         settings["mechanism"] = self.plan.mechanism().rounded()  # its noise may depend on the run's other stages
-        self.config_hash = hash_of(settings)
-        self.private = self.config.insecure_seed is None and self.plan.noise_multiplier > 0
+        self.config_hash = hash_of({name: v for name, v in settings.items() if name not in MACHINE_SETTINGS})
+        self.gate = Gate(
+            ledger,
+            data.part,
+            count=len(data.units),
+            unit=data.unit,
+            declared_units=data.declared_units,
+            fingerprint=data.fingerprint,
+            run=run,
+            stage=algorithm.name,
+            config_hash=self.config_hash,
+            insecure_seed=self.config.insecure_seed,
+        )
+        self.private = self.gate.is_private(self._private_step(self.plan.noise_multiplier))
         self.rests_on_private = rests_on_private
 
     def train(self) -> None:
@@ -137,7 +149,8 @@ class Stage:
     def load_final(self) -> None:
         """Puts a finished stage's adapter into the model instead of training it."""
         loaded = load_newest(self.folder / "final")
-        assert loaded is not None
+        if loaded is None:
+            raise DPAlignError(f"stage {self.algorithm.name} has no finished adapter in {self.folder}: train it first.")
         torch.manual_seed(self.config.seed)
         self._check_same_run()
         self._check_checkpoint(loaded[1])
@@ -152,40 +165,40 @@ class Stage:
     # One phase: K samples, one collection, K steps of `passes` releases ---------------------------------
 
     def _phase(self, step: int, attempt: int, sigma: float) -> int:
-        algorithm, plan = self.algorithm, self.plan
-        steps = range(step, step + self.plan.minibatches)
-        self.ledger.write([self._intent(s, attempt, sigma) for s in steps])  # before anything is drawn
-        entropies = [self._entropy(attempt, s) for s in steps]
-        samples = [poisson_sample(len(self.data.units), plan.sampling_rate, e).tolist() for e in entropies]
-        union = sorted(set().union(*samples))
-        self.model.coins = entropies[0]  # secret rollout coins: their law ignores who else is here
-        phase = algorithm.collect(self.model, union)
-        self.model.coins = None
+        steps = [self._private_step(sigma)] * self.plan.minibatches
+        samples = self.gate.draw(steps, step, attempt)
+        union = sorted(set().union(*(sample.units for sample in samples)))
+        self.model.coins = samples[0].coins  # secret rollout coins: their law ignores who else is here
+        try:
+            phase = self.algorithm.collect(self.model, union)
+        finally:
+            self.model.coins = None
         place = {unit: position for position, unit in enumerate(union)}
-        for step, units, entropy in zip(steps, samples, entropies, strict=True):
-            released = self._step(phase, [place[u] for u in units], sigma, entropy, step)
+        for sample in samples:
+            released = self._step(phase, [place[u] for u in sample.units], sample, step)
             step += 1
-            self._tell(step, sigma, attempt, released)
+            self._tell(step, sample.step.mechanism, attempt, released)
         if step % self.config.save_steps < self.plan.minibatches or step == self.end:
             self._save(step, ".")
         return step
 
-    def _step(self, phase: Any, positions: list[int], sigma: float, entropy: SystemEntropy, step: int):
+    def _private_step(self, sigma: float) -> PrivateStep:
+        """What each step spends and does at a noise multiplier."""
+        config = self.config
+        return PrivateStep(
+            replace(self.plan, noise_multiplier=sigma).mechanism(1),
+            max_grad_norm=config.max_grad_norm,
+            divisor=config.expected_batch_size,
+            clipping=config.clipping,
+            clipping_gamma=config.clipping_gamma,
+            metrics=self.algorithm.metrics if config.metrics_noise_ratio > 0 else (),
+        )
+
+    def _step(self, phase: Any, positions: list[int], sample: Sample, step: int) -> dict[str, float] | None:
         config, algorithm = self.config, self.algorithm
         released = None
         for passed in range(self.plan.passes):
-            mechanism = GaussianMechanism(
-                [p.shape for p in self.gradients.parameters],
-                max_grad_norm=config.max_grad_norm,
-                noise_multiplier=sigma,
-                divisor=config.expected_batch_size,
-                entropy=entropy,
-                clipping=config.clipping,
-                gamma=config.clipping_gamma,
-                metrics=algorithm.metrics if passed == 0 and config.metrics_noise_ratio > 0 else (),
-                metrics_noise_multiplier=config.metrics_noise_ratio * sigma,
-                device=self.model.device,
-            )
+            mechanism = sample.mechanism([p.shape for p in self.gradients.parameters], self.model.device)
             for chunk, count in self.model.chunks(len(positions), config.micro_batch_size):
                 self._accumulate(mechanism, phase, [positions[i] for i in chunk], count)
             noisy, metrics = mechanism.release()
@@ -206,7 +219,7 @@ class Stage:
         units = len(positions)
         with self.gradients.collect(batch.row_unit, units):
             losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
-            unit_means(losses, batch.row_unit, units).sum().backward()
+            unit_means(losses, batch.row_unit, units).sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             rowless = torch.bincount(batch.row_unit, minlength=units) == 0  # NaN adds zero, as it would alone
             means = unit_means(metrics, batch.row_unit, units).masked_fill(rowless.unsqueeze(1), torch.nan)
@@ -215,42 +228,18 @@ class Stage:
     def _schedule(self, step: int) -> float:
         config, steps = self.config, self.plan.steps
         if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
+            return float((step + 1) / config.warmup_steps)
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
-            config.lr_scheduler_type
-        ]
+        if config.lr_scheduler_type == "linear":
+            return float(1 - progress)
+        return float(0.5 * (1 + math.cos(math.pi * progress))) if config.lr_scheduler_type == "cosine" else 1.0
 
     # Ledger ----------------------------------------------------------------------------------------------
-
-    def _intent(self, step: int, attempt: int, sigma: float) -> Intent:
-        config, data, plan = self.config, self.data, self.plan
-        metrics_sigma = config.metrics_noise_ratio * sigma if config.metrics_noise_ratio > 0 else math.inf
-        return Intent(
-            dataset=data.name,
-            run=self.run,
-            stage=self.algorithm.name,
-            step=step,
-            attempt=attempt,
-            split=data.split,
-            low=data.low,
-            high=data.high,
-            sampling_rate=plan.sampling_rate,
-            noise_multiplier=sigma,
-            metrics_noise_multiplier=metrics_sigma,
-            passes=plan.passes,
-            max_grad_norm=config.max_grad_norm,
-            unit=data.unit,
-            units=data.declared_units,
-            fingerprint=data.fingerprint,
-            config_hash=self.config_hash,
-            private=self.private,
-        )
 
     def _check_same_run(self) -> None:
         for intent in self.ledger.intents(run=self.run, stage=self.algorithm.name):
             seen = (intent.dataset, intent.fingerprint, intent.units)
-            if seen != (self.data.name, self.data.fingerprint, self.data.declared_units):
+            if seen != (self.data.part.dataset, self.data.fingerprint, self.data.declared_units):
                 raise DPAlignError(
                     f"the data of stage {self.algorithm.name} has changed since this run began: a resumed run must "
                     "see the same records; restore them, or start a run under another output folder."
@@ -260,100 +249,61 @@ class Stage:
 
     def _changed(self) -> DPAlignError:
         return DPAlignError(
-            f"the settings of stage {self.algorithm.name} have changed since this run began: restore them, or start a run "
-            "under another output folder."
+            f"the settings of stage {self.algorithm.name} have changed since this run began: restore them, or start a "
+            "run under another output folder."
         )
 
     def _refit(self, step: int) -> tuple[int, float]:
-        # Steps that were journaled but lost in a crash are spent: the remaining ones get more noise.
-        intents = self.ledger.intents(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
+        """Number of this attempt, and its steps' noise: as planned, unless draws were lost or others drew more."""
+        intents, plan = self.gate.intents(), self.plan
         attempt = max((i.attempt for i in intents), default=-1) + 1
-        remaining = self.plan.steps - step
-        sigma = self._last_sigma(intents) if intents else self.plan.noise_multiplier
-        if self.plan.noise_multiplier == 0 or remaining == 0:
+        remaining, lost = plan.steps - step, len(intents) - step
+        sigma = intents[-1].noise_multiplier if intents else plan.noise_multiplier
+        if plan.noise_multiplier == 0 or remaining == 0:
             return attempt, sigma
-        spent = self._spent()
-        if len(intents) <= step and self._fits(spent, remaining, sigma):
+        budget = Budget(
+            plan.mechanism(),
+            self.config.metrics_noise_ratio,
+            # Alone it keeps what it was given; together with what others spend on its units, the run's target.
+            alone=plan.epsilon if any(plan.beside) else plan.target_epsilon,
+            target=plan.target_epsilon,
+            delta=plan.target_delta,
+            beside=self.beside,
+        )
+        spent = self.gate.spent()
+        as_planned = self.beside == plan.beside or budget.fits(spent, budget.at(sigma, remaining))
+        if lost <= 0 and as_planned:
             return attempt, sigma
-
-        # Alone it keeps what it was given; together with what others spend on its units, the run's target.
-        plan = self.plan
-        limits = [(plan.epsilon if any(plan.beside) else plan.target_epsilon, spent)]
-        limits += [(plan.target_epsilon, [*spent, *others]) for others in self.beside if others]
-
-        def sigma_for(steps: int) -> float:
-            try:
-                needed = [
-                    accountant.noise_multiplier(
-                        target,
-                        plan.target_delta,
-                        sampling_rate=plan.sampling_rate,
-                        steps=steps,
-                        passes=plan.passes,
-                        metrics_noise_ratio=self.config.metrics_noise_ratio,
-                        spent=releases,
-                    )
-                    for target, releases in limits
-                ]
-            except DPAlignError:
-                return math.inf
-            return max(plan.noise_multiplier, *needed)
-
-        # A few steps of bearable noise are worth more than all of them drowned in it.
-        phase = self.plan.minibatches
-        bearable = BEARABLE_NOISE * self.plan.noise_multiplier
-        kept = phase * accountant.largest_where(lambda n: sigma_for(n * phase) <= bearable, 1, remaining // phase)
+        kept, refitted = refit(budget, spent, remaining, plan.minibatches)
         if kept == 0 and step == 0:
             raise DPAlignError(
-                f"interruptions, or other stages, have spent the budget of stage {self.algorithm.name} before its first "
-                "checkpoint: start a run in another output folder."
+                f"interruptions, or other stages, have spent the budget of stage {self.algorithm.name} before its "
+                "first checkpoint: start a run in another output folder."
             )
         self.end = step + kept
-        sigma = sigma_for(kept) if kept else self._last_sigma(intents)
-        lost = len(intents) - step
+        sigma = refitted if kept else sigma
         why = f"{lost} drawn steps were lost by an interruption and stay spent" if lost else "other stages drew more"
         self.tell(
             f"{why}: {kept} of the remaining {remaining} steps run, at noise multiplier {sigma:.4f} (planned: "
-            f"{self.plan.noise_multiplier:.4f})."
+            f"{plan.noise_multiplier:.4f})."
         )
         return attempt, sigma
 
-    def _fits(self, spent: list[SampledGaussian], remaining: int, sigma: float) -> bool:
-        # Nothing was lost here; but other stages may have drawn more than was planned beside this one.
-        plan = self.plan
-        if self.beside == plan.beside:
-            return True
-        rest = replace(plan, noise_multiplier=sigma).mechanism(remaining)
-        epsilons = [accountant.epsilon([*spent, rest, *others], plan.target_delta) for others in self.beside if others]
-        return max(epsilons, default=0.0) <= plan.target_epsilon
-
-    def _last_sigma(self, intents: list[Intent]) -> float:
-        return intents[-1].noise_multiplier
-
     def epsilon_spent(self, ahead: int = 0, sigma: float = 0.0) -> float:
         """Epsilon of this stage's intents so far, and `ahead` more at `sigma`, on the accountant's coarse grid."""
-        spent = self._spent()
+        spent = self.gate.spent()
         if ahead:
             spent.append(replace(self.plan, noise_multiplier=sigma).mechanism(ahead))
         return accountant.epsilon(spent, self.plan.target_delta, quick=True)
 
-    def _spent(self) -> list[SampledGaussian]:
-        spendings = self.ledger.spendings(dataset=self.data.name, run=self.run, stage=self.algorithm.name)
-        return [s.mechanism for s in spendings]
-
-    def _entropy(self, attempt: int, step: int) -> SystemEntropy:
-        if self.config.insecure_seed is None:
-            return SystemEntropy()
-        return SeededEntropy(self.config.insecure_seed, f"{self.algorithm.name}/{attempt}/{step}")
-
     # Reports and checkpoints -------------------------------------------------------------------------------
 
-    def _tell(self, step: int, sigma: float, attempt: int, metrics: dict[str, float] | None) -> None:
+    def _tell(self, step: int, ran: SampledGaussian, attempt: int, metrics: dict[str, float] | None) -> None:
         # The accountant is too slow to be asked at each of many steps: what it says holds until it is asked again.
         every = max(1, self.plan.steps // 100)
         if step % every == 0 or step == self.end or not hasattr(self, "_epsilon"):
             until = min(self.end, step - step % every + every) - 1
-            self._epsilon = self.epsilon_spent(ahead=max(0, until - step), sigma=sigma)
+            self._epsilon = self.epsilon_spent(ahead=max(0, until - step), sigma=ran.noise_multiplier)
         self.report(StepReport(self.algorithm.name, step, self.plan.steps, self._epsilon, metrics))
         if self.log is not None and (step % self.config.logging_steps == 0 or step == self.end):
             line = {
@@ -364,8 +314,8 @@ class Stage:
                 "epsilon_of_stage": self._epsilon,
             }
             line |= {
-                "noise_multiplier": sigma,
-                "metrics_noise_multiplier": self.config.metrics_noise_ratio * sigma,
+                "noise_multiplier": ran.noise_multiplier,
+                "metrics_noise_multiplier": ran.metrics_noise_multiplier,
                 "noised_metrics": metrics,
             }
             try:
@@ -401,7 +351,7 @@ class Stage:
             raise DPAlignError("the checkpoint belongs to other data: restore the data or use another output folder.")
         if state["config_hash"] != self.config_hash:  # before the first draw there is no intent to compare with
             raise self._changed()
-        drawn = {i.step for i in self.ledger.intents(dataset=self.data.name, run=self.run, stage=self.algorithm.name)}
+        drawn = {intent.step for intent in self.gate.intents()}
         if not set(range(int(state["step"]))) <= drawn:
             raise DPAlignError(
                 f"the ledger {self.ledger.path} does not hold all draws of stage {self.algorithm.name}: a run can only "

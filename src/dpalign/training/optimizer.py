@@ -16,7 +16,7 @@ class DPAdamBC(torch.optim.Optimizer):
     estimates along with the gradient's. The update is m / sqrt(max(v - Phi, floor^2)).
 
     Args:
-        noise_deviation: sqrt(Phi), as planned (after an interruption the noise is larger: the correction is then partial).
+        noise_deviation: sqrt(Phi), as planned (after an interruption the noise is larger, and the correction partial).
         floor: smallest denominator, as a multiple of it; the difference is a noisy estimate, and small ones
             must not blow an update up.
         The others are AdamW's; with Phi = 0 the update is AdamW's.

@@ -32,6 +32,33 @@ class StagePlan:
     epsilon: float
     beside: tuple[tuple[SampledGaussian, ...], ...] = ((),)
 
+    @staticmethod
+    def of(
+        mechanism: SampledGaussian,
+        delta: float,
+        target_epsilon: float | None = None,
+        *,
+        minibatches: int = 1,
+        metrics_noise_ratio: float = 0.0,
+    ) -> StagePlan:
+        """All steps of `mechanism`; without a target, what it spends is the target.
+
+        Args:
+            metrics_noise_ratio: noise of the metrics block as a multiple of the mechanism's; 0 for no such block.
+        """
+        epsilon = accountant.epsilon([with_metrics(mechanism, metrics_noise_ratio)], delta)
+        return StagePlan(
+            steps=mechanism.steps,
+            sampling_rate=mechanism.sampling_rate,
+            passes=mechanism.passes,
+            minibatches=minibatches,
+            noise_multiplier=mechanism.noise_multiplier,
+            metrics_noise_ratio=metrics_noise_ratio,
+            target_epsilon=epsilon if target_epsilon is None else target_epsilon,
+            target_delta=delta,
+            epsilon=epsilon,
+        )
+
     def mechanism(self, steps: int | None = None) -> SampledGaussian:
         """What `steps` of it are, to the accountant; default: all."""
         count = self.steps if steps is None else steps
@@ -67,10 +94,8 @@ def plan_stage(name: str, config: TrainingConfig, units: float) -> StagePlan:
             f"stage {name} needs exactly one of target_epsilon (inf for no privacy) and noise_multiplier."
         )
     accountant.check_delta(delta)
-    if config.noise_multiplier is not None:
-        sigma = config.noise_multiplier
-    else:
-        assert config.target_epsilon is not None
+    sigma = config.noise_multiplier or 0.0
+    if config.target_epsilon is not None:
         sigma = accountant.noise_multiplier(
             config.target_epsilon,
             delta,
@@ -81,6 +106,10 @@ def plan_stage(name: str, config: TrainingConfig, units: float) -> StagePlan:
         )
     if sigma > 0 and config.clipping == "none":
         raise DPAlignError("clipping none has unbounded sensitivity: it is only for target_epsilon inf.")
-    plan = StagePlan(steps, rate, config.passes, config.minibatches, sigma, config.metrics_noise_ratio, 0.0, delta, 0.0)
-    plan = plan.at(sigma, 0.0)
-    return replace(plan, target_epsilon=plan.epsilon if config.target_epsilon is None else config.target_epsilon)
+    return StagePlan.of(
+        SampledGaussian(rate, sigma, steps, config.passes),
+        delta,
+        config.target_epsilon,
+        minibatches=config.minibatches,
+        metrics_noise_ratio=config.metrics_noise_ratio,
+    )

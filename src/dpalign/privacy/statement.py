@@ -1,18 +1,27 @@
-"""The privacy statement: what was spent on whom, in numbers that a reviewer can recompute."""
+"""The privacy statement: what was spent on whom, in numbers that a reviewer can recompute.
+
+privacy.json lies in releases that others keep, so its format has the ledger's rule: a field is never removed and never
+changes its meaning; a new one is optional, and leaving it out must not mean less spending. Readers pass over fields
+that they do not know. What cannot be said under that rule gets another number in `format`, and older readers refuse it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..errors import DPAlignError
-from ..privacy.accountant import ACCOUNTANT, SampledGaussian, epsilon
-from ..privacy.ledger import Intent, Ledger, Spending, composed_epsilon
+from . import parts
+from .accountant import ACCOUNTANT, SampledGaussian, epsilon
+from .ledger import Intent, Ledger
+from .parts import Part, Spending
+
+FORMAT = 1
 
 NOT_COVERED = [
     "facts about a unit that other units, the public model or the public reward also reveal",
@@ -41,17 +50,21 @@ class StageStatement:
     declared_units: float
     max_grad_norm: float
     epsilon_alone: float
-    mechanisms: list[dict[str, Any]]
+    mechanisms: list[SampledGaussian]
     private: bool
     id: str = ""
 
     def spendings(self) -> list[Spending]:
         """One spending for each mechanism."""
-        low, high = self.part
-        return [
-            Spending(self.dataset, "", self.stage, self.split, low, high, SampledGaussian(**_numbers(m)))
-            for m in self.mechanisms
-        ]
+        part = Part(self.dataset, self.split, *self.part)
+        return [Spending(part, mechanism, stage=self.stage) for mechanism in self.mechanisms]
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> StageStatement:
+        """From one of the `stages` of a privacy.json."""
+        stage = _known(StageStatement, value)
+        mechanisms = [SampledGaussian(**_known(SampledGaussian, m)) for m in value["mechanisms"]]
+        return StageStatement(**stage | {"part": tuple(value["part"]), "mechanisms": mechanisms})
 
 
 @dataclass
@@ -70,31 +83,29 @@ class PrivacyStatement:
     not_covered: list[str] = field(default_factory=lambda: list(NOT_COVERED))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"format": 1, **asdict(self)}
-
-    @staticmethod
-    def stages_from(value: dict[str, Any]) -> list[StageStatement]:
-        """Stages of a privacy.json."""
-        return [StageStatement(**{**stage, "part": tuple(stage["part"])}) for stage in value["stages"]]
+        return {"format": FORMAT, **asdict(self)}
 
 
 def read_statement(folder: str | Path) -> tuple[dict[str, Any], list[StageStatement]] | None:
     """The privacy.json of a release and its stages; None of what has no statement.
 
     Raises:
-        DPAlignError: it is damaged.
+        DPAlignError: it is damaged, or in a newer format than this code reads.
     """
     path = Path(folder) / "privacy.json"
     if not path.is_file():
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        stages = PrivacyStatement.stages_from(value)
+        if value.get("format", 1) > FORMAT:
+            raise DPAlignError(
+                f"{path} has format {value['format']}, written by a newer dpalign than this one, which reads "
+                f"{FORMAT}: upgrade dpalign."
+            )
+        stages = [StageStatement.from_json(stage) for stage in value["stages"]]
         if not isinstance(value["private"], bool) or not isinstance(value["assumptions"], list):
             raise TypeError
-        for stage in stages:
-            stage.spendings()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DPAlignError(f"{path} is not a privacy statement: copy the release again.") from None
     return value, stages
 
@@ -107,9 +118,7 @@ def merge_stages(stages: list[StageStatement]) -> list[StageStatement]:
     merged: dict[str, StageStatement] = {}
     for number, stage in enumerate(stages):
         key = stage.id or f"unnamed {number}"
-        if key not in merged or sum(m["steps"] for m in stage.mechanisms) > sum(
-            m["steps"] for m in merged[key].mechanisms
-        ):
+        if key not in merged or _steps(stage) > _steps(merged[key]):
             merged[key] = stage
     return list(merged.values())
 
@@ -121,11 +130,7 @@ def epsilon_of(stages: list[StageStatement], delta: float) -> float:
     """
     if not all(stage.private for stage in stages):
         return math.inf
-    names = {stage.dataset for stage in stages}
-    return max(
-        (composed_epsilon([sp for s in stages if s.dataset == n for sp in s.spendings()], delta) for n in names),
-        default=0.0,
-    )
+    return parts.epsilon_of([spending for stage in stages for spending in stage.spendings()], delta)
 
 
 def state_privacy(
@@ -149,7 +154,7 @@ def state_privacy(
                 declared_units=first.units,
                 max_grad_norm=first.max_grad_norm,
                 epsilon_alone=epsilon(mechanisms, delta),
-                mechanisms=[asdict(m) for m in mechanisms],
+                mechanisms=mechanisms,
                 private=all(i.private for i in intents),
                 id=hashlib.sha256(json.dumps([run, dataset, stage]).encode()).hexdigest()[:16],
             )
@@ -180,11 +185,17 @@ def account(ledger: Ledger, dataset: str, delta: float, *, demo: bool = False) -
         "unit_kinds": kinds,
         "runs": len({s.run for s in spendings}),
         "runs_without_privacy": len({s.run for s in spendings if s.mechanism.noise_multiplier == 0}),
-        "epsilon_of_all_private_runs": composed_epsilon(private, delta) if len(kinds) <= 1 else math.inf,
+        "epsilon_of_all_private_runs": parts.epsilon_of(private, delta) if len(kinds) <= 1 else math.inf,
         "delta": delta,
         "demo_data": demo,
     }
 
 
-def _numbers(mechanism: dict[str, Any]) -> dict[str, Any]:
-    return {k: math.inf if v == "inf" else v for k, v in mechanism.items()}
+def _steps(stage: StageStatement) -> int:
+    return sum(mechanism.steps for mechanism in stage.mechanisms)
+
+
+def _known(kind: type, value: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that JSON has; infinity is the string "inf" there."""
+    names = {f.name for f in fields(kind)}
+    return {k: math.inf if v == "inf" else v for k, v in value.items() if k in names}
