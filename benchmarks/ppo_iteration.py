@@ -74,7 +74,7 @@ class DPPPO:
 
         ppo.sample = timed_sample
         try:
-            phase = self.algorithm.collect(self.policy, self.units)
+            phase = self.algorithm.collect(self.policy, self.units, SystemEntropy())
         finally:
             ppo.sample = sample
         clock.append(self._now())

@@ -100,7 +100,7 @@ def collected(algorithm: PPO, units: int, kind: str = "gpt2", policy: Policy | N
         algorithm.setup(policy)
     algorithm.encode(policy, [[{"prompt": words(1 + i % 4, i)}] for i in range(units)])
     torch.manual_seed(3)
-    return algorithm.collect(policy, list(range(units)))
+    return algorithm.collect(policy, list(range(units)), None)
 
 
 def test_a_completion_without_eos_pays_the_penalty():

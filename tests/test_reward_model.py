@@ -90,7 +90,7 @@ def test_row_losses_and_metrics_of_a_pair():
         {"chosen": "w4", "rejected": "w2", "preference": 0.5},
     ]  # fmt: skip
     algorithm.encode(model, [[pairs[0], pairs[1]], [pairs[2]]])
-    batch = algorithm.batch(algorithm.collect(model, [0, 1]), [0, 1])
+    batch = algorithm.batch(algorithm.collect(model, [0, 1], None), [0, 1])
     with torch.no_grad():
         losses, metrics = algorithm.row_losses(model, batch, None)
     assert batch.row_unit.tolist() == [0, 0, 0, 0, 1, 1]
@@ -111,7 +111,7 @@ def test_skipped_ties_leave_their_units_without_rows():
     for ties, counts in (("half", [2, 1, 1]), ("skip", [1, 0, 1])):
         algorithm = RewardModelling(RewardModelConfig(ties=ties, max_length=12))
         algorithm.encode(model, [[tie, better], [tie], [better]])
-        phase = algorithm.collect(model, [0, 1, 2])
+        phase = algorithm.collect(model, [0, 1, 2], None)
         assert [len(unit) for unit in phase] == counts
         assert len(algorithm.batch(phase, [0, 1, 2]).row_unit) == 2 * sum(counts)
         assert len(algorithm.batch(phase, []).row_unit) == 0

@@ -82,7 +82,7 @@ def test_rollouts_are_grouped_by_prompt_within_their_units():
     assert policy.value_head is None and policy.heads() == []
     units = [[{"prompt": words(2, 1)}, {"prompt": words(3, 2)}], [{"prompt": words(1, 3)}]]
     algorithm.encode(policy, units)
-    phase = algorithm.collect(policy, [0, 1])
+    phase = algorithm.collect(policy, [0, 1], None)
     assert phase.prompt_of.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert phase.unit_rows == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
     prompts = [tuple(row[:6].tolist()) for row in phase.rollouts.input_ids]

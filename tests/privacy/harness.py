@@ -180,7 +180,7 @@ def run_stage(
     return trace
 
 
-def completions_of_prompts(policy, ids: Tensor, mask: Tensor, config: RolloutConfig) -> Rollouts:
+def completions_of_prompts(policy, ids: Tensor, mask: Tensor, config: RolloutConfig, coins=None) -> Rollouts:
     """A fixed completion for every (prompt, how often it came before), some ended by EOS."""
     width, seen = config.max_completion_length, Counter[tuple]()
     completions = torch.zeros(len(ids), width, dtype=torch.int64)

@@ -27,6 +27,7 @@ from harness import (
     texts,
 )
 
+from dpalign.algorithms import PPO
 from dpalign.privacy.gate import Sample
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
@@ -251,3 +252,34 @@ def test_a_float64_run_is_float64():
     trace = run_stage(ppo(), dataset(prompts()))
     assert trace.sums[0].dtype == torch.float64
     assert len(trace.sums[0]) == 2 * (2 * 32 + 96 * 2) + 33  # A and B of two c_attn layers, and the value head
+
+
+# Rollout coins ---------------------------------------------------------------------------------------------
+
+
+class ForgetsItsCoins(PPO):
+    """Samples with torch's generator, whose seed anyone may know."""
+
+    def collect(self, policy, units, coins):
+        return super().collect(policy, units, None)
+
+
+def draws_follow_a_known_seed(algorithm: type[PPO]) -> bool:
+    """Whether two runs with equal seeds of torch's generator sample equal completions."""
+    seen = []
+
+    class Watched(algorithm):
+        def collect(self, policy, units, coins):
+            torch.manual_seed(0)
+            seen.append(super().collect(policy, units, coins).rollouts.completion_ids)
+            raise Interrupted
+
+    for _ in range(2):
+        run_stage(ppo(Watched), dataset(prompts()), dtype=torch.float32, completions_are_fixed=False)
+    return torch.equal(*seen)
+
+
+def test_rollouts_are_drawn_with_the_secret_coins_of_the_sample():
+    """A known rollout seed would let the batch tell who is in it; the coins come with the sample, as an argument."""
+    assert not draws_follow_a_known_seed(PPO)
+    assert draws_follow_a_known_seed(ForgetsItsCoins)

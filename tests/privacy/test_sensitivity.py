@@ -50,8 +50,8 @@ class WhitenedAdvantages(PPO):
 
 
 class WhitenedRewards(PPO):
-    def collect(self, policy, units):
-        phase = super().collect(policy, units)
+    def collect(self, policy, units, coins):
+        phase = super().collect(policy, units, coins)
         phase.scores = (phase.scores - phase.scores.mean()) / (phase.scores.std() + 1e-8)
         return phase
 
@@ -59,8 +59,8 @@ class WhitenedRewards(PPO):
 class RunningRewardScale(PPO):
     seen = 0.0
 
-    def collect(self, policy, units):
-        phase = super().collect(policy, units)
+    def collect(self, policy, units, coins):
+        phase = super().collect(policy, units, coins)
         self.seen += float(phase.scores.square().sum())
         phase.scores = phase.scores / self.seen**0.5
         return phase
@@ -188,9 +188,9 @@ def sensitivity(algorithm: Algorithms, units: list, outlier: list, **settings) -
 class EveryColumn(PPO):
     """Passes every column that some drawn record has to the reward, which knows only its own."""
 
-    def collect(self, policy, units):
+    def collect(self, policy, units, coins):
         self.config.reward.columns = sorted({k for u in units for r in self.records[u] for k in r} - {"id", "prompt"})
-        return super().collect(policy, units)
+        return super().collect(policy, units, coins)
 
 
 SFT_CASE = (texts(), LONG_TEXT)
@@ -484,8 +484,8 @@ def test_the_baseline_stays_inside_the_prompts_group():
     seen = []
 
     class Watched(RLOO):
-        def collect(self, policy, units):
-            phase = super().collect(policy, units)
+        def collect(self, policy, units, coins):
+            phase = super().collect(policy, units, coins)
             phase.scores = torch.tensor([1.0, 3.0, 10.0, 20.0, 0.0, 0.0, 5.0, 4.0, 7.0, 7.0, -1.0, 1.0])
             return phase
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.load import Record
 from ..errors import DPAlignError
 from ..models import AdapterConfig
+from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import Clipping, MetricRange
 
 
@@ -139,8 +140,12 @@ class Algorithm(ABC):
         """Tokenises all units of the stage, each by itself; called once, before the first draw."""
 
     @abstractmethod
-    def collect(self, model: Any, units: list[int]) -> Any:
-        """The data of one phase for the sampled `units` (rollouts, say), made with the current model."""
+    def collect(self, model: Any, units: list[int], coins: SystemEntropy | None) -> Any:
+        """The data of one phase for the sampled `units` (rollouts, say), made with the current model.
+
+        Args:
+            coins: the phase's secret randomness, whose law ignores who else was sampled; None is torch's generator.
+        """
 
     @abstractmethod
     def batch(self, phase: Any, positions: list[int]) -> Batch:

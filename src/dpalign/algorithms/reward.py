@@ -18,6 +18,7 @@ from ..data.load import Record, require_columns
 from ..data.text import render
 from ..errors import DPAlignError
 from ..models import ModelConfig, RewardModel, TextFormat
+from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from .base import Algorithm, Batch, TrainingConfig
 
@@ -101,7 +102,7 @@ class RewardModelling(Algorithm):
         self.pairs = [[p for p in unit if not (skip and p.preference == 0.5)] for unit in pairs]
         self.model = model
 
-    def collect(self, model: RewardModel, units: list[int]) -> list[list[Pair]]:
+    def collect(self, model: RewardModel, units: list[int], coins: SystemEntropy | None) -> list[list[Pair]]:
         return [self.pairs[u] for u in units]
 
     def batch(self, phase: list[list[Pair]], positions: list[int]) -> Batch:

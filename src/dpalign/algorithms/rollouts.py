@@ -17,6 +17,7 @@ from ..errors import DPAlignError
 from ..models import Policy
 from ..models.generation import write_prompts
 from ..models.policy import Rollouts
+from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward, RewardConfig
 from .base import Algorithm, Batch, TrainingConfig
@@ -142,7 +143,7 @@ class RolloutAlgorithm(Algorithm):
 
     # 2. Rollouts ---------------------------------------------------------------------------------------
 
-    def collect(self, policy: Policy, units: list[int]) -> Experience:
+    def collect(self, policy: Policy, units: list[int], coins: SystemEntropy | None) -> Experience:
         """Samples `num_generations` completions per prompt, scores them, and keeps what later passes need."""
         config = self.config
         rows = [  # (unit of the phase, prompt, record); a text too short for a prompt makes no row
@@ -159,7 +160,7 @@ class RolloutAlgorithm(Algorithm):
         prompts = policy.tokenizer.batch_decode([prompt for _, prompt, _ in rows], skip_special_tokens=True)
         # The declared columns and no others: a key that only one record has must not change the call.
         columns = {name: [record.get(name) for _, _, record in rows] for name in config.reward.columns}
-        return self._experience(policy, ids, mask, prompts, columns, unit_rows)
+        return self._experience(policy, ids, mask, prompts, columns, unit_rows, coins)
 
     def _experience(
         self,
@@ -169,9 +170,10 @@ class RolloutAlgorithm(Algorithm):
         prompts: list[str],
         columns: dict[str, list[Any]],
         unit_rows: list[list[int]],
+        coins: SystemEntropy | None,
     ) -> Experience:
         config = self.config
-        rollouts = sample(policy, ids, mask, config)
+        rollouts = sample(policy, ids, mask, config, coins)
         with torch.no_grad(), policy.reference():
             ref_logprobs = in_micro_batches(policy, rollouts, config)[0]
         scores = self.reward(prompts, policy.decode(rollouts), columns)
@@ -210,7 +212,7 @@ class RolloutAlgorithm(Algorithm):
             texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
             columns = {c: [None] * len(texts) for c in config.reward.columns}
             rows = [list(range(i * group, (i + 1) * group)) for i in range(count)]
-            phase = self._experience(policy, ids, torch.ones_like(ids), texts, columns, rows)
+            phase = self._experience(policy, ids, torch.ones_like(ids), texts, columns, rows, None)
             known = phase.scores.nanmean().nan_to_num(0.0)  # these rows are no one's: they may share a mean
             phase.scores = torch.where(phase.scores.isnan(), known, phase.scores)
             self.prepare(policy, phase)
@@ -238,13 +240,16 @@ class RolloutAlgorithm(Algorithm):
         self.beta = state["beta"]
 
 
-def sample(policy: Policy, ids: Tensor, mask: Tensor, config: RolloutConfig) -> Rollouts:
-    """Completions of `(rows, prompt)` ids with the config's lengths."""
+def sample(
+    policy: Policy, ids: Tensor, mask: Tensor, config: RolloutConfig, coins: SystemEntropy | None = None
+) -> Rollouts:
+    """Completions of `(rows, prompt)` ids with the config's lengths; `coins` as in `Policy.generate`."""
     return policy.sample(
         ids,
         mask,
         config.max_completion_length,
         min_new_tokens=config.min_completion_length,
+        coins=coins,
         rows_at_once=config.micro_batch_size if policy.constant_rows else 256,  # filled-up rows cost time
     )
 

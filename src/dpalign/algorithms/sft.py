@@ -13,6 +13,7 @@ from ..data.load import Record, require_columns
 from ..data.text import render, tokens
 from ..errors import DPAlignError
 from ..models import Policy
+from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from .base import Algorithm, Batch, TrainingConfig
 
@@ -75,7 +76,9 @@ class SFT(Algorithm):
             ids = [*ids, tokenizer.eos_token_id]
         return ids[: config.max_length], learn_from
 
-    def collect(self, policy: Policy, units: list[int]) -> list[list[tuple[list[int], int]]]:
+    def collect(
+        self, policy: Policy, units: list[int], coins: SystemEntropy | None
+    ) -> list[list[tuple[list[int], int]]]:
         return [self.rows[u] for u in units]
 
     def batch(self, phase: list[list[tuple[list[int], int]]], positions: list[int]) -> Batch:

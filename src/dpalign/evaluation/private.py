@@ -23,6 +23,7 @@ from ..files import private_folder, write_json
 from ..models import Policy
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
+from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import Gate, PrivateStep
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import MetricRange
@@ -112,13 +113,9 @@ def _measured_once(
     step = PrivateStep(plan.mechanism(), max_grad_norm=1.0, divisor=data.declared_units, metrics=block)
     (drawn,) = gate.draw([step], first=0, attempt=0)
     mechanism = drawn.measurement()
-    policy.coins = drawn.coins
-    try:
-        for chunk, count in policy.chunks(len(drawn.units), config.micro_batch_size):
-            values = _measure(policy, [data.units[drawn.units[i]] for i in chunk], reward, config)
-            mechanism.add_metrics(values[:count])
-    finally:
-        policy.coins = None
+    for chunk, count in policy.chunks(len(drawn.units), config.micro_batch_size):
+        values = _measure(policy, [data.units[drawn.units[i]] for i in chunk], reward, config, drawn.coins)
+        mechanism.add_metrics(values[:count])
     released = mechanism.release()[1] or {}
     deviation = plan.noise_multiplier * math.sqrt(len(block)) / data.declared_units
     return {
@@ -144,7 +141,9 @@ def _gate(data: UnitDataset, plan: StagePlan, run: str, ledger: Ledger) -> Gate:
 
 
 @torch.no_grad()
-def _measure(policy: Policy, units: list[list[Record]], reward: Reward, config: RolloutConfig) -> torch.Tensor:
+def _measure(
+    policy: Policy, units: list[list[Record]], reward: Reward, config: RolloutConfig, coins: SystemEntropy
+) -> torch.Tensor:
     # One row per unit: the mean over its records of both rewards and of the wins; NaN where there is no prompt.
     encoded = [
         (unit, encode_prompt(policy, record, config), record) for unit, rows in enumerate(units) for record in rows
@@ -156,9 +155,9 @@ def _measure(policy: Policy, units: list[list[Record]], reward: Reward, config: 
     ids, mask = policy.encode_prompts([prompt for _, prompt, _ in rows], config.max_prompt_length)
     prompts = policy.tokenizer.batch_decode([prompt for _, prompt, _ in rows], skip_special_tokens=True)
     columns = {name: [record.get(name) for _, _, record in rows] for name in config.reward.columns}
-    ours = reward(prompts, policy.decode(sample(policy, ids, mask, config)), columns)
+    ours = reward(prompts, policy.decode(sample(policy, ids, mask, config, coins)), columns)
     with policy.reference():
-        theirs = reward(prompts, policy.decode(sample(policy, ids, mask, config)), columns)
+        theirs = reward(prompts, policy.decode(sample(policy, ids, mask, config, coins)), columns)
     wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
     wins = torch.where(ours.isnan() | theirs.isnan(), torch.nan, wins)
     per_row = torch.stack([ours.double(), theirs.double(), wins], 1)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ..errors import DPAlignError
+from ..privacy.entropy import SystemEntropy
 from .sampling import DrawToken
 from .stack import AdapterStack, ModelConfig, load_pretrained
 
@@ -151,8 +152,11 @@ class Policy(AdapterStack):
         min_new_tokens: int = 0,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        coins: SystemEntropy | None = None,
     ) -> Rollouts:
         """Samples one completion per left-padded prompt, with `coins` or else torch's global generator.
+
+        Rollouts of private prompts are drawn with the sample's secret coins. torch's generator is for public ones.
 
         By default the law is exactly the policy's own (no top-k, no penalties), which PPO needs.
         """
@@ -170,7 +174,7 @@ class Policy(AdapterStack):
             processors.append(TemperatureLogitsWarper(temperature))
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
-        processors.append(DrawToken(self.coins))
+        processors.append(DrawToken(coins))
         sequences = self.model.generate(
             input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config, logits_processor=processors
         )
@@ -186,12 +190,21 @@ class Policy(AdapterStack):
         )
 
     def sample(
-        self, ids: Tensor, mask: Tensor, max_new_tokens: int, *, min_new_tokens: int = 0, rows_at_once: int = 256
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        max_new_tokens: int,
+        *,
+        min_new_tokens: int = 0,
+        rows_at_once: int = 256,
+        coins: SystemEntropy | None = None,
     ) -> Rollouts:
         """On-policy completions for `(rows, prompt)` ids in chunks of a fixed size, with merged weights."""
         with self.merged():
             parts = [
-                self.generate(ids[chunk], mask[chunk], max_new_tokens, min_new_tokens=min_new_tokens)[:count]
+                self.generate(ids[chunk], mask[chunk], max_new_tokens, min_new_tokens=min_new_tokens, coins=coins)[
+                    :count
+                ]
                 for chunk, count in self.chunks(len(ids), rows_at_once)
             ]
         if not parts:  # an empty sample

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DPAlignError
-from ..privacy.entropy import SystemEntropy
 from . import embedded
 
 RELEASE_ADAPTER = "default"
@@ -88,7 +87,6 @@ class AdapterStack(nn.Module):
         self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
-        self.coins: SystemEntropy | None = None  # secret coins of rollouts, set by the training loop
         # In half precision a row's rounding depends on how many rows are computed together: then every
         # micro-batch is filled up to the same size, so that nobody's rounding tells who else is there.
         self.constant_rows = base.dtype != torch.float32

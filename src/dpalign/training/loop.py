@@ -168,11 +168,7 @@ class Stage:
         steps = [self._private_step(sigma)] * self.plan.minibatches
         samples = self.gate.draw(steps, step, attempt)
         union = sorted(set().union(*(sample.units for sample in samples)))
-        self.model.coins = samples[0].coins  # secret rollout coins: their law ignores who else is here
-        try:
-            phase = self.algorithm.collect(self.model, union)
-        finally:
-            self.model.coins = None
+        phase = self.algorithm.collect(self.model, union, samples[0].coins)
         place = {unit: position for position, unit in enumerate(union)}
         for sample in samples:
             released = self._step(phase, [place[u] for u in sample.units], sample, step)
