@@ -32,7 +32,7 @@ import torch
 from models import gpt2, word_tokenizer
 
 from dpalign.algorithms import ppo
-from dpalign.algorithms.base import unit_means
+from dpalign.algorithms.base import encode_units, unit_means
 from dpalign.algorithms.ppo import PPO, PPOConfig
 from dpalign.gradients import PerUnitGradients
 from dpalign.models import AdapterConfig, Policy
@@ -57,7 +57,7 @@ class DPPPO:
         self.policy, self.config = policy, config
         self.algorithm = PPO(config, Reward(length_reward, 0.0, 1.0))
         self.algorithm.setup(policy)
-        self.algorithm.encode(policy, [[{"prompt": prompt}] for prompt in prompts])
+        self.examples = encode_units(self.algorithm, policy, [[{"prompt": prompt}] for prompt in prompts])
         self.units = list(range(len(prompts)))  # what Poisson sampling would have drawn
         self.gradients = PerUnitGradients(policy)
         self.optimizer = torch.optim.AdamW(self.gradients.parameters, lr=config.learning_rate)
@@ -74,7 +74,7 @@ class DPPPO:
 
         ppo.sample = timed_sample
         try:
-            phase = self.algorithm.collect(self.policy, self.units, SystemEntropy())
+            phase = self.algorithm.collect(self.policy, self.examples, SystemEntropy())
         finally:
             ppo.sample = sample
         clock.append(self._now())
@@ -97,7 +97,7 @@ class DPPPO:
         )
         for start in range(0, len(self.units), config.micro_batch_size):
             positions = self.units[start : start + config.micro_batch_size]
-            batch = self.algorithm.batch(phase, positions)
+            batch = self.algorithm.batch(self.policy, phase, positions)
             with self.gradients.collect(batch.row_unit, len(positions)):
                 losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
                 unit_means(losses, batch.row_unit, len(positions)).sum().backward()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dpalign.algorithms import PPO, SFT, PPOConfig, SFTConfig
+from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.basis import leading_inputs
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig
@@ -44,7 +45,7 @@ def test_a_is_orthonormal_and_frozen_and_nothing_else_changes(kind):
 def test_the_directions_depend_on_the_reward_and_not_on_records():
     def directions(algorithm: PPO, records: list) -> torch.Tensor:
         policy = tiny_policy("llama")
-        algorithm.records, algorithm.prompts = records, [[[5, 6]] for _ in records]
+        assert all(encode_units(algorithm, policy, records))
         torch.manual_seed(0)
         algorithm.setup(policy)
         return torch.cat([p.flatten() for n, p in policy.named_parameters() if "lora_A" in n])

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from dpalign.algorithms import SFT, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.rollouts import encode_prompt
 from dpalign.data import build_units
 from dpalign.data.load import DataConfig, read_records
@@ -74,7 +75,7 @@ def policy():
 
 
 def encoded(policy, record, **settings):
-    return SFT(SFTConfig(**settings))._encode(policy, record)
+    return SFT(SFTConfig(**settings)).encode(policy, record)
 
 
 def test_text_is_learned_from_its_second_token_on(policy):
@@ -93,8 +94,9 @@ def test_a_completion_is_learned_and_its_prompt_is_not(policy):
     assert policy.tokenizer.decode(ids[1:learn_from]) == "This film"
     assert policy.tokenizer.decode(ids[learn_from:-1]) == " was fine."
     algorithm = SFT(SFTConfig(prepend_bos=True, max_length=16))
-    algorithm.encode(policy, [[record], [{"text": "This film was fine."}]])
-    learned = algorithm.batch(algorithm.collect(policy, [0, 1], None), [0, 1]).tensors[2].sum(1).tolist()
+    examples = encode_units(algorithm, policy, [[record], [{"text": "This film was fine."}]])
+    phase = algorithm.collect(policy, examples, None)
+    learned = algorithm.batch(policy, phase, [0, 1]).tensors[2].sum(1).tolist()
     assert learned == [len(ids) - learn_from, len(ids) - 1]
 
 

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from dpalign.algorithms import PPO, PPOConfig
-from dpalign.algorithms.base import Batch
+from dpalign.algorithms.base import Batch, encode_units
 from dpalign.algorithms.rollouts import Experience
 from dpalign.errors import DPAlignError
 from dpalign.evaluation import evaluate_policy, public_prompts
@@ -98,9 +98,9 @@ def collected(algorithm: PPO, units: int, kind: str = "gpt2", policy: Policy | N
     policy = policy or tiny_policy(kind)
     if not policy.adapters:
         algorithm.setup(policy)
-    algorithm.encode(policy, [[{"prompt": words(1 + i % 4, i)}] for i in range(units)])
+    examples = encode_units(algorithm, policy, [[{"prompt": words(1 + i % 4, i)}] for i in range(units)])
     torch.manual_seed(3)
-    return algorithm.collect(policy, list(range(units)), None)
+    return algorithm.collect(policy, examples, None)
 
 
 def test_a_completion_without_eos_pays_the_penalty():
@@ -186,7 +186,7 @@ def test_the_on_policy_shortcut_is_the_first_pass(kind):
             torch.nn.init.normal_(p, std=0.2)
         experience = collected(algorithm, 6, policy=policy)
         assert (experience.old_logprobs is None) == (epochs == 1)
-        losses, _ = algorithm.row_losses(policy, algorithm.batch(experience, list(range(6))), experience)
+        losses, _ = algorithm.row_losses(policy, algorithm.batch(policy, experience, list(range(6))), experience)
         losses.sum().backward()
         return losses.detach(), torch.cat([p.grad.flatten() for p in trained])
 
@@ -208,7 +208,9 @@ def test_adaptive_kl_moves_by_the_noised_kl_and_nothing_else(kl, factor):
     algorithm.setup(policy)
     experience = collected(algorithm, 8, policy=policy)
     algorithm.row_losses(
-        policy, algorithm.batch(experience, [0, 1]), replace(experience, ref_logprobs=experience.ref_logprobs - 9)
+        policy,
+        algorithm.batch(policy, experience, [0, 1]),
+        replace(experience, ref_logprobs=experience.ref_logprobs - 9),
     )
     algorithm.after_step(None)
     assert algorithm.beta == 0.5

@@ -291,7 +291,7 @@ def test_first_steps_on_reviews(tmp_path, capsys, ran, asked, name):
     assert len(declared) == 2 and all("made without the private data" in a for a in declared)  # model and classifier
     ppo = ran[1].algorithm
     assert (ppo.reward.low, ppo.reward.high) == (-5, 5)
-    assert {len(prompt) for unit in ppo.prompts for prompt in unit} <= set(range(2, 9))
+    assert {len(prompt.ids) for unit in ran[1].examples for prompt in unit} <= set(range(2, 9))
     noised = [json.loads(line)["noised_metrics"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert len(noised) == 2 + 16  # the PPO batch is 16 Poisson samples
     assert ppo.beta != 0.2 and math.isclose(ppo.beta, 0.2, rel_tol=0.2 * 16 * 4 / 10_000)  # it has begun to adapt

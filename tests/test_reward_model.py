@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpalign.algorithms import RewardModelConfig, RewardModelling
+from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.reward import check_pair_columns, encode_pair, pair_texts, preference_loss
 from dpalign.data.text import tokens
 from dpalign.errors import DPAlignError
@@ -89,8 +90,8 @@ def test_row_losses_and_metrics_of_a_pair():
         {"chosen": "w5 w6", "rejected": "w7", "margin": 0.25}, {"chosen": "w8", "rejected": "w9 w3", "preference": 0.0},
         {"chosen": "w4", "rejected": "w2", "preference": 0.5},
     ]  # fmt: skip
-    algorithm.encode(model, [[pairs[0], pairs[1]], [pairs[2]]])
-    batch = algorithm.batch(algorithm.collect(model, [0, 1], None), [0, 1])
+    examples = encode_units(algorithm, model, [[pairs[0], pairs[1]], [pairs[2]]])
+    batch = algorithm.batch(model, algorithm.collect(model, examples, None), [0, 1])
     with torch.no_grad():
         losses, metrics = algorithm.row_losses(model, batch, None)
     assert batch.row_unit.tolist() == [0, 0, 0, 0, 1, 1]
@@ -110,11 +111,10 @@ def test_skipped_ties_leave_their_units_without_rows():
     better = tie | {"preference": 0.6}
     for ties, counts in (("half", [2, 1, 1]), ("skip", [1, 0, 1])):
         algorithm = RewardModelling(RewardModelConfig(ties=ties, max_length=12))
-        algorithm.encode(model, [[tie, better], [tie], [better]])
-        phase = algorithm.collect(model, [0, 1, 2], None)
+        phase = algorithm.collect(model, encode_units(algorithm, model, [[tie, better], [tie], [better]]), None)
         assert [len(unit) for unit in phase] == counts
-        assert len(algorithm.batch(phase, [0, 1, 2]).row_unit) == 2 * sum(counts)
-        assert len(algorithm.batch(phase, []).row_unit) == 0
+        assert len(algorithm.batch(model, phase, [0, 1, 2]).row_unit) == 2 * sum(counts)
+        assert len(algorithm.batch(model, phase, []).row_unit) == 0
 
 
 def test_settings_that_cannot_be():
@@ -427,8 +427,8 @@ def test_a_reward_model_reads_text_with_its_own_tokenizer():
     model = reward_model("llama")
     assert len(policy.tokenizer) != VOCABULARY
     algorithm = RewardModelling(RewardModelConfig(max_length=12))
-    algorithm.encode(model, [[{"prompt": "w5 ", "chosen": "w6", "rejected": "w7"}]])
-    assert algorithm.pairs[0][0].chosen == [*tokens(model.tokenizer, "w5 w6", prepend_bos=False), EOS]
+    pair = algorithm.encode(model, {"prompt": "w5 ", "chosen": "w6", "rejected": "w7"})
+    assert pair is not None and pair.chosen == [*tokens(model.tokenizer, "w5 w6", prepend_bos=False), EOS]
     normalization = normalize(model, policy, rows=16, prompt_tokens=3, max_new_tokens=4, seed=0)
     assert normalization.scale > 0
     with pytest.raises(DPAlignError, match="gives all texts the same score"):

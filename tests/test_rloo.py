@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpalign.algorithms import RLOO, RLOOConfig
-from dpalign.algorithms.base import Batch
+from dpalign.algorithms.base import Batch, encode_units
 from dpalign.algorithms.rloo import leave_one_out
 from dpalign.algorithms.rollouts import Experience
 from dpalign.errors import DPAlignError
@@ -81,8 +81,7 @@ def test_rollouts_are_grouped_by_prompt_within_their_units():
     algorithm.setup(policy)
     assert policy.value_head is None and policy.heads() == []
     units = [[{"prompt": words(2, 1)}, {"prompt": words(3, 2)}], [{"prompt": words(1, 3)}]]
-    algorithm.encode(policy, units)
-    phase = algorithm.collect(policy, [0, 1], None)
+    phase = algorithm.collect(policy, encode_units(algorithm, policy, units), None)
     assert phase.prompt_of.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert phase.unit_rows == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
     prompts = [tuple(row[:6].tolist()) for row in phase.rollouts.input_ids]

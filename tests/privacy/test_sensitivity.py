@@ -89,8 +89,8 @@ class FilledUpBaseline(RLOO):
 
 
 class CentredMargins(RewardModelling):
-    def batch(self, phase, positions):
-        batch = super().batch(phase, positions)
+    def batch(self, model, phase, positions):
+        batch = super().batch(model, phase, positions)
         ids, mask, margin, preference = batch.tensors
         return replace(batch, tensors=(ids, mask, margin - margin.mean(), preference))
 
@@ -135,7 +135,7 @@ class KeepNotFinite(GaussianMechanism):
 
 class ClipRows(Stage):
     def _accumulate(self, mechanism, phase, positions, count):
-        batch = self.algorithm.batch(phase, positions)
+        batch = self.algorithm.batch(self.model, phase, positions)
         rows = len(batch.row_unit)
         with self.gradients.collect(torch.arange(rows), rows):
             losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
@@ -147,7 +147,7 @@ class ClipPairs(Stage):
     """One clip for every pair of a judge."""
 
     def _accumulate(self, mechanism, phase, positions, count):
-        batch = self.algorithm.batch(phase, positions)
+        batch = self.algorithm.batch(self.model, phase, positions)
         units = len(batch.row_unit) // 2
         row_unit = torch.arange(units).repeat_interleave(2)
         with self.gradients.collect(row_unit, units):
@@ -158,7 +158,7 @@ class ClipPairs(Stage):
 
 class MicroBatchMean(Stage):
     def _accumulate(self, mechanism, phase, positions, count):
-        batch = self.algorithm.batch(phase, positions)
+        batch = self.algorithm.batch(self.model, phase, positions)
         with self.gradients.collect(batch.row_unit, len(positions)):
             losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
             losses.mean().backward()
@@ -188,8 +188,13 @@ def sensitivity(algorithm: Algorithms, units: list, outlier: list, **settings) -
 class EveryColumn(PPO):
     """Passes every column that some drawn record has to the reward, which knows only its own."""
 
+    def encode(self, policy, record):
+        return replace(
+            super().encode(policy, record), columns={k: v for k, v in record.items() if k not in ("id", "prompt")}
+        )
+
     def collect(self, policy, units, coins):
-        self.config.reward.columns = sorted({k for u in units for r in self.records[u] for k in r} - {"id", "prompt"})
+        self.config.reward.columns = sorted({k for unit in units for prompt in unit for k in prompt.columns})
         return super().collect(policy, units, coins)
 
 
@@ -364,7 +369,7 @@ class RowlessUnitsCount(Stage):
     """A unit without rows adds a metric of 0 in company, and nothing alone."""
 
     def _accumulate(self, mechanism, phase, positions, count):
-        batch = self.algorithm.batch(phase, positions)
+        batch = self.algorithm.batch(self.model, phase, positions)
         if len(batch.row_unit) == 0:
             return
         with self.gradients.collect(batch.row_unit, len(positions)):

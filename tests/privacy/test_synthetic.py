@@ -12,7 +12,7 @@ from harness import Interrupted, ppo, prompts, rloo, run_stage
 from torch import Tensor
 
 from dpalign.algorithms import PPO, RLOO, PPOConfig
-from dpalign.algorithms.base import Algorithm
+from dpalign.algorithms.base import Algorithm, encode_units
 from dpalign.algorithms.rollouts import RolloutAlgorithm
 from dpalign.privacy.ledger import Ledger
 from dpalign.rewards import Reward, RewardConfig
@@ -37,7 +37,7 @@ class ReadsPrompts(RLOO):
 
     def warm_up(self, policy):
         def own(policy, count, prompt_tokens, rows_at_once):
-            return policy.encode_prompts([unit[0] for unit in self.prompts[:count]], prompt_tokens + 4)[0]
+            return policy.encode_prompts([unit[0].ids for unit in self.seen[:count]], prompt_tokens + 4)[0]
 
         with patch("dpalign.algorithms.rollouts.write_prompts", own):
             return super().warm_up(policy)
@@ -45,7 +45,7 @@ class ReadsPrompts(RLOO):
 
 class EncodesFirst(Stage):
     def _warm_up(self):
-        self.algorithm.encode(self.model, self.data.units)
+        self.algorithm.seen = encode_units(self.algorithm, self.model, self.data.units)
         super()._warm_up()
 
 

@@ -10,6 +10,7 @@ from harness import sft, texts
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dpalign.algorithms.base import encode_units
 from dpalign.errors import DPAlignError
 from dpalign.gradients import PerUnitGradients
 from dpalign.models import AdapterConfig
@@ -223,7 +224,7 @@ def test_an_unfrozen_embedding_or_norm_of_the_base_raises():
         policy = tiny_policy(kind)
         algorithm = sft()
         algorithm.setup(policy)
-        algorithm.encode(policy, dataset(texts()).units)
+        encode_units(algorithm, policy, dataset(texts()).units)
         module = next(m for n, m in policy.named_modules() if n.endswith(name))
         module.requires_grad_(True)
         with pytest.raises(DPAlignError, match=name.split(".")[0]):

@@ -136,19 +136,23 @@ class Algorithm(ABC):
         return 0
 
     @abstractmethod
-    def encode(self, model: Any, units: list[list[Record]]) -> None:
-        """Tokenises all units of the stage, each by itself; called once, before the first draw."""
+    def encode(self, model: Any, record: Record) -> Any:
+        """One record as an example, or None if nothing can be learned from it; sees no other record.
+
+        Called for every record of the stage before the first draw.
+        """
 
     @abstractmethod
-    def collect(self, model: Any, units: list[int], coins: SystemEntropy | None) -> Any:
-        """The data of one phase for the sampled `units` (rollouts, say), made with the current model.
+    def collect(self, model: Any, units: list[list[Any]], coins: SystemEntropy | None) -> Any:
+        """The data of one phase (rollouts, say), made with the current model.
 
         Args:
+            units: the examples of each sampled unit, perhaps none.
             coins: the phase's secret randomness, whose law ignores who else was sampled; None is torch's generator.
         """
 
     @abstractmethod
-    def batch(self, phase: Any, positions: list[int]) -> Batch:
+    def batch(self, model: Any, phase: Any, positions: list[int]) -> Batch:
         """Rows of the units at `positions` within the phase."""
 
     @abstractmethod
@@ -164,6 +168,12 @@ class Algorithm(ABC):
 
     def load_state(self, state: dict[str, float]) -> None:
         """Puts a checkpoint's state back."""
+
+
+def encode_units(algorithm: Algorithm, model: Any, units: list[list[Record]]) -> list[list[Any]]:
+    """The examples of each unit, perhaps none; every record by itself."""
+    encoded = [[algorithm.encode(model, record) for record in unit] for unit in units]
+    return [[example for example in unit if example is not None] for unit in encoded]
 
 
 def unit_means(row_values: Tensor, row_unit: Tensor, units: int) -> Tensor:

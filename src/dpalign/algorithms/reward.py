@@ -96,18 +96,17 @@ class RewardModelling(Algorithm):
         model.add_adapter(self.name, self.config.adapter)
         model.train_head()
 
-    def encode(self, model: RewardModel, units: list[list[Record]]) -> None:
-        pairs = [[encode_pair(model, record) for record in unit] for unit in units]
-        skip = self.config.ties == "skip"
-        self.pairs = [[p for p in unit if not (skip and p.preference == 0.5)] for unit in pairs]
-        self.model = model
+    def encode(self, model: RewardModel, record: Record) -> Pair | None:
+        """None for a tie that is skipped."""
+        pair = encode_pair(model, record)
+        return None if self.config.ties == "skip" and pair.preference == 0.5 else pair
 
-    def collect(self, model: RewardModel, units: list[int], coins: SystemEntropy | None) -> list[list[Pair]]:
-        return [self.pairs[u] for u in units]
+    def collect(self, model: RewardModel, units: list[list[Pair]], coins: SystemEntropy | None) -> list[list[Pair]]:
+        return units
 
-    def batch(self, phase: list[list[Pair]], positions: list[int]) -> Batch:
+    def batch(self, model: RewardModel, phase: list[list[Pair]], positions: list[int]) -> Batch:
         pairs = [(unit, pair) for unit, position in enumerate(positions) for pair in phase[position]]
-        ids, mask = self.model.pad([row for _, pair in pairs for row in (pair.chosen, pair.rejected)])
+        ids, mask = model.pad([row for _, pair in pairs for row in (pair.chosen, pair.rejected)])
         row_unit = torch.tensor([unit for unit, _ in pairs], dtype=torch.int64).repeat_interleave(2)
         margin = torch.tensor([pair.margin for _, pair in pairs])
         preference = torch.tensor([pair.preference for _, pair in pairs])

@@ -100,6 +100,14 @@ class Experience:
     returns: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, and the columns of its record that the reward is given."""
+
+    ids: list[int]
+    columns: dict[str, Any]
+
+
 class RolloutAlgorithm(Algorithm):
     """Prompts to scored rollouts; a subclass adds the loss."""
 
@@ -137,29 +145,29 @@ class RolloutAlgorithm(Algorithm):
 
     # 1. Prompts ----------------------------------------------------------------------------------------
 
-    def encode(self, policy: Policy, units: list[list[Record]]) -> None:
-        self.records = units
-        self.prompts = [[encode_prompt(policy, record, self.config) for record in unit] for unit in units]
+    def encode(self, policy: Policy, record: Record) -> Prompt | None:
+        """None for a text that is too short for a prompt: its unit then adds nothing."""
+        ids = encode_prompt(policy, record, self.config)
+        # The declared columns and no others: a key that only one record has must not change the call of the reward.
+        return None if ids is None else Prompt(ids, {name: record.get(name) for name in self.config.reward.columns})
 
     # 2. Rollouts ---------------------------------------------------------------------------------------
 
-    def collect(self, policy: Policy, units: list[int], coins: SystemEntropy | None) -> Experience:
+    def collect(self, policy: Policy, units: list[list[Prompt]], coins: SystemEntropy | None) -> Experience:
         """Samples `num_generations` completions per prompt, scores them, and keeps what later passes need."""
         config = self.config
-        rows = [  # (unit of the phase, prompt, record); a text too short for a prompt makes no row
-            (position, prompt, record)
-            for position, u in enumerate(units)
-            for prompt, record in zip(self.prompts[u], self.records[u], strict=True)
+        rows = [
+            (position, prompt)
+            for position, unit in enumerate(units)
+            for prompt in unit
             for _ in range(config.num_generations)
-            if prompt is not None
         ]
         unit_rows: list[list[int]] = [[] for _ in units]
-        for row, (position, _, _) in enumerate(rows):
+        for row, (position, _) in enumerate(rows):
             unit_rows[position].append(row)
-        ids, mask = policy.encode_prompts([prompt for _, prompt, _ in rows], config.max_prompt_length)
-        prompts = policy.tokenizer.batch_decode([prompt for _, prompt, _ in rows], skip_special_tokens=True)
-        # The declared columns and no others: a key that only one record has must not change the call.
-        columns = {name: [record.get(name) for _, _, record in rows] for name in config.reward.columns}
+        ids, mask = policy.encode_prompts([prompt.ids for _, prompt in rows], config.max_prompt_length)
+        prompts = policy.tokenizer.batch_decode([prompt.ids for _, prompt in rows], skip_special_tokens=True)
+        columns = {name: [prompt.columns.get(name) for _, prompt in rows] for name in config.reward.columns}
         return self._experience(policy, ids, mask, prompts, columns, unit_rows, coins)
 
     def _experience(
@@ -186,7 +194,7 @@ class RolloutAlgorithm(Algorithm):
     def prepare(self, policy: Policy, experience: Experience) -> None:
         """Adds what later passes over the same rollouts need; nothing, on-policy."""
 
-    def batch(self, phase: Experience, positions: list[int]) -> Batch:
+    def batch(self, policy: Policy, phase: Experience, positions: list[int]) -> Batch:
         rows = [(unit, row) for unit, position in enumerate(positions) for row in phase.unit_rows[position]]
         device = phase.scores.device
         row_unit = torch.tensor([unit for unit, _ in rows], dtype=torch.int64, device=device)
@@ -217,7 +225,7 @@ class RolloutAlgorithm(Algorithm):
             phase.scores = torch.where(phase.scores.isnan(), known, phase.scores)
             self.prepare(policy, phase)
             for start in range(0, count, config.micro_batch_size):
-                batch = self.batch(phase, list(range(start, min(count, start + config.micro_batch_size))))
+                batch = self.batch(policy, phase, list(range(start, min(count, start + config.micro_batch_size))))
                 losses, _ = self.row_losses(policy, batch, phase)
                 (losses.sum() / (count * group)).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

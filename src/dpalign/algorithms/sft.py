@@ -17,6 +17,8 @@ from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from .base import Algorithm, Batch, TrainingConfig
 
+Example = tuple[list[int], int]  # token ids, and the index of the first one that is learned
+
 
 @dataclass(kw_only=True)
 class SFTConfig(TrainingConfig):
@@ -54,13 +56,8 @@ class SFT(Algorithm):
             raise DPAlignError("init_a synthetic_gradient is for ppo and rloo: synthetic text has no gradient for sft.")
         policy.add_adapter(self.name, self.config.adapter)
 
-    def encode(self, policy: Policy, units: list[list[Record]]) -> None:
-        self.rows = [[self._encode(policy, record) for record in unit] for unit in units]
-        self.pad = policy.tokenizer.pad_token_id
-        self.device = policy.device
-
-    def _encode(self, policy: Policy, record: Record) -> tuple[list[int], int]:
-        # Token ids and the index of the first one that is learned.
+    def encode(self, policy: Policy, record: Record) -> Example:
+        """Token ids, and the index of the first one that is learned."""
         tokenizer, config = policy.tokenizer, self.config
         learn_from = 1
         if "text" in record:
@@ -76,14 +73,12 @@ class SFT(Algorithm):
             ids = [*ids, tokenizer.eos_token_id]
         return ids[: config.max_length], learn_from
 
-    def collect(
-        self, policy: Policy, units: list[int], coins: SystemEntropy | None
-    ) -> list[list[tuple[list[int], int]]]:
-        return [self.rows[u] for u in units]
+    def collect(self, policy: Policy, units: list[list[Example]], coins: SystemEntropy | None) -> list[list[Example]]:
+        return units
 
-    def batch(self, phase: list[list[tuple[list[int], int]]], positions: list[int]) -> Batch:
+    def batch(self, policy: Policy, phase: list[list[Example]], positions: list[int]) -> Batch:
         rows = [(unit, *row) for unit, position in enumerate(positions) for row in phase[position]]
-        ids = torch.full((len(rows), self.config.max_length), self.pad)
+        ids = torch.full((len(rows), self.config.max_length), policy.tokenizer.pad_token_id)
         attention = torch.zeros_like(ids)
         learned = torch.zeros(ids.shape)
         for i, (_, row, learn_from) in enumerate(rows):
@@ -91,8 +86,8 @@ class SFT(Algorithm):
             attention[i, : len(row)] = 1
             learned[i, learn_from : len(row)] = 1
         row_unit = torch.tensor([unit for unit, _, _ in rows], dtype=torch.int64)
-        tensors = tuple(t.to(self.device) for t in (ids, attention, learned))
-        return Batch(row_unit.to(self.device), tensors)
+        tensors = tuple(t.to(policy.device) for t in (ids, attention, learned))
+        return Batch(row_unit.to(policy.device), tensors)
 
     def row_losses(self, policy: Policy, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
         ids, attention, learned = batch.tensors

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm, unit_means
+from ..algorithms.base import Algorithm, encode_units, unit_means
 from ..data.units import UnitDataset
 from ..errors import DPAlignError
 from ..files import dumps, private_folder
@@ -121,7 +121,7 @@ class Stage:
             step = 0
             self._warm_up()
         attempt, sigma = self._refit(step)
-        self.algorithm.encode(self.model, self.data.units)
+        self.examples = encode_units(self.algorithm, self.model, self.data.units)
         while step < self.end:
             step = self._phase(step, attempt, sigma)
         self._save(step, "final")
@@ -168,7 +168,7 @@ class Stage:
         steps = [self._private_step(sigma)] * self.plan.minibatches
         samples = self.gate.draw(steps, step, attempt)
         union = sorted(set().union(*(sample.units for sample in samples)))
-        phase = self.algorithm.collect(self.model, union, samples[0].coins)
+        phase = self.algorithm.collect(self.model, [self.examples[unit] for unit in union], samples[0].coins)
         place = {unit: position for position, unit in enumerate(union)}
         for sample in samples:
             released = self._step(phase, [place[u] for u in sample.units], sample, step)
@@ -209,7 +209,7 @@ class Stage:
 
     def _accumulate(self, mechanism: GaussianMechanism, phase: Any, positions: list[int], count: int) -> None:
         # Units beyond the first `count` only fill the micro-batch up, and are dropped.
-        batch = self.algorithm.batch(phase, positions)
+        batch = self.algorithm.batch(self.model, phase, positions)
         if len(batch.row_unit) == 0:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
         units = len(positions)
