@@ -164,7 +164,7 @@ REWARD_MODEL = {
     "both ppo and rloo": ({"rloo": {"max_steps": 1}}, "keep one of them"),
     "evaluation of nothing": ({"ppo": None, "evaluation": {}}, "add one of them"),
     "rloo longer than the model": (
-        {"ppo": None, "rloo": {"max_completion_length": 5000}}, "stage rloo needs",
+        {"ppo": None, "rloo": {"expected_batch_size": 8, "max_steps": 1, "max_completion_length": 5000}}, "stage rloo needs",
     ),
     "one rollout for rloo": ({"ppo": None, "rloo": {"num_generations": 1}}, "must be at least 2"),
     "judges overlap": (

@@ -130,7 +130,7 @@ def test_sizes_of_the_paper(name, units, steps, batches, delta, golden):
     assert [s.plan.steps for s in stages.values()] == steps
     assert [s.config.expected_batch_size for s in stages.values()] == batches
     assert [s.plan.metrics_noise_ratio for s in stages.values()] == [0] * len(units)
-    assert len({s.dataset for s in stages.values()}) == 1
+    assert len({s.part.dataset for s in stages.values()}) == 1
     for stage, sigma in zip(stages.values(), golden or [], strict=False):
         assert sigma <= stage.plan.noise_multiplier <= sigma * 1.002
     assert all(3.98 < s.plan.epsilon <= 4 for s in stages.values())
