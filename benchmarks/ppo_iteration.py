@@ -32,7 +32,7 @@ import torch
 from models import gpt2, word_tokenizer
 
 from dpalign.algorithms import ppo
-from dpalign.algorithms.base import encode_units, unit_means
+from dpalign.algorithms.base import Rows, encode_units, unit_means
 from dpalign.algorithms.ppo import PPO, PPOConfig
 from dpalign.gradients import PerUnitGradients
 from dpalign.models import AdapterConfig, Policy
@@ -74,7 +74,7 @@ class DPPPO:
 
         ppo.sample = timed_sample
         try:
-            phase = self.algorithm.collect(self.policy, self.examples, SystemEntropy())
+            phase = self.algorithm.rows(self.policy, self.examples, SystemEntropy())
         finally:
             ppo.sample = sample
         clock.append(self._now())
@@ -83,7 +83,7 @@ class DPPPO:
         start, generated, collected, end = clock
         return {"generate": generated - start, "reference": collected - generated, "train": end - collected}
 
-    def _train(self, phase: ppo.Experience) -> None:
+    def _train(self, phase: Rows) -> None:
         config = self.config
         mechanism = GaussianMechanism(
             [p.shape for p in self.gradients.parameters],
@@ -97,12 +97,12 @@ class DPPPO:
         )
         for start in range(0, len(self.units), config.micro_batch_size):
             positions = self.units[start : start + config.micro_batch_size]
-            batch = self.algorithm.batch(self.policy, phase, positions)
-            with self.gradients.collect(batch.row_unit, len(positions)):
-                losses, metrics = self.algorithm.row_losses(self.policy, batch, phase)
-                unit_means(losses, batch.row_unit, len(positions)).sum().backward()
+            batch = phase.of(positions)
+            with self.gradients.collect(batch.unit, len(positions)):
+                losses, metrics = self.algorithm.row_losses(self.policy, batch)
+                unit_means(losses, batch.unit, len(positions)).sum().backward()
             with torch.no_grad():
-                mechanism.add(self.gradients.grads(), unit_means(metrics, batch.row_unit, len(positions)))
+                mechanism.add(self.gradients.grads(), unit_means(metrics, batch.unit, len(positions)))
         noisy, _ = mechanism.release()
         for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
             p.grad = gradient.to(p.dtype)

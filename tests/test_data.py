@@ -95,8 +95,7 @@ def test_a_completion_is_learned_and_its_prompt_is_not(policy):
     assert policy.tokenizer.decode(ids[learn_from:-1]) == " was fine."
     algorithm = SFT(SFTConfig(prepend_bos=True, max_length=16))
     examples = encode_units(algorithm, policy, [[record], [{"text": "This film was fine."}]])
-    phase = algorithm.collect(policy, examples, None)
-    learned = algorithm.batch(policy, phase, [0, 1]).tensors[2].sum(1).tolist()
+    learned = algorithm.rows(policy, examples, None).tensors["learned"].sum(1).tolist()
     assert learned == [len(ids) - learn_from, len(ids) - 1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from dpalign.algorithms import PPO, PPOConfig
-from dpalign.algorithms.base import Batch, encode_units
-from dpalign.algorithms.rollouts import Experience
+from dpalign.algorithms.base import Rows, encode_units
+from dpalign.algorithms.rollouts import rollouts_of
 from dpalign.errors import DPAlignError
 from dpalign.evaluation import evaluate_policy, public_prompts
 from dpalign.models import AdapterConfig, Policy
@@ -70,19 +70,18 @@ class FixedPolicy:
 def test_loss_worked_by_hand():
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     zeros, ids = torch.zeros(2, 3), torch.zeros(2, 5, dtype=torch.int64)
-    phase = Experience(
-        Rollouts(ids, ids, mask), ref_logprobs=zeros - 0.25, scores=torch.tensor([1.0, 2.0]), unit_rows=[[0, 1]],
-        prompt_of=torch.tensor([0, 0]),
-        old_logprobs=zeros, old_values=zeros, advantages=torch.tensor([[1.0, -1.0, 5.0], [2.0, 0.0, 1.0]]),
-        returns=torch.tensor([[0.5, 0.5, 9.0], [0.0, 0.0, 0.0]]),
-    )  # fmt: skip
+    rows = Rows(torch.zeros(2, dtype=torch.int64), {
+        "input_ids": ids, "attention_mask": ids, "completion_mask": mask, "ref_logprobs": zeros - 0.25,
+        "scores": torch.tensor([1.0, 2.0]), "old_logprobs": zeros, "old_values": zeros,
+        "advantages": torch.tensor([[1.0, -1.0, 5.0], [2.0, 0.0, 1.0]]),
+        "returns": torch.tensor([[0.5, 0.5, 9.0], [0.0, 0.0, 0.0]]),
+    })  # fmt: skip
     # Ratios 1.5, 1.5 and 1, 1, 0.5; values 1 and 0.1 in row 0.
     policy = FixedPolicy(
         torch.tensor([[1.5, 1.5, 1.0], [1.0, 1.0, 0.5]]).log(), torch.tensor([[1.0, 0.1, 3.0], [0.0, 0.0, 0.0]])
     )
-    batch = Batch(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1]))
     losses, metrics = ppo(cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, max_completion_length=3).row_losses(
-        policy, batch, phase
+        policy, rows
     )
     # Row 0: the gain is clipped to 1.2, the loss of -1 is not (1.5). Value terms max(0.5^2, 0.3^2) / 2, 0.4^2 / 2.
     first = -1.2 + 1.5 + 0.1 * 0.5 * (0.25 + 0.16)
@@ -94,23 +93,24 @@ def test_loss_worked_by_hand():
 # Rollouts ----------------------------------------------------------------------------------------------------
 
 
-def collected(algorithm: PPO, units: int, kind: str = "gpt2", policy: Policy | None = None) -> Experience:
+def collected(algorithm: PPO, units: int, kind: str = "gpt2", policy: Policy | None = None) -> Rows:
     policy = policy or tiny_policy(kind)
     if not policy.adapters:
         algorithm.setup(policy)
     examples = encode_units(algorithm, policy, [[{"prompt": words(1 + i % 4, i)}] for i in range(units)])
     torch.manual_seed(3)
-    return algorithm.collect(policy, examples, None)
+    return algorithm.rows(policy, examples, None)
 
 
 def test_a_completion_without_eos_pays_the_penalty():
-    experience = collected(ppo(score=0.75, missing_eos_penalty=0.5, max_completion_length=8), 200)
-    ended = (experience.rollouts.completion_ids == EOS).any(1)
+    rows = collected(ppo(score=0.75, missing_eos_penalty=0.5, max_completion_length=8), 200)
+    rollouts = rollouts_of(rows)
+    ended = (rollouts.completion_ids == EOS).any(1)
     assert 5 < ended.sum() < 195
-    assert experience.scores.tolist() == [0.75 if e else 0.25 for e in ended.tolist()]
+    assert rows.tensors["scores"].tolist() == [0.75 if e else 0.25 for e in ended.tolist()]
     # The mask counts the EOS itself and nothing after it.
-    lengths = experience.rollouts.completion_mask.sum(1).long()
-    last = experience.rollouts.completion_ids.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
+    lengths = rollouts.completion_mask.sum(1).long()
+    last = rollouts.completion_ids.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
     assert bool((last[ended] == EOS).all()) and bool((lengths[~ended] == 8).all())
 
 
@@ -118,7 +118,7 @@ def test_min_completion_length_is_part_of_the_law():
     algorithm = ppo(max_completion_length=6, min_completion_length=3)
     policy = tiny_policy("gpt2")
     algorithm.setup(policy)
-    rollouts = collected(algorithm, 300, policy=policy).rollouts
+    rollouts = rollouts_of(collected(algorithm, 300, policy=policy))
     assert not (rollouts.completion_ids[:, :3] == EOS).any() and (rollouts.completion_ids[:, 3:] == EOS).any()
     with torch.no_grad():
         logprobs, _ = policy.completion_logprobs(rollouts, 3)
@@ -184,9 +184,9 @@ def test_the_on_policy_shortcut_is_the_first_pass(kind):
         trained = [p for p in policy.parameters() if p.requires_grad]
         for p in trained:
             torch.nn.init.normal_(p, std=0.2)
-        experience = collected(algorithm, 6, policy=policy)
-        assert (experience.old_logprobs is None) == (epochs == 1)
-        losses, _ = algorithm.row_losses(policy, algorithm.batch(policy, experience, list(range(6))), experience)
+        rows = collected(algorithm, 6, policy=policy)
+        assert ("old_logprobs" not in rows.tensors) == (epochs == 1)
+        losses, _ = algorithm.row_losses(policy, rows.of(list(range(6))))
         losses.sum().backward()
         return losses.detach(), torch.cat([p.grad.flatten() for p in trained])
 
@@ -206,12 +206,9 @@ def test_adaptive_kl_moves_by_the_noised_kl_and_nothing_else(kl, factor):
     algorithm = ppo(beta=0.5, adaptive_kl_target=2.0, adaptive_kl_horizon=100, max_completion_length=4)
     policy = tiny_policy("gpt2")
     algorithm.setup(policy)
-    experience = collected(algorithm, 8, policy=policy)
-    algorithm.row_losses(
-        policy,
-        algorithm.batch(policy, experience, [0, 1]),
-        replace(experience, ref_logprobs=experience.ref_logprobs - 9),
-    )
+    rows = collected(algorithm, 8, policy=policy)
+    far = rows.tensors | {"ref_logprobs": rows.tensors["ref_logprobs"] - 9}
+    algorithm.row_losses(policy, Rows(rows.unit, far).of([0, 1]))
     algorithm.after_step(None)
     assert algorithm.beta == 0.5
     algorithm.after_step({"reward": 3.0, "kl": kl, "completion_length": 4.0})

@@ -91,10 +91,10 @@ def test_row_losses_and_metrics_of_a_pair():
         {"chosen": "w4", "rejected": "w2", "preference": 0.5},
     ]  # fmt: skip
     examples = encode_units(algorithm, model, [[pairs[0], pairs[1]], [pairs[2]]])
-    batch = algorithm.batch(model, algorithm.collect(model, examples, None), [0, 1])
+    rows = algorithm.rows(model, examples, None)
     with torch.no_grad():
-        losses, metrics = algorithm.row_losses(model, batch, None)
-    assert batch.row_unit.tolist() == [0, 0, 0, 0, 1, 1]
+        losses, metrics = algorithm.row_losses(model, rows)
+    assert rows.unit.tolist() == [0, 0, 0, 0, 1, 1]
     chosen, rejected = model.score([p["chosen"] for p in pairs]), model.score([p["rejected"] for p in pairs])
     expected = preference_loss(
         chosen, rejected, torch.tensor([0.25, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.5]), 0.1
@@ -111,10 +111,11 @@ def test_skipped_ties_leave_their_units_without_rows():
     better = tie | {"preference": 0.6}
     for ties, counts in (("half", [2, 1, 1]), ("skip", [1, 0, 1])):
         algorithm = RewardModelling(RewardModelConfig(ties=ties, max_length=12))
-        phase = algorithm.collect(model, encode_units(algorithm, model, [[tie, better], [tie], [better]]), None)
-        assert [len(unit) for unit in phase] == counts
-        assert len(algorithm.batch(model, phase, [0, 1, 2]).row_unit) == 2 * sum(counts)
-        assert len(algorithm.batch(model, phase, []).row_unit) == 0
+        examples = encode_units(algorithm, model, [[tie, better], [tie], [better]])
+        assert [len(unit) for unit in examples] == counts
+        rows = algorithm.rows(model, examples, None)
+        assert len(rows.of([0, 1, 2]).unit) == 2 * sum(counts)
+        assert len(rows.of([]).unit) == len(algorithm.rows(model, [], None).unit) == 0
 
 
 def test_settings_that_cannot_be():

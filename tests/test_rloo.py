@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dpalign.algorithms import RLOO, RLOOConfig
-from dpalign.algorithms.base import Batch, encode_units
+from dpalign.algorithms.base import Rows, encode_units
 from dpalign.algorithms.rloo import leave_one_out
-from dpalign.algorithms.rollouts import Experience
 from dpalign.errors import DPAlignError
 from dpalign.models.policy import Rollouts
 from dpalign.rewards import Reward
@@ -56,13 +55,12 @@ class FixedPolicy:
 def test_loss_worked_by_hand():
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     ids = torch.zeros(2, 5, dtype=torch.int64)
-    phase = Experience(
-        Rollouts(ids, ids, mask), ref_logprobs=torch.tensor([[-1.5, -1.0, 9.0], [-0.5, -0.5, -1.0]]),
-        scores=torch.tensor([1.0, 2.0]), unit_rows=[[0, 1]], prompt_of=torch.tensor([0, 0]),
-    )  # fmt: skip
+    rows = Rows(torch.zeros(2, dtype=torch.int64), {
+        "input_ids": ids, "attention_mask": ids, "completion_mask": mask, "scores": torch.tensor([1.0, 2.0]),
+        "ref_logprobs": torch.tensor([[-1.5, -1.0, 9.0], [-0.5, -0.5, -1.0]]), "prompt": torch.tensor([0, 0]),
+    })  # fmt: skip
     logprobs = torch.tensor([[-1.0, -0.5, 7.0], [-1.0, -1.0, -1.0]], requires_grad=True)
-    batch = Batch(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1]))
-    losses, metrics = rloo(beta=0.5, max_completion_length=3).row_losses(FixedPolicy(logprobs), batch, phase)
+    losses, metrics = rloo(beta=0.5, max_completion_length=3).row_losses(FixedPolicy(logprobs), rows)
     # KL 1 and -1, so returns 1 - 0.5 and 2 + 0.5, advantages -2 and 2; log-probabilities -1.5 and -3.
     assert losses.tolist() == pytest.approx([-2 * 1.5 / 3, 2 * 3 / 3])
     assert metrics.tolist() == [[1.0, 1.0, 2.0], [2.0, -1.0, 3.0]]  # score, KL to the reference, length
@@ -81,10 +79,10 @@ def test_rollouts_are_grouped_by_prompt_within_their_units():
     algorithm.setup(policy)
     assert policy.value_head is None and policy.heads() == []
     units = [[{"prompt": words(2, 1)}, {"prompt": words(3, 2)}], [{"prompt": words(1, 3)}]]
-    phase = algorithm.collect(policy, encode_units(algorithm, policy, units), None)
-    assert phase.prompt_of.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert phase.unit_rows == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
-    prompts = [tuple(row[:6].tolist()) for row in phase.rollouts.input_ids]
+    rows = algorithm.rows(policy, encode_units(algorithm, policy, units), None)
+    assert rows.tensors["prompt"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert rows.unit.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
+    prompts = [tuple(row[:6].tolist()) for row in rows.tensors["input_ids"]]
     assert [prompts.index(p) for p in prompts] == [0, 0, 0, 3, 3, 3, 6, 6, 6]
 
 

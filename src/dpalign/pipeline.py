@@ -309,7 +309,7 @@ _STAGES = {
 }
 
 
-def _train(run: Run, algorithm: Algorithm, model: AdapterStack) -> None:
+def _train(run: Run, algorithm: Algorithm[Any, Any], model: AdapterStack) -> None:
     name, data, reporter = algorithm.name, run.data[algorithm.name], run.reporter
     stage = Stage(
         model,

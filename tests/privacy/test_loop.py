@@ -172,18 +172,18 @@ class StopsEarly(Stage):
     """Drops the second pass where the raw mean score is extreme."""
 
     def _step(self, phase, positions, sample, step):
-        self.plan = replace(self.plan, passes=1 if phase.scores.abs().mean() > 1e3 else 2)
+        self.plan = replace(self.plan, passes=1 if phase.tensors["scores"].abs().mean() > 1e3 else 2)
         return super()._step(phase, positions, sample, step)
 
 
 class SkipsNotFinite(Stage):
     def _step(self, phase, positions, sample, step):
-        return super()._step(phase, positions, sample, step) if phase.scores.isfinite().all() else None
+        return super()._step(phase, positions, sample, step) if phase.tensors["scores"].isfinite().all() else None
 
 
 class StopsNotFinite(Stage):
     def _step(self, phase, positions, sample, step):
-        if not phase.scores.isfinite().all():
+        if not phase.tensors["scores"].isfinite().all():
             raise Interrupted
         return super()._step(phase, positions, sample, step)
 
@@ -260,8 +260,8 @@ def test_a_float64_run_is_float64():
 class ForgetsItsCoins(PPO):
     """Samples with torch's generator, whose seed anyone may know."""
 
-    def collect(self, policy, units, coins):
-        return super().collect(policy, units, None)
+    def rows(self, policy, units, coins):
+        return super().rows(policy, units, None)
 
 
 def draws_follow_a_known_seed(algorithm: type[PPO]) -> bool:
@@ -269,9 +269,9 @@ def draws_follow_a_known_seed(algorithm: type[PPO]) -> bool:
     seen = []
 
     class Watched(algorithm):
-        def collect(self, policy, units, coins):
+        def rows(self, policy, units, coins):
             torch.manual_seed(0)
-            seen.append(super().collect(policy, units, coins).rollouts.completion_ids)
+            seen.append(super().rows(policy, units, coins).tensors["input_ids"])
             raise Interrupted
 
     for _ in range(2):

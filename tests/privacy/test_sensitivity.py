@@ -29,7 +29,8 @@ from harness import (
 from torch import Tensor
 
 from dpalign.algorithms import PPO, RLOO, SFT, Algorithm, RewardModelling
-from dpalign.algorithms.base import unit_means
+from dpalign.algorithms.base import Rows, unit_means
+from dpalign.algorithms.rollouts import rollouts_of
 from dpalign.data import DataConfig, build_units
 from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
 from dpalign.privacy.ledger import Ledger
@@ -49,64 +50,66 @@ class WhitenedAdvantages(PPO):
         return (advantages - advantages.mean()) / (advantages.std() + 1e-8), returns
 
 
+def with_scores(rows: Rows, scores: Tensor) -> Rows:
+    return Rows(rows.unit, rows.tensors | {"scores": scores})
+
+
 class WhitenedRewards(PPO):
-    def collect(self, policy, units, coins):
-        phase = super().collect(policy, units, coins)
-        phase.scores = (phase.scores - phase.scores.mean()) / (phase.scores.std() + 1e-8)
-        return phase
+    def rows(self, policy, units, coins):
+        rows = super().rows(policy, units, coins)
+        scores = rows.tensors["scores"]
+        return with_scores(rows, (scores - scores.mean()) / (scores.std() + 1e-8))
 
 
 class RunningRewardScale(PPO):
     seen = 0.0
 
-    def collect(self, policy, units, coins):
-        phase = super().collect(policy, units, coins)
-        self.seen += float(phase.scores.square().sum())
-        phase.scores = phase.scores / self.seen**0.5
-        return phase
+    def rows(self, policy, units, coins):
+        rows = super().rows(policy, units, coins)
+        self.seen += float(rows.tensors["scores"].square().sum())
+        return with_scores(rows, rows.tensors["scores"] / self.seen**0.5)
 
 
 class BatchTokenMean(SFT):
-    def row_losses(self, policy, batch, phase):
-        loss, metrics = super().row_losses(policy, batch, phase)
-        tokens = batch.tensors[2][:, 1:].sum(1)
+    def row_losses(self, policy, rows):
+        loss, metrics = super().row_losses(policy, rows)
+        tokens = rows.tensors["learned"][:, 1:].sum(1)
         return loss * tokens / tokens.mean(), metrics
 
 
 class BatchBaseline(RLOO):
     """The baseline of a rollout is the mean of all others of the batch."""
 
-    def row_losses(self, policy, batch, phase):
-        phase = replace(phase, prompt_of=torch.zeros_like(phase.prompt_of))
-        return super().row_losses(policy, replace(batch, row_unit=torch.zeros_like(batch.row_unit)), phase)
+    def row_losses(self, policy, rows):
+        alike = rows.tensors | {"prompt": torch.zeros_like(rows.unit)}
+        return super().row_losses(policy, Rows(torch.zeros_like(rows.unit), alike))
 
 
 class FilledUpBaseline(RLOO):
     """Rows that only fill a micro-batch up count in the baseline of the unit that they repeat."""
 
-    def row_losses(self, policy, batch, phase):
-        return super().row_losses(policy, replace(batch, row_unit=torch.zeros_like(batch.row_unit)), phase)
+    def row_losses(self, policy, rows):
+        return super().row_losses(policy, replace(rows, unit=torch.zeros_like(rows.unit)))
 
 
 class CentredMargins(RewardModelling):
-    def batch(self, model, phase, positions):
-        batch = super().batch(model, phase, positions)
-        ids, mask, margin, preference = batch.tensors
-        return replace(batch, tensors=(ids, mask, margin - margin.mean(), preference))
+    def row_losses(self, model, rows):
+        margin = rows.tensors["margin"]
+        return super().row_losses(model, Rows(rows.unit, rows.tensors | {"margin": margin - margin.mean()}))
 
 
 class ScaledByMeanScore(RewardModelling):
-    def row_losses(self, model, batch, phase):
-        loss, metrics = super().row_losses(model, batch, phase)
-        return loss / model(*batch.tensors[:2]).detach().abs().mean(), metrics
+    def row_losses(self, model, rows):
+        loss, metrics = super().row_losses(model, rows)
+        return loss / model(rows.tensors["ids"], rows.tensors["mask"]).detach().abs().mean(), metrics
 
 
 class CentredOverTheBatch(RewardModelling):
     """Keeps the mean score of the batch near 0, instead of that of each pair."""
 
-    def row_losses(self, model, batch, phase):
-        loss, metrics = super().row_losses(model, batch, phase)
-        return loss + model(*batch.tensors[:2]).mean() ** 2, metrics
+    def row_losses(self, model, rows):
+        loss, metrics = super().row_losses(model, rows)
+        return loss + model(rows.tensors["ids"], rows.tensors["mask"]).mean() ** 2, metrics
 
 
 class ClipTheBatch(GaussianMechanism):
@@ -135,10 +138,10 @@ class KeepNotFinite(GaussianMechanism):
 
 class ClipRows(Stage):
     def _accumulate(self, mechanism, phase, positions, count):
-        batch = self.algorithm.batch(self.model, phase, positions)
-        rows = len(batch.row_unit)
+        batch = phase.of(positions)
+        rows = len(batch.unit)
         with self.gradients.collect(torch.arange(rows), rows):
-            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
+            losses, metrics = self.algorithm.row_losses(self.model, batch)
             losses.sum().backward()
         mechanism.add(self.gradients.grads(), metrics)
 
@@ -147,20 +150,20 @@ class ClipPairs(Stage):
     """One clip for every pair of a judge."""
 
     def _accumulate(self, mechanism, phase, positions, count):
-        batch = self.algorithm.batch(self.model, phase, positions)
-        units = len(batch.row_unit) // 2
+        batch = phase.of(positions)
+        units = len(batch.unit) // 2
         row_unit = torch.arange(units).repeat_interleave(2)
         with self.gradients.collect(row_unit, units):
-            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
+            losses, metrics = self.algorithm.row_losses(self.model, batch)
             unit_means(losses, row_unit, units).sum().backward()
         mechanism.add(self.gradients.grads(), unit_means(metrics, row_unit, units))
 
 
 class MicroBatchMean(Stage):
     def _accumulate(self, mechanism, phase, positions, count):
-        batch = self.algorithm.batch(self.model, phase, positions)
-        with self.gradients.collect(batch.row_unit, len(positions)):
-            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
+        batch = phase.of(positions)
+        with self.gradients.collect(batch.unit, len(positions)):
+            losses, metrics = self.algorithm.row_losses(self.model, batch)
             losses.mean().backward()
         mechanism.add(self.gradients.grads(), metrics)
 
@@ -193,9 +196,9 @@ class EveryColumn(PPO):
             super().encode(policy, record), columns={k: v for k, v in record.items() if k not in ("id", "prompt")}
         )
 
-    def collect(self, policy, units, coins):
+    def rows(self, policy, units, coins):
         self.config.reward.columns = sorted({k for unit in units for prompt in unit for k in prompt.columns})
-        return super().collect(policy, units, coins)
+        return super().rows(policy, units, coins)
 
 
 SFT_CASE = (texts(), LONG_TEXT)
@@ -369,13 +372,13 @@ class RowlessUnitsCount(Stage):
     """A unit without rows adds a metric of 0 in company, and nothing alone."""
 
     def _accumulate(self, mechanism, phase, positions, count):
-        batch = self.algorithm.batch(self.model, phase, positions)
-        if len(batch.row_unit) == 0:
+        batch = phase.of(positions)
+        if len(batch.unit) == 0:
             return
-        with self.gradients.collect(batch.row_unit, len(positions)):
-            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
-            unit_means(losses, batch.row_unit, len(positions)).sum().backward()
-        mechanism.add(self.gradients.grads(), unit_means(metrics, batch.row_unit, len(positions)))
+        with self.gradients.collect(batch.unit, len(positions)):
+            losses, metrics = self.algorithm.row_losses(self.model, batch)
+            unit_means(losses, batch.unit, len(positions)).sum().backward()
+        mechanism.add(self.gradients.grads(), unit_means(metrics, batch.unit, len(positions)))
 
 
 @pytest.mark.parametrize(
@@ -489,14 +492,13 @@ def test_the_baseline_stays_inside_the_prompts_group():
     seen = []
 
     class Watched(RLOO):
-        def collect(self, policy, units, coins):
-            phase = super().collect(policy, units, coins)
-            phase.scores = torch.tensor([1.0, 3.0, 10.0, 20.0, 0.0, 0.0, 5.0, 4.0, 7.0, 7.0, -1.0, 1.0])
-            return phase
+        def rows(self, policy, units, coins):
+            scores = torch.tensor([1.0, 3.0, 10.0, 20.0, 0.0, 0.0, 5.0, 4.0, 7.0, 7.0, -1.0, 1.0])
+            return with_scores(super().rows(policy, units, coins), scores)
 
-        def row_losses(self, policy, batch, phase):
-            logprobs = policy.completion_logprobs(phase.rollouts[batch.tensors])[0].detach().sum(1)
-            losses, metrics = super().row_losses(policy, batch, phase)
+        def row_losses(self, policy, rows):
+            logprobs = policy.completion_logprobs(rollouts_of(rows))[0].detach().sum(1)
+            losses, metrics = super().row_losses(policy, rows)
             seen.append(-losses.detach() / logprobs * self.config.max_completion_length)
             return losses, metrics
 
@@ -587,17 +589,17 @@ def test_the_sum_and_the_noise_are_float32():
 class OverflowingPairs(RewardModelling):
     """The margin of 7 makes the loss not a number."""
 
-    def row_losses(self, model, batch, phase):
-        loss, metrics = super().row_losses(model, batch, phase)
-        return loss * torch.where(batch.tensors[2] == 7, torch.nan, 1.0).repeat_interleave(2), metrics
+    def row_losses(self, model, rows):
+        loss, metrics = super().row_losses(model, rows)
+        return loss * torch.where(rows.tensors["margin"] == 7, torch.nan, 1.0), metrics
 
 
 class Overflows(SFT):
     """The text that starts with w40 makes the loss infinite, the one with w41 not a number."""
 
-    def row_losses(self, policy, batch, phase):
-        loss, metrics = super().row_losses(policy, batch, phase)
-        first = batch.tensors[0][:, 0]
+    def row_losses(self, policy, rows):
+        loss, metrics = super().row_losses(policy, rows)
+        first = rows.tensors["ids"][:, 0]
         return loss * torch.where(first == 42, torch.inf, torch.where(first == 43, torch.nan, 1.0)), metrics
 
 

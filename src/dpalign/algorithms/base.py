@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..data.load import Record
 from ..errors import DPAlignError
-from ..models import AdapterConfig
+from ..models import AdapterConfig, AdapterStack
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import Clipping, MetricRange
 
@@ -102,19 +102,30 @@ class TrainingConfig:
             raise DPAlignError(f"clipping {self.clipping!r} is not automatic, flat or none.")
 
 
-@dataclass
-class Batch:
+Model = TypeVar("Model", bound=AdapterStack)  # that the stage trains
+Example = TypeVar("Example")  # what a record becomes
+
+
+@dataclass(frozen=True)
+class Rows:
     """Rows of some units, ready for the loss.
 
-    row_unit: `(rows,)` int64, the unit of each row, counted within this batch.
-    tensors: whatever the algorithm needs, first dimension rows.
+    unit: `(rows,)` int64, the unit that each row belongs to, counted from 0. tensors: what the loss reads by name, first
+    dimension rows.
     """
 
-    row_unit: Tensor
-    tensors: Any
+    unit: Tensor
+    tensors: dict[str, Tensor]
+
+    def of(self, units: list[int]) -> Rows:
+        """The rows of `units`, counted anew in that order; a unit that is named twice has its rows twice."""
+        places = [(self.unit == unit).nonzero().squeeze(1) for unit in units]
+        rows = torch.cat([*places, self.unit[:0]])
+        unit = torch.cat([*(torch.full_like(p, i) for i, p in enumerate(places)), self.unit[:0]])
+        return Rows(unit, {name: tensor[rows] for name, tensor in self.tensors.items()})
 
 
-class Algorithm(ABC):
+class Algorithm(ABC, Generic[Model, Example]):
     """A loss per row; the loop averages a unit's rows, clips once per unit and never looks inside.
 
     No method may compute anything across units: not a mean, a maximum length or a running statistic.
@@ -128,23 +139,23 @@ class Algorithm(ABC):
         self.config = config
 
     @abstractmethod
-    def setup(self, model: Any) -> None:
+    def setup(self, model: Model) -> None:
         """Adds what the stage trains to the model."""
 
-    def warm_up(self, model: Any) -> int:
-        """Learns from text that the model writes itself, before the first draw; reads no record. Number of updates."""
+    def warm_up(self, model: Model) -> int:
+        """Learns from text that the model writes itself, before the first draw; reads no record. Returns the updates."""
         return 0
 
     @abstractmethod
-    def encode(self, model: Any, record: Record) -> Any:
+    def encode(self, model: Model, record: Record) -> Example | None:
         """One record as an example, or None if nothing can be learned from it; sees no other record.
 
         Called for every record of the stage before the first draw.
         """
 
     @abstractmethod
-    def collect(self, model: Any, units: list[list[Any]], coins: SystemEntropy | None) -> Any:
-        """The data of one phase (rollouts, say), made with the current model.
+    def rows(self, model: Model, units: list[list[Example]], coins: SystemEntropy | None) -> Rows:
+        """The rows of one phase (rollouts, say), made with the current model; every row from its own unit alone.
 
         Args:
             units: the examples of each sampled unit, perhaps none.
@@ -152,11 +163,7 @@ class Algorithm(ABC):
         """
 
     @abstractmethod
-    def batch(self, model: Any, phase: Any, positions: list[int]) -> Batch:
-        """Rows of the units at `positions` within the phase."""
-
-    @abstractmethod
-    def row_losses(self, model: Any, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
+    def row_losses(self, model: Model, rows: Rows) -> tuple[Tensor, Tensor]:
         """Loss `(rows,)` and raw metrics `(rows, len(self.metrics))` of each row."""
 
     def after_step(self, released: dict[str, float] | None) -> None:
@@ -170,7 +177,7 @@ class Algorithm(ABC):
         """Puts a checkpoint's state back."""
 
 
-def encode_units(algorithm: Algorithm, model: Any, units: list[list[Record]]) -> list[list[Any]]:
+def encode_units(algorithm: Algorithm[Model, Example], model: Model, units: list[list[Record]]) -> list[list[Example]]:
     """The examples of each unit, perhaps none; every record by itself."""
     encoded = [[algorithm.encode(model, record) for record in unit] for unit in units]
     return [[example for example in unit if example is not None] for unit in encoded]

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..errors import DPAlignError
 from ..models import Policy
 from ..rewards import Reward
-from .base import Batch
-from .rollouts import Experience, RolloutAlgorithm, RolloutConfig, in_micro_batches
+from .base import Rows
+from .rollouts import RolloutAlgorithm, RolloutConfig, in_micro_batches, rollouts_of
 
 
 @dataclass(kw_only=True)
@@ -75,16 +75,18 @@ class PPO(RolloutAlgorithm):
 
     # 1. and 2. prompts and rollouts: see `RolloutAlgorithm`
 
-    def prepare(self, policy: Policy, experience: Experience) -> None:
+    def prepare(self, policy: Policy, rows: Rows) -> Rows:
         """With several passes or minibatches the rollouts are of an older policy, whose numbers are kept."""
         if self.config.passes == 1 and self.config.minibatches == 1:
-            return
+            return rows
+        rollouts = rollouts_of(rows)
         with torch.no_grad():
-            logprobs, values = in_micro_batches(policy, experience.rollouts, self.config)
-        experience.old_logprobs, experience.old_values = logprobs, values
-        experience.advantages, experience.returns = self.advantages(
-            logprobs, experience.ref_logprobs, values, experience.scores, experience.rollouts.completion_mask
+            logprobs, values = in_micro_batches(policy, rollouts, self.config)
+        advantages, returns = self.advantages(
+            logprobs, rows.tensors["ref_logprobs"], values, rows.tensors["scores"], rollouts.completion_mask
         )
+        old = {"old_logprobs": logprobs, "old_values": values, "advantages": advantages, "returns": returns}
+        return Rows(rows.unit, rows.tensors | old)
 
     # 3. Rewards and advantages ---------------------------------------------------------------------------
 
@@ -114,19 +116,17 @@ class PPO(RolloutAlgorithm):
 
     # 4. Loss -------------------------------------------------------------------------------------------
 
-    def row_losses(self, policy: Policy, batch: Batch, phase: Experience) -> tuple[Tensor, Tensor]:
+    def row_losses(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
         """Clipped policy loss plus value loss, summed over tokens and divided by the constant length."""
-        config, rows = self.config, batch.tensors
-        rollouts = phase.rollouts[rows]
-        mask, scores, ref_logprobs = rollouts.completion_mask, phase.scores[rows], phase.ref_logprobs[rows]
+        config, rollouts = self.config, rollouts_of(rows)
+        mask, scores, ref_logprobs = rollouts.completion_mask, rows.tensors["scores"], rows.tensors["ref_logprobs"]
         logprobs, values = policy.completion_logprobs(rollouts, config.min_completion_length)
-        if phase.old_logprobs is None:  # on-policy: the old policy is the current one, detached
+        if "old_logprobs" not in rows.tensors:  # on-policy: the old policy is the current one, detached
             old_logprobs, old_values = logprobs.detach(), values.detach()
             advantages, returns = self.advantages(old_logprobs, ref_logprobs, old_values, scores, mask)
         else:
-            assert phase.old_values is not None and phase.advantages is not None and phase.returns is not None
-            old_logprobs, old_values = phase.old_logprobs[rows], phase.old_values[rows]
-            advantages, returns = phase.advantages[rows], phase.returns[rows]
+            old_logprobs, old_values = rows.tensors["old_logprobs"], rows.tensors["old_values"]
+            advantages, returns = rows.tensors["advantages"], rows.tensors["returns"]
         ratio = torch.exp(logprobs - old_logprobs)
         clipped_ratio = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
         policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio)

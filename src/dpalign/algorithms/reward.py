@@ -7,7 +7,7 @@ unit too, if the data names judges as units.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..errors import DPAlignError
 from ..models import ModelConfig, RewardModel, TextFormat
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
-from .base import Algorithm, Batch, TrainingConfig
+from .base import Algorithm, Rows, TrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -77,7 +77,7 @@ class Pair:
     preference: float
 
 
-class RewardModelling(Algorithm):
+class RewardModelling(Algorithm[RewardModel, Pair]):
     """-log sigmoid(r(chosen) - r(rejected) - margin), its two rows in one unit."""
 
     name = "reward"
@@ -101,20 +101,22 @@ class RewardModelling(Algorithm):
         pair = encode_pair(model, record)
         return None if self.config.ties == "skip" and pair.preference == 0.5 else pair
 
-    def collect(self, model: RewardModel, units: list[list[Pair]], coins: SystemEntropy | None) -> list[list[Pair]]:
-        return units
+    def rows(self, model: RewardModel, units: list[list[Pair]], coins: SystemEntropy | None) -> Rows:
+        pairs = [(unit, pair) for unit, examples in enumerate(units) for pair in examples for _ in range(2)]
+        ids, mask = model.pad([row for _, pair in pairs[::2] for row in (pair.chosen, pair.rejected)])
+        tensors = {
+            "ids": ids,
+            "mask": mask,
+            "margin": torch.tensor([pair.margin for _, pair in pairs]),
+            "preference": torch.tensor([pair.preference for _, pair in pairs]),
+        }
+        unit = torch.tensor([unit for unit, _ in pairs], dtype=torch.int64)
+        return Rows(unit.to(ids.device), {name: t.to(ids.device) for name, t in tensors.items()})
 
-    def batch(self, model: RewardModel, phase: list[list[Pair]], positions: list[int]) -> Batch:
-        pairs = [(unit, pair) for unit, position in enumerate(positions) for pair in phase[position]]
-        ids, mask = model.pad([row for _, pair in pairs for row in (pair.chosen, pair.rejected)])
-        row_unit = torch.tensor([unit for unit, _ in pairs], dtype=torch.int64).repeat_interleave(2)
-        margin = torch.tensor([pair.margin for _, pair in pairs])
-        preference = torch.tensor([pair.preference for _, pair in pairs])
-        return Batch(row_unit.to(ids.device), (ids, mask, margin.to(ids.device), preference.to(ids.device)))
-
-    def row_losses(self, model: RewardModel, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
+    def row_losses(self, model: RewardModel, rows: Rows) -> tuple[Tensor, Tensor]:
         """The loss of a pair stands in both of its rows, whose mean the loop takes."""
-        ids, mask, margin, preference = batch.tensors
+        ids, mask = rows.tensors["ids"], rows.tensors["mask"]
+        margin, preference = rows.tensors["margin"][0::2], rows.tensors["preference"][0::2]
         scores = model(ids, mask)  # (2 pairs,): chosen, rejected, chosen, rejected, ...
         chosen, rejected = scores[0::2], scores[1::2]
         loss = preference_loss(chosen, rejected, margin, preference, self.config.label_smoothing)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import DPAlignError
 from ..models import Policy
-from .base import Batch
-from .rollouts import Experience, RolloutAlgorithm, RolloutConfig
+from .base import Rows
+from .rollouts import RolloutAlgorithm, RolloutConfig, rollouts_of
 
 
 @dataclass(kw_only=True)
@@ -40,14 +40,13 @@ class RLOO(RolloutAlgorithm):
 
     name = "rloo"
 
-    def row_losses(self, policy: Policy, batch: Batch, phase: Experience) -> tuple[Tensor, Tensor]:
-        """-advantage * log pi(completion), divided by the constant length; all rows of a prompt are in one batch."""
-        config, rows = self.config, batch.tensors
-        rollouts = phase.rollouts[rows]
-        mask, scores = rollouts.completion_mask, phase.scores[rows]
+    def row_losses(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
+        """-advantage * log pi(completion), divided by the constant length; all rows of a prompt are among `rows`."""
+        config, rollouts = self.config, rollouts_of(rows)
+        mask, scores = rollouts.completion_mask, rows.tensors["scores"]
         logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length)
-        kl = ((logprobs.detach() - phase.ref_logprobs[rows]) * mask).sum(1)
-        group = phase.prompt_of[rows] + len(phase.scores) * batch.row_unit  # a unit that fills the batch up comes twice
+        kl = ((logprobs.detach() - rows.tensors["ref_logprobs"]) * mask).sum(1)
+        group = rows.tensors["prompt"] * (rows.unit.max() + 1) + rows.unit  # a unit that fills up comes twice
         advantages = leave_one_out(scores - self.beta * kl, group)
         loss = -advantages * (logprobs * mask).sum(1) / config.max_completion_length
         return loss, torch.stack([scores, kl, mask.sum(1)], 1)

@@ -20,7 +20,7 @@ from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward, RewardConfig
-from .base import Algorithm, Batch, TrainingConfig
+from .base import Algorithm, Rows, TrainingConfig
 from .basis import align_inputs
 
 
@@ -81,25 +81,6 @@ class RolloutConfig(TrainingConfig):
             raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")
 
 
-@dataclass
-class Experience:
-    """Rollouts of a phase and what was computed when they were sampled; first dimension rows.
-
-    old_logprobs, advantages, returns, old_values are None on-policy with one pass: the current forward
-    pass gives them.
-    """
-
-    rollouts: Rollouts
-    ref_logprobs: Tensor  # (rows, completion)
-    scores: Tensor  # (rows,), NaN where the reward could not be computed
-    unit_rows: list[list[int]]  # rows of each unit of the phase
-    prompt_of: Tensor  # (rows,) int64, the prompt that a row completes
-    old_logprobs: Tensor | None = None
-    old_values: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class Prompt:
     """Token ids of a prompt, and the columns of its record that the reward is given."""
@@ -108,7 +89,7 @@ class Prompt:
     columns: dict[str, Any]
 
 
-class RolloutAlgorithm(Algorithm):
+class RolloutAlgorithm(Algorithm[Policy, Prompt]):
     """Prompts to scored rollouts; a subclass adds the loss."""
 
     config: RolloutConfig
@@ -153,52 +134,49 @@ class RolloutAlgorithm(Algorithm):
 
     # 2. Rollouts ---------------------------------------------------------------------------------------
 
-    def collect(self, policy: Policy, units: list[list[Prompt]], coins: SystemEntropy | None) -> Experience:
+    def rows(self, policy: Policy, units: list[list[Prompt]], coins: SystemEntropy | None) -> Rows:
         """Samples `num_generations` completions per prompt, scores them, and keeps what later passes need."""
         config = self.config
-        rows = [
-            (position, prompt)
-            for position, unit in enumerate(units)
-            for prompt in unit
+        drawn = [
+            (number, prompt)
+            for number, prompts in enumerate(units)
+            for prompt in prompts
             for _ in range(config.num_generations)
         ]
-        unit_rows: list[list[int]] = [[] for _ in units]
-        for row, (position, _) in enumerate(rows):
-            unit_rows[position].append(row)
-        ids, mask = policy.encode_prompts([prompt.ids for _, prompt in rows], config.max_prompt_length)
-        prompts = policy.tokenizer.batch_decode([prompt.ids for _, prompt in rows], skip_special_tokens=True)
-        columns = {name: [prompt.columns.get(name) for _, prompt in rows] for name in config.reward.columns}
-        return self._experience(policy, ids, mask, prompts, columns, unit_rows, coins)
+        unit = torch.tensor([number for number, _ in drawn], dtype=torch.int64, device=policy.device)
+        ids, mask = policy.encode_prompts([prompt.ids for _, prompt in drawn], config.max_prompt_length)
+        texts = policy.tokenizer.batch_decode([prompt.ids for _, prompt in drawn], skip_special_tokens=True)
+        columns = {name: [prompt.columns.get(name) for _, prompt in drawn] for name in config.reward.columns}
+        return self.prepare(policy, self._scored(policy, unit, ids, mask, texts, columns, coins))
 
-    def _experience(
+    def _scored(
         self,
         policy: Policy,
+        unit: Tensor,
         ids: Tensor,
         mask: Tensor,
         prompts: list[str],
         columns: dict[str, list[Any]],
-        unit_rows: list[list[int]],
         coins: SystemEntropy | None,
-    ) -> Experience:
+    ) -> Rows:
         config = self.config
         rollouts = sample(policy, ids, mask, config, coins)
         with torch.no_grad(), policy.reference():
             ref_logprobs = in_micro_batches(policy, rollouts, config)[0]
         scores = self.reward(prompts, policy.decode(rollouts), columns)
-        scores = scores.to(policy.device) - config.missing_eos_penalty * (1 - _has_eos(policy, rollouts))
-        prompt_of = torch.arange(len(scores), device=policy.device) // config.num_generations
-        experience = Experience(rollouts, ref_logprobs, scores, unit_rows, prompt_of)
-        self.prepare(policy, experience)
-        return experience
+        tensors = {
+            "input_ids": rollouts.input_ids,
+            "attention_mask": rollouts.attention_mask,
+            "completion_mask": rollouts.completion_mask,
+            "ref_logprobs": ref_logprobs,
+            "scores": scores.to(policy.device) - config.missing_eos_penalty * (1 - _has_eos(policy, rollouts)),
+            "prompt": torch.arange(len(scores), device=policy.device) // config.num_generations,
+        }
+        return Rows(unit, tensors)
 
-    def prepare(self, policy: Policy, experience: Experience) -> None:
+    def prepare(self, policy: Policy, rows: Rows) -> Rows:
         """Adds what later passes over the same rollouts need; nothing, on-policy."""
-
-    def batch(self, policy: Policy, phase: Experience, positions: list[int]) -> Batch:
-        rows = [(unit, row) for unit, position in enumerate(positions) for row in phase.unit_rows[position]]
-        device = phase.scores.device
-        row_unit = torch.tensor([unit for unit, _ in rows], dtype=torch.int64, device=device)
-        return Batch(row_unit, torch.tensor([row for _, row in rows], dtype=torch.int64, device=device))
+        return rows
 
     # 3. Updates on self-written prompts ------------------------------------------------------------------
 
@@ -219,14 +197,15 @@ class RolloutAlgorithm(Algorithm):
             ids = ids.repeat_interleave(group, 0)
             texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
             columns = {c: [None] * len(texts) for c in config.reward.columns}
-            rows = [list(range(i * group, (i + 1) * group)) for i in range(count)]
-            phase = self._experience(policy, ids, torch.ones_like(ids), texts, columns, rows, None)
-            known = phase.scores.nanmean().nan_to_num(0.0)  # these rows are no one's: they may share a mean
-            phase.scores = torch.where(phase.scores.isnan(), known, phase.scores)
-            self.prepare(policy, phase)
+            unit = torch.arange(count, device=policy.device).repeat_interleave(group)
+            rows = self._scored(policy, unit, ids, torch.ones_like(ids), texts, columns, None)
+            scores = rows.tensors["scores"]
+            known = scores.nanmean().nan_to_num(0.0)  # these rows are no one's: they may share a mean
+            rows = Rows(unit, rows.tensors | {"scores": torch.where(scores.isnan(), known, scores)})
+            rows = self.prepare(policy, rows)
             for start in range(0, count, config.micro_batch_size):
-                batch = self.batch(policy, phase, list(range(start, min(count, start + config.micro_batch_size))))
-                losses, _ = self.row_losses(policy, batch, phase)
+                batch = rows.of(list(range(start, min(count, start + config.micro_batch_size))))
+                losses, _ = self.row_losses(policy, batch)
                 (losses.sum() / (count * group)).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -246,6 +225,11 @@ class RolloutAlgorithm(Algorithm):
 
     def load_state(self, state: dict[str, float]) -> None:
         self.beta = state["beta"]
+
+
+def rollouts_of(rows: Rows) -> Rollouts:
+    """The rollouts among the tensors of rows."""
+    return Rollouts(*(rows.tensors[name] for name in ("input_ids", "attention_mask", "completion_mask")))
 
 
 def sample(

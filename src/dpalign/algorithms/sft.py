@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from ..errors import DPAlignError
 from ..models import Policy
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
-from .base import Algorithm, Batch, TrainingConfig
+from .base import Algorithm, Rows, TrainingConfig
 
 Example = tuple[list[int], int]  # token ids, and the index of the first one that is learned
 
@@ -41,7 +40,7 @@ class SFTConfig(TrainingConfig):
             raise DPAlignError(f"max_length {self.max_length} must be at least 2: one token predicts nothing.")
 
 
-class SFT(Algorithm):
+class SFT(Algorithm[Policy, Example]):
     """Mean negative log-likelihood per token, the mean taken inside the record."""
 
     name = "sft"
@@ -73,11 +72,8 @@ class SFT(Algorithm):
             ids = [*ids, tokenizer.eos_token_id]
         return ids[: config.max_length], learn_from
 
-    def collect(self, policy: Policy, units: list[list[Example]], coins: SystemEntropy | None) -> list[list[Example]]:
-        return units
-
-    def batch(self, policy: Policy, phase: list[list[Example]], positions: list[int]) -> Batch:
-        rows = [(unit, *row) for unit, position in enumerate(positions) for row in phase[position]]
+    def rows(self, policy: Policy, units: list[list[Example]], coins: SystemEntropy | None) -> Rows:
+        rows = [(unit, *example) for unit, examples in enumerate(units) for example in examples]
         ids = torch.full((len(rows), self.config.max_length), policy.tokenizer.pad_token_id)
         attention = torch.zeros_like(ids)
         learned = torch.zeros(ids.shape)
@@ -85,12 +81,12 @@ class SFT(Algorithm):
             ids[i, : len(row)] = torch.tensor(row)
             attention[i, : len(row)] = 1
             learned[i, learn_from : len(row)] = 1
-        row_unit = torch.tensor([unit for unit, _, _ in rows], dtype=torch.int64)
-        tensors = tuple(t.to(policy.device) for t in (ids, attention, learned))
-        return Batch(row_unit.to(policy.device), tensors)
+        unit = torch.tensor([unit for unit, _, _ in rows], dtype=torch.int64)
+        tensors = {"ids": ids, "attention": attention, "learned": learned}
+        return Rows(unit.to(policy.device), {name: t.to(policy.device) for name, t in tensors.items()})
 
-    def row_losses(self, policy: Policy, batch: Batch, phase: Any) -> tuple[Tensor, Tensor]:
-        ids, attention, learned = batch.tensors
+    def row_losses(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
+        ids, attention, learned = (rows.tensors[name] for name in ("ids", "attention", "learned"))
         # The first token has no prediction, and the last one predicts nothing.
         logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)
         nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * learned[:, 1:]

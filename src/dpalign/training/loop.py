@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm, encode_units, unit_means
+from ..algorithms.base import Algorithm, Rows, encode_units, unit_means
 from ..data.units import UnitDataset
 from ..errors import DPAlignError
 from ..files import dumps, private_folder
@@ -63,7 +63,7 @@ class Stage:
     def __init__(
         self,
         model: AdapterStack,
-        algorithm: Algorithm,
+        algorithm: Algorithm[Any, Any],
         data: UnitDataset,
         *,
         folder: Path,
@@ -168,10 +168,10 @@ class Stage:
         steps = [self._private_step(sigma)] * self.plan.minibatches
         samples = self.gate.draw(steps, step, attempt)
         union = sorted(set().union(*(sample.units for sample in samples)))
-        phase = self.algorithm.collect(self.model, [self.examples[unit] for unit in union], samples[0].coins)
+        rows = self.algorithm.rows(self.model, [self.examples[unit] for unit in union], samples[0].coins)
         place = {unit: position for position, unit in enumerate(union)}
         for sample in samples:
-            released = self._step(phase, [place[u] for u in sample.units], sample, step)
+            released = self._step(rows, [place[u] for u in sample.units], sample, step)
             step += 1
             self._tell(step, sample.step.mechanism, attempt, released)
         if step % self.config.save_steps < self.plan.minibatches or step == self.end:
@@ -190,13 +190,13 @@ class Stage:
             metrics=self.algorithm.metrics if config.metrics_noise_ratio > 0 else (),
         )
 
-    def _step(self, phase: Any, positions: list[int], sample: Sample, step: int) -> dict[str, float] | None:
+    def _step(self, rows: Rows, positions: list[int], sample: Sample, step: int) -> dict[str, float] | None:
         config, algorithm = self.config, self.algorithm
         released = None
         for passed in range(self.plan.passes):
             mechanism = sample.mechanism([p.shape for p in self.gradients.parameters], self.model.device)
             for chunk, count in self.model.chunks(len(positions), config.micro_batch_size):
-                self._accumulate(mechanism, phase, [positions[i] for i in chunk], count)
+                self._accumulate(mechanism, rows, [positions[i] for i in chunk], count)
             noisy, metrics = mechanism.release()
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
                 p.grad = gradient.to(p.dtype)
@@ -207,18 +207,18 @@ class Stage:
         algorithm.after_step(released)
         return released
 
-    def _accumulate(self, mechanism: GaussianMechanism, phase: Any, positions: list[int], count: int) -> None:
+    def _accumulate(self, mechanism: GaussianMechanism, rows: Rows, positions: list[int], count: int) -> None:
         # Units beyond the first `count` only fill the micro-batch up, and are dropped.
-        batch = self.algorithm.batch(self.model, phase, positions)
-        if len(batch.row_unit) == 0:
+        batch = rows.of(positions)
+        if len(batch.unit) == 0:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
         units = len(positions)
-        with self.gradients.collect(batch.row_unit, units):
-            losses, metrics = self.algorithm.row_losses(self.model, batch, phase)
-            unit_means(losses, batch.row_unit, units).sum().backward()  # type: ignore[no-untyped-call]
+        with self.gradients.collect(batch.unit, units):
+            losses, metrics = self.algorithm.row_losses(self.model, batch)
+            unit_means(losses, batch.unit, units).sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            rowless = torch.bincount(batch.row_unit, minlength=units) == 0  # NaN adds zero, as it would alone
-            means = unit_means(metrics, batch.row_unit, units).masked_fill(rowless.unsqueeze(1), torch.nan)
+            rowless = torch.bincount(batch.unit, minlength=units) == 0  # NaN adds zero, as it would alone
+            means = unit_means(metrics, batch.unit, units).masked_fill(rowless.unsqueeze(1), torch.nan)
             mechanism.add([g[:count] for g in self.gradients.grads()], means[:count])
 
     def _schedule(self, step: int) -> float:
