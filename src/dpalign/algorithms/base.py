@@ -110,8 +110,8 @@ Example = TypeVar("Example")  # what a record becomes
 class Rows:
     """Rows of some units, ready for the loss.
 
-    unit: `(rows,)` int64, the unit that each row belongs to, counted from 0. tensors: what the loss reads by name, first
-    dimension rows.
+    unit: `(rows,)` int64, the unit that each row belongs to, counted from 0. tensors: by name, what the loss reads,
+    first dimension rows.
     """
 
     unit: Tensor
@@ -143,7 +143,7 @@ class Algorithm(ABC, Generic[Model, Example]):
         """Adds what the stage trains to the model."""
 
     def warm_up(self, model: Model) -> int:
-        """Learns from text that the model writes itself, before the first draw; reads no record. Returns the updates."""
+        """Learns from text that the model writes itself, before the first draw; how many updates. Reads no record."""
         return 0
 
     @abstractmethod
