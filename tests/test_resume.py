@@ -156,6 +156,17 @@ def test_a_run_goes_on_on_a_smaller_machine(change, fork, capsys):
     assert ledger_rows(fork, stage="sft", attempt=1) == STEPS - SAVED
 
 
+def test_a_run_of_the_version_before_goes_on_with_the_same_settings(tmp_path, capsys, monkeypatch):
+    """Version 0.1.0 hashed the settings of memory and time too."""
+    recipe = write_recipe(tmp_path, ppo=None)
+    with monkeypatch.context() as before:
+        before.setattr("dpalign.training.loop.MACHINE_SETTINGS", frozenset())
+        first = call(capsys, "run", recipe, "--json").json
+    again = call(capsys, "run", recipe, "--json")
+    assert "stage sft is already done" in again.err and again.json["epsilon"] == first["epsilon"]
+    assert "settings of stage sft have changed" in call(capsys, "run", recipe, "--sft.micro_batch_size", 4).error
+
+
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
 def test_a_corrupt_checkpoint_is_one_sentence_and_its_loss_a_roll_back(file, fork, capsys):
     rows, epsilon = ledger_rows(fork), spent(capsys, fork)

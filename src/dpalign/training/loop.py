@@ -86,6 +86,7 @@ class Stage:
         settings = asdict(self.config) | {"units": data.declared_units, "part": (data.part.low, data.part.high)}
         settings["mechanism"] = self.plan.mechanism().rounded()  # its noise may depend on the run's other stages
         self.config_hash = hash_of({name: v for name, v in settings.items() if name not in MACHINE_SETTINGS})
+        self.same_settings = {self.config_hash, hash_of(settings)}  # 0.1.0 told machines apart, too
         self.gate = Gate(
             ledger,
             data.part,
@@ -240,7 +241,7 @@ class Stage:
                     f"the data of stage {self.algorithm.name} has changed since this run began: a resumed run must "
                     "see the same records; restore them, or start a run under another output folder."
                 )
-            if intent.config_hash != self.config_hash:
+            if intent.config_hash not in self.same_settings:
                 raise self._changed()
 
     def _changed(self) -> DPAlignError:
@@ -345,7 +346,7 @@ class Stage:
     def _check_checkpoint(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.data.fingerprint:
             raise DPAlignError("the checkpoint belongs to other data: restore the data or use another output folder.")
-        if state["config_hash"] != self.config_hash:  # before the first draw there is no intent to compare with
+        if state["config_hash"] not in self.same_settings:  # before the first draw there is no intent to compare with
             raise self._changed()
         drawn = {intent.step for intent in self.gate.intents()}
         if not set(range(int(state["step"]))) <= drawn:
