@@ -1,7 +1,7 @@
 """What a sweep of the preferences quickstart says of the bars: accuracy of the DP reward model and share of the gain kept.
 
-    dpalign reward recipes/quickstart_preferences.yaml --target_epsilon inf --output_dir runs/reference --reward.seed 7 \
-        --reward.adapter.r 4 --reward.learning_rate 1e-2
+    dpalign reward_model recipes/quickstart_preferences.yaml --target_epsilon inf --output_dir runs/reference --reward_model.seed 7 \
+        --reward_model.adapter.r 4 --reward_model.learning_rate 1e-2
     dpalign sweep recipes/quickstart_preferences.yaml --epsilons 1 4 inf --seeds 3 --output_dir runs/preferences \
         --reference_reward.source reward_model:runs/reference/reward_model
     python benchmarks/preferences_bars.py runs/preferences/runs.jsonl

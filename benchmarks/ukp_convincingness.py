@@ -50,8 +50,8 @@ from dpalign.evaluation import evaluate_pairs
 from dpalign.evaluation.preferences import agreement
 from dpalign.files import dumps
 from dpalign.models import AdapterConfig, ModelConfig, RewardModel
-from dpalign.pipeline import run_recipe
 from dpalign.recipe import Recipe
+from dpalign.run import run_recipe
 
 UNITS = ("pair", "annotator")
 HELD_OUT = 0.25
@@ -219,11 +219,11 @@ def train(settings: Settings, records: list[Record], test: list[Record], folder:
         target_epsilon=settings.epsilon,
         num_threads=args.threads,
         device=args.device,
-        reward_data=DataConfig(
+        reward_model_data=DataConfig(
             name=f"ukpconvarg1-{settings.unit}s", unit="unit" if by_annotator else None,
             max_records_per_unit=settings.max_records_per_unit, is_demo=True,
         ),
-        reward=RewardModelConfig(
+        reward_model=RewardModelConfig(
             expected_batch_size=settings.expected_batch_size, max_steps=settings.max_steps, seed=settings.seed,
             micro_batch_size=8 if by_annotator else 32, max_length=settings.max_length, prepend_bos=True,
             pooling="mean", clipping_gamma=2.0,
@@ -231,7 +231,7 @@ def train(settings: Settings, records: list[Record], test: list[Record], folder:
             adapter=AdapterConfig(r=settings.rank),
         ),
     )  # fmt: skip
-    summary = run_recipe(recipe, records={"reward": records})
+    summary = run_recipe(recipe, records={"reward_model": records}).to_json()
     (stage,) = summary["stages"]
     (mechanism,) = stage["mechanisms"]
     return asdict(settings) | {

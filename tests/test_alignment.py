@@ -38,7 +38,7 @@ def write_data(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     paths = {name: str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
     sections: dict[str, Any] = {"data": None}
-    for stage, name in (("sft", "texts"), ("reward", "pairs"), ("ppo", "prompts")):
+    for stage, name in (("sft", "texts"), ("reward_model", "pairs"), ("ppo", "prompts")):
         public = paths.get(f"public_{name}")
         sections[f"{stage}_data"] = {"name": name, "path": paths[name], "unit": "id"} | (
             {"eval_path": public, "eval_is_public": True} if public else {}
@@ -57,7 +57,7 @@ def release_of(folder: Path) -> dict[str, Any]:
 def finished(tmp_path_factory):
     """All three stages in a fresh process: its folder, standard output and standard error."""
     folder = tmp_path_factory.mktemp("alignment")
-    recipe = write_recipe(folder, reward=REWARD, ppo=LEARNED, **write_data(folder))
+    recipe = write_recipe(folder, reward_model=REWARD, ppo=LEARNED, **write_data(folder))
     status, out, err = in_fresh_process(folder, "run", recipe, "--json")
     assert status == 0, err
     return folder, out, err
@@ -69,7 +69,7 @@ def test_the_summary_of_three_stages(finished):
     assert out.count("\n") == 1 and summary == json.loads((folder / "run" / "summary.json").read_text())
     assert summary["private"] and 0 < summary["epsilon"] <= 2
     assert [(s["stage"], s["dataset"], s["units"]) for s in summary["stages"]] == [
-        ("sft", "texts", 40), ("reward", "pairs", 40), ("ppo", "prompts", 40)
+        ("sft", "texts", 40), ("reward_model", "pairs", 40), ("ppo", "prompts", 40)
     ]  # fmt: skip
     assert summary["reward_model"]["pairs"] == 6 and 0 <= summary["reward_model"]["accuracy"] <= 1
     assert set(summary["evaluation"]) >= {"pretrained"} and len(summary["ledger"]) == 3
@@ -98,8 +98,8 @@ def test_each_release_states_what_it_rests_on(finished):
     """The reward model rests on SFT and its own stage; the policy on all three. Disjoint people: the largest counts."""
     run = finished[0] / "run"
     policy, reward = statement(run), release_of(run / "reward_model")
-    assert [s["stage"] for s in reward["stages"]] == ["sft", "reward"]
-    assert [s["stage"] for s in policy["stages"]] == ["sft", "reward", "ppo"]
+    assert [s["stage"] for s in reward["stages"]] == ["sft", "reward_model"]
+    assert [s["stage"] for s in policy["stages"]] == ["sft", "reward_model", "ppo"]
     assert policy["stages"][:2] == reward["stages"]
     for value in (policy, reward):
         alone = [recomputed([stage], value["delta"]) for stage in value["stages"]]
@@ -111,14 +111,14 @@ def test_metrics_are_noised_and_no_text_leaves(finished):
     folder, out, err = finished
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     metrics = {line["stage"]: set(line["noised_metrics"]) for line in lines}
-    assert metrics["reward"] == {"loss", "accuracy", "margin"} and len(lines) == 3 + 2 + 2
+    assert metrics["reward_model"] == {"loss", "accuracy", "margin"} and len(lines) == 3 + 2 + 2
     outside = files_below(folder / "run", lambda path: path.parts[0] != "private")
     assert not [f for f in outside if b"evening" in f.read_bytes()] and "evening" not in out + err
 
 
 def test_a_second_call_draws_nothing_and_changes_nothing(finished, capsys):
     folder = finished[0]
-    assert {s: ledger_rows(folder, stage=s) for s in ("sft", "reward", "ppo")} == {"sft": 3, "reward": 2, "ppo": 2}
+    assert {s: ledger_rows(folder, stage=s) for s in ("sft", "reward_model", "ppo")} == {"sft": 3, "reward_model": 2, "ppo": 2}
     files = files_below(folder / "run" / "release") + files_below(folder / "run" / "reward_model")
     before = {f: f.read_bytes() for f in files if f.suffix == ".safetensors" or f.name == "reward.json"}
     again = call(capsys, "run", folder / "recipe.yaml", "--json")
@@ -131,8 +131,8 @@ def test_a_second_call_draws_nothing_and_changes_nothing(finished, capsys):
 def test_other_pairs_are_refused(finished, capsys, tmp_path):
     folder = finished[0]
     data = write_jsonl(tmp_path / "pairs.jsonl", judged(41, start=100))
-    refused = call(capsys, "run", folder / "recipe.yaml", "--reward_data.path", data)
-    assert "data of stage reward has changed" in refused.error or "settings of stage reward" in refused.error
+    refused = call(capsys, "run", folder / "recipe.yaml", "--reward_model_data.path", data)
+    assert "data of stage reward_model has changed" in refused.error or "settings of stage reward_model" in refused.error
     assert ledger_rows(folder) == 7
 
 
@@ -146,23 +146,23 @@ def one_name(folder: Path, **changes: Any) -> Path:
     data = {"name": "people", "path": str(folder / "data.jsonl"), "unit": "id"}
     return write_recipe(
         folder, **{
-            "composition": "sequential", "data": data, "reward_data": data | {"path": str(pairs)}, "reward": REWARD, "ppo": None,
+            "composition": "sequential", "data": data, "reward_model_data": data | {"path": str(pairs)}, "reward_model": REWARD, "ppo": None,
         } | changes,
     )  # fmt: skip
 
 
 def test_separate_names_that_share_people_are_an_error_that_counts_them(tmp_path, capsys):
-    recipe = one_name(tmp_path, reward_data={"name": "judges", "path": str(tmp_path / "pairs.jsonl"), "unit": "id"})
+    recipe = one_name(tmp_path, reward_model_data={"name": "judges", "path": str(tmp_path / "pairs.jsonl"), "unit": "id"})
     for composition in ("parallel", "sequential"):
         error = call(capsys, "run", recipe, "--composition", composition).error
-        assert "40 units are in both 'people' (sft) and 'judges' (reward)" in error
+        assert "40 units are in both 'people' (sft) and 'judges' (reward_model)" in error
     assert ledger_rows(tmp_path) == 0
 
 
 def test_one_name_in_sequential_composition_charges_both_stages(tmp_path, capsys):
     done = call(capsys, "run", one_name(tmp_path), "--json").json
     value = statement(tmp_path / "run")
-    assert [s["stage"] for s in value["stages"]] == ["sft", "reward"] and {s["part"][1] for s in value["stages"]} == {1}
+    assert [s["stage"] for s in value["stages"]] == ["sft", "reward_model"] and {s["part"][1] for s in value["stages"]} == {1}
     together = recomputed(value["stages"], value["delta"])
     assert 1.95 < together <= 2.0005 and done["epsilon"] == pytest.approx(together, rel=2e-3) and done["epsilon"] <= 2
     alone = [recomputed([s], value["delta"]) for s in value["stages"]]
@@ -176,11 +176,11 @@ def test_one_name_in_sequential_composition_charges_both_stages(tmp_path, capsys
 
 def test_a_killed_sequential_run_ends_within_its_target(tmp_path, capsys, monkeypatch):
     """The reward stage loses a step; what it does after that leaves SFT what SFT has spent."""
-    recipe = one_name(tmp_path, reward=REWARD | {"max_steps": 8, "save_steps": 2})
+    recipe = one_name(tmp_path, reward_model=REWARD | {"max_steps": 8, "save_steps": 2})
     step = Stage._step
 
     def dies(self, phase, positions, sample, number):
-        if self.algorithm.name == "reward" and number == 5:
+        if self.algorithm.name == "reward_model" and number == 5:
             raise KeyboardInterrupt
         return step(self, phase, positions, sample, number)
 
@@ -196,7 +196,7 @@ def test_a_killed_sequential_run_ends_within_its_target(tmp_path, capsys, monkey
 
 
 def test_a_single_stage_of_a_shared_budget_is_refused(tmp_path, capsys):
-    assert "only `dpalign run` can divide" in call(capsys, "reward", one_name(tmp_path)).error
+    assert "only `dpalign run` can divide" in call(capsys, "reward_model", one_name(tmp_path)).error
 
 
 # Releases that enter a run -----------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_a_single_stage_of_a_shared_budget_is_refused(tmp_path, capsys):
 NOISY = {
     "target_epsilon": 100,
     "sft": {"noise_multiplier": 2, "max_steps": 2},
-    "reward": REWARD | {"noise_multiplier": 2},
+    "reward_model": REWARD | {"noise_multiplier": 2},
 }
 
 
@@ -221,13 +221,13 @@ def test_ppo_against_an_earlier_reward_model_composes_its_stages(reward_model, t
     """Same people: all three stages add up, and the SFT stage below both releases counts once."""
     run = reward_model / "run"
     source = {"reward": {"source": f"reward_model:{run / 'reward_model'}"}, "max_steps": 2, "noise_multiplier": 2}
-    changes = NOISY | {"sft": None, "reward": None, "reward_data": None, "ppo": source, "composition": "parallel"}
+    changes = NOISY | {"sft": None, "reward_model": None, "reward_model_data": None, "ppo": source, "composition": "parallel"}
     recipe = one_name(
         tmp_path, **changes, ledger=str(reward_model / "ledger.sqlite"), model={"name_or_path": str(run / "release")}
     )
     done = call(capsys, "run", recipe, "--json").json
     value = statement(tmp_path / "run")
-    assert [s["stage"] for s in value["stages"]] == ["sft", "reward", "ppo"]
+    assert [s["stage"] for s in value["stages"]] == ["sft", "reward_model", "ppo"]
     together = recomputed(value["stages"], value["delta"])
     assert done["epsilon"] == value["epsilon"] == pytest.approx(together, rel=2e-3)
     assert together > 1.1 * recomputed(value["stages"][:2], value["delta"])
@@ -235,13 +235,13 @@ def test_ppo_against_an_earlier_reward_model_composes_its_stages(reward_model, t
     base = call(
         capsys, "run", recipe, "--model.name_or_path", "tiny-review-lm", "--output_dir", tmp_path / "b", "--json"
     ).json
-    assert [s["stage"] for s in base["stages"]] == ["sft", "reward", "ppo"] and base["epsilon"] == done["epsilon"]
+    assert [s["stage"] for s in base["stages"]] == ["sft", "reward_model", "ppo"] and base["epsilon"] == done["epsilon"]
 
 
 def test_a_budget_that_the_reward_models_past_exceeds_is_refused(reward_model, tmp_path, capsys):
     past = release_of(reward_model / "run" / "reward_model")["epsilon"]
     source = {"reward": {"source": f"reward_model:{reward_model / 'run' / 'reward_model'}"}, "noise_multiplier": 50}
-    changes = NOISY | {"sft": None, "reward": None, "reward_data": None, "ppo": source, "composition": "parallel"}
+    changes = NOISY | {"sft": None, "reward_model": None, "reward_model_data": None, "ppo": source, "composition": "parallel"}
     recipe = one_name(tmp_path, **changes, ledger=str(reward_model / "ledger.sqlite"))
     draws = ledger_rows(reward_model)
     refused = call(capsys, "run", recipe, "--target_epsilon", past)
@@ -251,32 +251,32 @@ def test_a_budget_that_the_reward_models_past_exceeds_is_refused(reward_model, t
 def test_a_reward_model_made_without_privacy_is_refused(tmp_path, capsys):
     loose = {
         "sft": None,
-        "reward": REWARD | {"max_steps": 1},
+        "reward_model": REWARD | {"max_steps": 1},
         "target_epsilon": "inf",
         "output_dir": str(tmp_path / "loose"),
     }
-    assert call(capsys, "reward", one_name(tmp_path, **loose), "--json").json["private"] is False
+    assert call(capsys, "reward_model", one_name(tmp_path, **loose), "--json").json["private"] is False
     released = tmp_path / "loose" / "reward_model"
     assert release_of(released)["private"] is False and "NOT PRIVATE" in (released / "README.md").read_text()
     source = {"reward": {"source": f"reward_model:{released}"}, "max_steps": 1}
-    recipe = one_name(tmp_path, sft=None, reward=None, reward_data=None, ppo=source)
+    recipe = one_name(tmp_path, sft=None, reward_model=None, reward_model_data=None, ppo=source)
     draws = ledger_rows(tmp_path)
     for declared in ("false", "true"):
         refused = call(capsys, "run", recipe, "--ppo.reward.is_public", declared)
         assert "was trained without privacy" in refused.error
     assert ledger_rows(tmp_path) == draws
     further = one_name(
-        tmp_path, sft=None, reward=REWARD | {"model": {"name_or_path": str(released), "is_public": True}}
+        tmp_path, sft=None, reward_model=REWARD | {"model": {"name_or_path": str(released), "is_public": True}}
     )
     assert "was trained without privacy" in call(capsys, "run", further).error
 
 
 def test_dpalign_reward_and_rloo_alone(tmp_path, capsys):
-    """`dpalign reward` takes the pairs' part of the recipe, `dpalign rloo` the prompts'; an evaluation closes the run."""
+    """`dpalign reward_model` takes the pairs' part of the recipe, `dpalign rloo` the prompts'; an evaluation closes the run."""
     sections = write_data(tmp_path)
-    recipe = write_recipe(tmp_path, sft=None, ppo=None, reward=REWARD, **sections)
-    reward = call(capsys, "reward", recipe, "--output_dir", tmp_path / "a", "--json").json
-    assert [s["stage"] for s in reward["stages"]] == ["reward"] and reward["release"].endswith("a/reward_model")
+    recipe = write_recipe(tmp_path, sft=None, ppo=None, reward_model=REWARD, **sections)
+    reward = call(capsys, "reward_model", recipe, "--output_dir", tmp_path / "a", "--json").json
+    assert [s["stage"] for s in reward["stages"]] == ["reward_model"] and reward["release"].endswith("a/reward_model")
     assert not (tmp_path / "a" / "release").exists()
     rollouts = STAGE | {
         "max_steps": 2, "prompt_max_tokens": 4, "max_prompt_length": 5, "max_completion_length": 6, "num_generations": 2,
@@ -285,15 +285,15 @@ def test_dpalign_reward_and_rloo_alone(tmp_path, capsys):
     }  # fmt: skip
     held_out = {"name": "held-out", "path": str(write_jsonl(tmp_path / "h.jsonl", reviews(60)[40:])), "unit": "id"}
     recipe = write_recipe(
-        tmp_path, sft=None, ppo=None, rloo=rollouts, evaluation={"noise_multiplier": 2.0}, evaluation_data=held_out,
-        units_disjoint="declared", output_dir=str(tmp_path / "b"), **sections | {"sft_data": None, "reward_data": None},
+        tmp_path, sft=None, ppo=None, rloo=rollouts, measurement={"noise_multiplier": 2.0}, measurement_data=held_out,
+        units_disjoint="declared", output_dir=str(tmp_path / "b"), **sections | {"sft_data": None, "reward_model_data": None, "ppo_data": None, "rloo_data": sections["ppo_data"]},
     )  # fmt: skip
     done = call(capsys, "run", recipe, "--json").json
-    assert [s["stage"] for s in done["stages"]] == ["reward", "rloo", "evaluation"] and done["epsilon"] <= 2
+    assert [s["stage"] for s in done["stages"]] == ["reward_model", "rloo", "measurement"] and done["epsilon"] <= 2
     assert any("disjoint (declared)" in a for a in done["assumptions"])
-    measured = done["private_evaluation"]
+    measured = done["measurement"]
     assert measured["units"] == 20 and measured["noise_standard_deviation"]["win_rate"] == pytest.approx(
         2 * 3**0.5 / 20 / 2
     )
     again = call(capsys, "run", recipe, "--json").json
-    assert again["private_evaluation"] == measured and ledger_rows(tmp_path, stage="evaluation") == 1
+    assert again["measurement"] == measured and ledger_rows(tmp_path, stage="measurement") == 1

@@ -10,10 +10,13 @@ SOURCE = Path(dpalign.__file__).parent
 ROOMS = [
     ["cli"],
     ["trainers"],
-    ["pipeline"],
-    ["planning"],
+    ["run"],
+    ["records", "workspace"],
+    ["plan", "release"],
+    ["provenance"],
     ["recipe"],
     ["reporting"],
+    ["results"],
     ["evaluation"],
     ["training"],
     ["algorithms"],
@@ -22,7 +25,7 @@ ROOMS = [
     ["data", "gradients"],
     ["privacy"],
     ["files"],
-    ["errors", "version"],
+    ["errors", "stages", "version"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
@@ -56,11 +59,11 @@ def test_imports_go_down_only():
 
 def test_an_upward_import_is_seen(tmp_path, monkeypatch):
     (tmp_path / "privacy").mkdir()
-    lines = ["from ..training.loop import Stage", "from .. import pipeline", "import dpalign.recipe", "import json"]
+    lines = ["from ..training.loop import Stage", "from .. import run", "import dpalign.recipe", "import json"]
     lines += ["from dpalign.models import Policy", "from dpalign import data", "from .entropy import SystemEntropy"]
     (tmp_path / "privacy" / "bad.py").write_text("\n".join(lines))
     monkeypatch.setattr("test_architecture.SOURCE", tmp_path)
-    seen = {f"privacy -> {room}" for room in ("training", "pipeline", "recipe", "models", "data")}
+    seen = {f"privacy -> {room}" for room in ("training", "run", "recipe", "models", "data")}
     assert set(upward(tmp_path / "privacy" / "bad.py")) == seen
 
 

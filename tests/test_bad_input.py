@@ -134,7 +134,7 @@ PAIRS = judged(63, MARKER)
 def pairs(*rows: dict[str, Any], **section: Any) -> Callable[[Path], dict[str, Any]]:
     """A reward stage alone, on 63 good pairs and `rows`."""
     stage = {"expected_batch_size": 8, "max_steps": 2, "max_length": 24, "adapter": {"r": 2}} | section
-    return lambda folder: {"sft": None, "ppo": None, "reward": stage} | records([*PAIRS, *rows])(folder)
+    return lambda folder: {"sft": None, "ppo": None, "reward_model": stage} | records([*PAIRS, *rows])(folder)
 
 
 def wrong(**changes: Any) -> Callable[[Path], dict[str, Any]]:
@@ -158,11 +158,11 @@ REWARD_MODEL = {
     "half of the smoothing": (pairs(label_smoothing=0.5), "label_smoothing 0.5"),
     "no such treatment of ties": (pairs(ties="coin"), "ties"),
     "longer than the model": (pairs(max_length=5000), "lower the stage's lengths"),
-    "reward model without a stage": (reward("", source="reward_model"), "needs a section reward in the recipe"),
+    "reward model without a stage": (reward("", source="reward_model"), "needs a section reward_model in the recipe"),
     "no such reward model": (reward("", source="reward_model:nowhere", is_public=False), "must be declared public"),
     "not a reward model": (lambda folder: reward("", source=f"reward_model:{folder}"), "not the release of a reward model"),
     "both ppo and rloo": ({"rloo": {"max_steps": 1}}, "keep one of them"),
-    "evaluation of nothing": ({"ppo": None, "evaluation": {}}, "add one of them"),
+    "evaluation of nothing": ({"ppo": None, "measurement": {}}, "measurement has nothing to measure by"),
     "rloo longer than the model": (
         {"ppo": None, "rloo": {"expected_batch_size": 8, "max_steps": 1, "max_completion_length": 5000}}, "stage rloo needs",
     ),
@@ -170,9 +170,9 @@ REWARD_MODEL = {
     "judges overlap": (
         lambda folder: pairs()(folder) | {
             "sft": {"max_steps": 1, "expected_batch_size": 8}, "data": {"unit": "id"},
-            "reward_data": {"name": "pairs", "path": str(write_jsonl(folder / "o.jsonl", judged(40, start=59))), "unit": "id"},
+            "reward_model_data": {"name": "pairs", "path": str(write_jsonl(folder / "o.jsonl", judged(40, start=59))), "unit": "id"},
         },
-        "5 units are in both 'reviews' (sft) and 'pairs' (reward)",
+        "5 units are in both 'reviews' (sft) and 'pairs' (reward_model)",
     ),
     "overlap in sequential composition under two names": (
         lambda folder: {"composition": "sequential"} | other_data("others", reviews(80)[50:], "id")(folder),

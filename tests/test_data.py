@@ -13,12 +13,12 @@ from datasets import Dataset, DatasetDict
 
 from dpalign.algorithms import SFT, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
 from dpalign.algorithms.base import encode_units
-from dpalign.algorithms.rollouts import encode_prompt
+from dpalign.algorithms.completions import encode_prompt
 from dpalign.data import build_units
 from dpalign.data.load import DataConfig, read_records
 from dpalign.errors import DPAlignError
 from dpalign.models import ModelConfig, Policy
-from dpalign.planning import split_parts
+from dpalign.plan import split_parts
 from dpalign.privacy.ledger import Ledger
 from dpalign.recipe import Recipe
 from dpalign.training import plan_stage
@@ -112,18 +112,18 @@ def test_chat_messages_go_through_the_template():
 
     assert encoded(policy, {"text": [user, answer]}, append_eos=False)[0] == words(1, 7, 8, 2, 9)
     assert encoded(policy, {"prompt": [user], "completion": [answer]}, append_eos=False) == (words(1, 7, 8, 2, 9), 4)
-    assert encode_prompt(policy, {"prompt": [user]}, PPOConfig()) == words(1, 7, 8, 2)
+    assert encode_prompt(policy.tokenizer, {"prompt": [user]}, PPOConfig()) == words(1, 7, 8, 2)
 
 
 def test_a_prompt_is_cut_from_a_text_by_that_text_alone(policy):
     config = PPOConfig(prompt_min_tokens=2, prompt_max_tokens=6, prepend_bos=True)
     texts = [r["text"] for r in reviews(64)]
-    cut = [encode_prompt(policy, {"text": t}, config) for t in texts]
+    cut = [encode_prompt(policy.tokenizer, {"text": t}, config) for t in texts]
     assert {len(c) for c in cut} == {3, 4, 5, 6, 7}
-    assert cut == [encode_prompt(policy, {"text": t}, config) for t in texts]
+    assert cut == [encode_prompt(policy.tokenizer, {"text": t}, config) for t in texts]
     whole = [policy.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
     assert all(c[1:] == w[: len(c) - 1] for c, w in zip(cut, whole, strict=True))
-    assert encode_prompt(policy, {"text": "A"}, config) is None  # too short for a prompt
+    assert encode_prompt(policy.tokenizer, {"text": "A"}, config) is None  # too short for a prompt
 
 
 # Units and parts ---------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_the_fingerprint_is_of_contents_and_tells_an_outsider_nothing(ledger, tm
 
 
 def parts_of(stages: list[str], split: dict | None, **changes) -> dict[str, tuple[float, float]]:
-    sections: dict = {"sft": SFTConfig(), "reward": RewardModelConfig(), "ppo": PPOConfig(), "rloo": RLOOConfig()}
+    sections: dict = {"sft": SFTConfig(), "reward_model": RewardModelConfig(), "ppo": PPOConfig(), "rloo": RLOOConfig()}
     return split_parts(
         Recipe(**{"data": DataConfig(name="d"), "split": split} | {s: sections[s] for s in stages} | changes)
     )
@@ -217,7 +217,7 @@ def parts_of(stages: list[str], split: dict | None, **changes) -> dict[str, tupl
         (["sft", "ppo"], {"ppo": 0.75, "sft": 0.25}, {"sft": (0, 0.25), "ppo": (0.25, 1)}),
         (["ppo"], {"sft": 0.25, "ppo": 0.5}, {"ppo": (0.25, 0.75)}),
         (["ppo"], None, {"ppo": (0, 1)}),
-        (["sft", "reward", "rloo"], {"sft": 0.25, "reward": 0.25, "rloo": 0.5}, {"sft": (0, 0.25), "reward": (0.25, 0.5), "rloo": (0.5, 1)}),
+        (["sft", "reward_model", "rloo"], {"sft": 0.25, "reward_model": 0.25, "rloo": 0.5}, {"sft": (0, 0.25), "reward_model": (0.25, 0.5), "rloo": (0.5, 1)}),
         (["sft", "ppo"], {"sft": [0.5, 1], "ppo": [0, 0.5]}, {"sft": (0.5, 1), "ppo": (0, 0.5)}),
     ],
 )  # fmt: skip
@@ -231,10 +231,10 @@ def test_stages_on_their_own_datasets_get_all_of_them():
 
 
 def test_stages_in_sequential_composition_share_all_units_or_their_ranges():
-    stages, together = ["sft", "reward", "ppo"], {"composition": "sequential"}
+    stages, together = ["sft", "reward_model", "ppo"], {"composition": "sequential"}
     assert parts_of(stages, None, **together) == dict.fromkeys(stages, (0, 1))
-    ranges = {"sft": [0, 0.5], "reward": [0.25, 1], "ppo": [0, 1]}
-    assert parts_of(stages, ranges, **together) == {"sft": (0, 0.5), "reward": (0.25, 1), "ppo": (0, 1)}
+    ranges = {"sft": [0, 0.5], "reward_model": [0.25, 1], "ppo": [0, 1]}
+    assert parts_of(stages, ranges, **together) == {"sft": (0, 0.5), "reward_model": (0.25, 1), "ppo": (0, 1)}
 
 
 @pytest.mark.parametrize(

@@ -209,20 +209,18 @@ def test_adaptive_kl_moves_by_the_noised_kl_and_nothing_else(kl, factor):
     rows = collected(algorithm, 8, policy=policy)
     far = rows.tensors | {"ref_logprobs": rows.tensors["ref_logprobs"] - 9}
     algorithm.row_losses(policy, Rows(rows.unit, far).of([0, 1]))
-    algorithm.after_step(None)
-    assert algorithm.beta == 0.5
-    algorithm.after_step({"reward": 3.0, "kl": kl, "completion_length": 4.0})
+    algorithm.adapt({"reward": 3.0, "kl": kl, "completion_length": 4.0})
     assert algorithm.beta == pytest.approx(0.5 * factor)
     other = ppo(beta=0.5)
     other.load_state(algorithm.state())
-    other.after_step({"reward": 3.0, "kl": kl, "completion_length": 4.0})  # not asked to adapt
+    other.adapt({"reward": 3.0, "kl": kl, "completion_length": 4.0})  # not asked to adapt
     assert other.beta == algorithm.beta and other.baseline == 0
 
 
 def test_the_baseline_follows_the_noised_reward():
     algorithm = ppo(noised_baseline=True)
     for reward in (1.0, 2.0):
-        algorithm.after_step({"reward": reward, "kl": 0.0, "completion_length": 4.0})
+        algorithm.adapt({"reward": reward, "kl": 0.0, "completion_length": 4.0})
     assert algorithm.baseline == pytest.approx(0.3 + 0.3 * 1.7)
     with pytest.raises(DPAlignError, match="metrics_noise_ratio > 0"):
         PPOConfig(noised_baseline=True, metrics_noise_ratio=0).validate()

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from dpalign.algorithms import SFT, SFTConfig
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig
-from dpalign.pipeline import _remember_origins, _same_origins
-from dpalign.planning import Origin
 from dpalign.privacy.accountant import SampledGaussian, epsilon
 from dpalign.privacy.ledger import Intent, Ledger
 from dpalign.privacy.statement import StageStatement, account
+from dpalign.provenance import Origin
 from dpalign.reporting.numbers import at_most
 from dpalign.training import Stage
+from dpalign.workspace import Workspace, same_origins
 from helpers import call, ledger_rows, reviews, statement, write_jsonl, write_recipe
 from tiny import dataset, tiny_policy, words
 
@@ -61,7 +61,7 @@ def test_the_forgotten_release_is_what_the_refusal_saves_from(two, capsys, monke
     """Mutant: the models of the latest call are believed, and the statement shrinks."""
     folder, run = two
     before = statement(folder / "two")["epsilon"]
-    monkeypatch.setattr("dpalign.pipeline._same_origins", lambda private, origins, drawn: origins)
+    monkeypatch.setattr("dpalign.workspace.same_origins", lambda private, origins, drawn: origins)
     assert call(capsys, *run).json["epsilon"] < before / 1.2
 
 
@@ -126,18 +126,20 @@ def test_a_release_that_spent_more_since_is_another_model(two, capsys):
 
 
 def test_a_model_that_the_recipe_dropped_stays_in_the_statement(tmp_path):
-    (tmp_path / "run.json").write_text('{"run": "r", "ledger": "l"}')
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "run.json").write_text('{"run": "r", "ledger": "l"}')
     began = {"model": ORIGIN, "ppo.reward": Origin("rewards", (SPENT,), ("assumed",))}
-    assert _same_origins(tmp_path, began, []) == began
-    _remember_origins(tmp_path, began)
-    assert _same_origins(tmp_path, {"model": replace(ORIGIN, name="new")}, [])["model"].name == "new"  # nothing drawn
-    later = _same_origins(tmp_path, {"model": ORIGIN}, [INTENT])
+    assert same_origins(private, began, []) == began
+    Workspace(tmp_path, Ledger(":memory:"), "r").remember(began)
+    assert same_origins(private, {"model": replace(ORIGIN, name="new")}, [])["model"].name == "new"  # nothing drawn
+    later = same_origins(private, {"model": ORIGIN}, [INTENT])
     assert later["ppo.reward"].stages[0].spendings() == SPENT.spendings()
     with pytest.raises(DPAlignError, match="'old' and is now 'new'"):
-        _same_origins(tmp_path, {"model": replace(ORIGIN, name="new")}, [INTENT])
-    (tmp_path / "ppo" / "step-00000000").mkdir(parents=True)  # what was learned without a draw rests on it too
+        same_origins(private, {"model": replace(ORIGIN, name="new")}, [INTENT])
+    (private / "ppo" / "step-00000000").mkdir(parents=True)  # what was learned without a draw rests on it too
     with pytest.raises(DPAlignError, match="is now"):
-        _same_origins(tmp_path, {"model": replace(ORIGIN, name="new")}, [])
+        same_origins(private, {"model": replace(ORIGIN, name="new")}, [])
 
 
 def test_updates_before_the_first_draw_belong_to_their_settings(tmp_path, capsys, monkeypatch):
@@ -228,13 +230,13 @@ def test_a_private_measurement_states_what_it_and_the_model_spent(two, capsys):
     found = call(capsys, *apart, "--epsilon", 2).json
     sft = statement(folder / "one")["epsilon"]
     assert found["epsilon"] <= 2 and found["epsilon_with_the_models"] == pytest.approx(max(found["epsilon"], sft))
-    assert any("'apart' are not in 'reviews'" in a for a in found["assumptions"])
+    assert any("'apart', 'reviews' are disjoint" in a for a in found["assumptions"])
     same = call(capsys, *ask, "--dataset_name", "reviews", "--output_dir", folder / "same", "--epsilon", 2).json
     assert same["epsilon_with_the_models"] > 1.01 * max(same["epsilon"], sft)  # the units have paid for SFT too
     # The folder belongs to this model: with other weights at its place it is another measurement.
     assert call(capsys, *apart, "--epsilon", 2).json == found
     weights = folder / "one" / "release" / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
-    assert "holds another measurement" in call(capsys, *apart, "--epsilon", 2).error
+    assert "have changed since it was measured" in call(capsys, *apart, "--epsilon", 2).error
     (folder / "one" / "release" / "privacy.json").unlink()
-    assert "no privacy.json" in call(capsys, *apart, "--epsilon", 2).error
+    assert "must be declared public" in call(capsys, *apart, "--epsilon", 2).error

@@ -19,10 +19,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from dpalign import pipeline
+from dpalign import run
 from dpalign.cli import train
 from dpalign.cli.parsing import recipe_from
-from dpalign.planning import plan_recipe, run_delta
+from dpalign.plan import declared_units, delta_of, plan_stages
 from dpalign.recipe import Recipe
 from dpalign.training import Stage
 from helpers import call, statement, write_jsonl
@@ -73,23 +73,23 @@ def paper(name: str) -> dict[str, Any]:
     """What the paper's text fixes for one recipe, by dotted field."""
     case, _, size = name.rpartition("_")
     common = {"target_epsilon": 4.0, "composition": "parallel", "model.name_or_path": f"openai-community/{size}"}
-    common |= {"model.is_public": True, "rloo": None, "evaluation": None, "output_dir": f"runs/{name}"}
+    common |= {"model.is_public": True, "rloo": None, "measurement": None, "output_dir": f"runs/{name}"}
     common |= in_section("ppo", PRIVATE_STEP, PPO, {"learning_rate": SIZES[size]})
     common |= in_section("sft", PRIVATE_STEP, SFT)
     if case == "imdb_sentiment":
         classifier = "classifier:cardiffnlp/twitter-roberta-base-sentiment"
         return common | {
-            "target_delta": 1 / 25_000, "data.path": "stanfordnlp/imdb", "data.declared_units": 25_000, "reward": None,
+            "target_delta": 1 / 25_000, "data.path": "stanfordnlp/imdb", "data.declared_units": 25_000, "reward_model": None,
             "split": {"sft": 0.5, "ppo": 0.5}, "sft.num_train_epochs": 40, "ppo.num_train_epochs": 100,
             "ppo.prompt_min_tokens": 2, "ppo.prompt_max_tokens": 8, "ppo.min_completion_length": 4,
             "ppo.max_completion_length": 16, "ppo.reward.source": classifier, "ppo.reward.label": "LABEL_2",
             "ppo.reward.use_logit": True, "ppo.reward.is_public": True,
         }  # fmt: skip
     other = size != "gpt2"  # the reward model is always GPT-2
-    model = {"reward.model.name_or_path": "openai-community/gpt2", "reward.model.is_public": True}
-    return common | in_section("reward", PRIVATE_STEP, REWARD) | (model if other else {"reward.model": None}) | {
+    model = {"reward_model.model.name_or_path": "openai-community/gpt2", "reward_model.model.is_public": True}
+    return common | in_section("reward_model", PRIVATE_STEP, REWARD) | (model if other else {"reward_model.model": None}) | {
         "target_delta": 1 / 479_000, "split": None, "units_disjoint": "declared", "ppo.reward.source": "reward_model",
-        "sft_data.declared_units": 100_000, "reward_data.declared_units": 179_000, "ppo_data.declared_units": 200_000,
+        "sft_data.declared_units": 100_000, "reward_model_data.declared_units": 179_000, "ppo_data.declared_units": 200_000,
         "sft.num_train_epochs": 10, "ppo.num_train_epochs": 1,
     }  # fmt: skip
 
@@ -110,8 +110,8 @@ def test_the_lengths_fit_the_models():
         whole = given.ppo.max_prompt_length + given.ppo.max_completion_length
         assert whole <= given.sft.max_length <= 1024
         assert given.ppo.max_prompt_length >= (given.ppo.prompt_max_tokens or 0)
-        if given.reward is not None:
-            assert whole <= given.reward.max_length <= 1024
+        if given.reward_model is not None:
+            assert whole <= given.reward_model.max_length <= 1024
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_the_lengths_fit_the_models():
 )
 def test_sizes_of_the_paper(name, units, steps, batches, delta, golden):
     given = recipe(f"paper_sizes_{name}")
-    assert run_delta(given, None) == pytest.approx(delta, rel=1e-15)
-    stages = plan_recipe(given, None, run_delta(given, None), [])
-    assert list(stages) == ["sft", "reward", "ppo"][:: 1 if name == "tldr" else 2]
-    assert [s.units for s in stages.values()] == pytest.approx(units, abs=1e-6)
+    assert delta_of(given, declared_units(given)) == pytest.approx(delta, rel=1e-15)
+    stages = plan_stages(given, declared_units(given), delta)
+    assert list(stages) == ["sft", "reward_model", "ppo"][:: 1 if name == "tldr" else 2]
+    assert [s.units.count for s in stages.values()] == pytest.approx(units, abs=1e-6)
     assert [s.plan.steps for s in stages.values()] == steps
     assert [s.config.expected_batch_size for s in stages.values()] == batches
     assert [s.plan.metrics_noise_ratio for s in stages.values()] == [0] * len(units)
@@ -140,9 +140,9 @@ def test_units_in_both_stages_of_the_paper_cost_a_third_more_noise():
     # As the recipe's comment says.
     overrides = ("--composition", "sequential", "--split", "null", "--data.declared_units", 12_500)
     given = recipe("paper_sizes_imdb", *overrides)
-    stages = plan_recipe(given, None, 4e-5, [])
+    stages = plan_stages(given, declared_units(given), 4e-5)
     for stage in stages.values():
-        assert stage.units == 12_500
+        assert stage.units.count == 12_500
         assert stage.plan.noise_multiplier / stage.alone.noise_multiplier == pytest.approx(1.333, abs=0.003)
 
 
@@ -179,7 +179,7 @@ class Recorded(Stage):
 @pytest.fixture
 def ran(monkeypatch) -> list[Recorded]:
     Recorded.ran = []
-    monkeypatch.setattr(pipeline, "Stage", Recorded)
+    monkeypatch.setattr(run, "Stage", Recorded)
     return Recorded.ran
 
 
@@ -190,7 +190,7 @@ def asked(monkeypatch) -> list[Recipe]:
 
     def remember(given: Recipe, **options: Any) -> dict[str, Any]:
         recipes.append(given)
-        return pipeline.run_recipe(given, **options)
+        return run.run_recipe(given, **options)
 
     monkeypatch.setattr(train, "run_recipe", remember)
     return recipes
@@ -252,7 +252,7 @@ def check_run(capsys, name: str, overrides: dict[str, Any], ran: list[Recorded],
         lora = {n: shape for n, shape in stage.trained.items() if ".lora_" in n}
         assert all(".c_attn." in n and 4 in shape for n, shape in lora.items()) and len(lora) == 2 * 2
         heads = set(stage.trained) - set(lora)
-        assert len(heads) == {"sft": 0, "reward": 1, "ppo": 2}[section]
+        assert len(heads) == {"sft": 0, "reward_model": 1, "ppo": 2}[section]
         assert (stage.plan.passes, stage.plan.minibatches) == (1, 16 if section == "ppo" else 1)
         assert stage.plan.noise_multiplier > 0 and stage.private
     release = Path(summary["release"])
@@ -302,7 +302,7 @@ def test_first_steps_on_summaries(tmp_path, capsys, ran, asked, name):
     posts, summaries = [words(12, i) for i in range(3 * UNITS)], [words(6, i) for i in range(100, 100 + 3 * UNITS)]
     files = {
         "sft": [{"prompt": p, "completion": s} for p, s in zip(posts, summaries, strict=True)][:UNITS],
-        "reward": [
+        "reward_model": [
             {"prompt": posts[i], "chosen": summaries[i], "rejected": summaries[i + UNITS]}
             for i in range(UNITS, 2 * UNITS)
         ],
@@ -312,7 +312,7 @@ def test_first_steps_on_summaries(tmp_path, capsys, ran, asked, name):
     # The lengths too: 512 texts of the SFT model are scored at full length to fix the reward's scale.
     overrides = stage_sizes(*files) | {
         "output_dir": tmp_path / "run", "ledger": tmp_path / "ledger.sqlite", "num_threads": 1,
-        "model.name_or_path": base, "sft.max_length": 24, "reward.max_length": 24, "ppo.max_prompt_length": 16,
+        "model.name_or_path": base, "sft.max_length": 24, "reward_model.max_length": 24, "ppo.max_prompt_length": 16,
         "ppo.max_completion_length": 8,
     }  # fmt: skip
     for stage, records in files.items():
@@ -320,7 +320,7 @@ def test_first_steps_on_summaries(tmp_path, capsys, ran, asked, name):
         overrides |= {f"{stage}_data.path": path, f"{stage}_data.declared_units": UNITS}
     small = None
     if name != "tldr_summarization_gpt2":
-        small = overrides["reward.model.name_or_path"] = save_gpt2(tmp_path / "small", 8)
+        small = overrides["reward_model.model.name_or_path"] = save_gpt2(tmp_path / "small", 8)
     summary = check_run(capsys, name, overrides, ran, asked)
     assert [(s["stage"], s["units"]) for s in summary["stages"]] == [(stage, UNITS) for stage in files]
     models = [a for a in summary["assumptions"] if "made without the private data (declared)" in a]
@@ -329,7 +329,7 @@ def test_first_steps_on_summaries(tmp_path, capsys, ran, asked, name):
     # The reward model starts from the run's SFT model for GPT-2 itself, and from the public GPT-2 for larger policies.
     reward = ran[1].model
     assert isinstance(reward.model.get_base_model(), GPT2ForSequenceClassification)
-    assert reward.adapters == (["reward"] if small else ["sft", "reward"])
+    assert reward.adapters == (["reward_model"] if small else ["sft", "reward_model"])
     released = Path(summary["reward_model_release"])
     adapter = json.loads((released / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["base_model_name_or_path"]) == ((4, str(small)) if small else (8, str(base)))

@@ -15,8 +15,8 @@ import torch
 from dpalign.algorithms import PPOConfig, SFTConfig
 from dpalign.data.load import DataConfig
 from dpalign.models import AdapterConfig, ModelConfig, Policy
-from dpalign.pipeline import run_recipe
 from dpalign.recipe import Recipe
+from dpalign.run import run_recipe
 from helpers import reviews
 from tiny import tiny_base, tiny_tokenizer, words
 

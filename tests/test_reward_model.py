@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpalign.algorithms import RewardModelConfig, RewardModelling
-from dpalign.algorithms.base import encode_units
-from dpalign.algorithms.reward import check_pair_columns, encode_pair, pair_texts, preference_loss
+from dpalign.algorithms.base import check_records, encode_units
+from dpalign.algorithms.pairs import check_pair, preference_loss
+from dpalign.algorithms.reward import encode_pair, pair_texts
 from dpalign.data.text import tokens
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat
@@ -122,7 +123,7 @@ def test_settings_that_cannot_be():
     for smoothing in (-0.1, 0.5, 1.0):
         with pytest.raises(DPAlignError, match="label_smoothing"):
             RewardModelConfig(label_smoothing=smoothing).validate()
-    with pytest.raises(DPAlignError, match="for ppo"):
+    with pytest.raises(DPAlignError, match="for stages that sample"):
         RewardModelConfig(adapter=AdapterConfig(init_a="synthetic_gradient")).validate()
 
 
@@ -131,13 +132,18 @@ def test_settings_that_cannot_be():
 GOOD = {"chosen": "yes", "rejected": "no"}
 
 
+def check_pairs(records: list, path: str) -> None:
+    check_records(records, path, RewardModelling.columns, lambda record: check_pair(tiny_tokenizer(), record))
+
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [
         ({"chosen": "zebrafinch"}, "expected 'chosen' \\+ 'rejected'"),
         (GOOD | {"rejected": ""}, "no text in column 'rejected'"),
         (GOOD | {"chosen": 3}, "no text in column 'chosen'"),
-        (GOOD | {"margin": float("nan")}, "record 1 of pairs has no valid margin: expected a number of at least 0"),
+        (GOOD | {"margin": float("nan")}, "record 1 of pairs: no valid margin: expected a number of at least 0"),
         (GOOD | {"margin": -0.5}, "no valid margin"),
         (GOOD | {"margin": float("inf")}, "no valid margin"),
         (GOOD | {"margin": "zebrafinch"}, "no valid margin"),
@@ -148,14 +154,14 @@ GOOD = {"chosen": "yes", "rejected": "no"}
 )
 def test_pairs_that_are_refused(record, says):
     with pytest.raises(DPAlignError, match=says) as raised:
-        check_pair_columns([record], "pairs")
+        check_pairs([record], "pairs")
     assert "zebrafinch" not in str(raised.value) or "columns" in str(raised.value)
 
 
 def test_the_record_that_is_wrong_is_named():
     with pytest.raises(DPAlignError, match="record 3 of"):
-        check_pair_columns([GOOD, GOOD | {"margin": 0.5, "preference": 0}, GOOD | {"margin": "much"}], "pairs")
-    check_pair_columns([GOOD, GOOD | {"margin": "0.5", "preference": 1, "prompt": "why"}, GOOD | {"margin": None}], "p")
+        check_pairs([GOOD, GOOD | {"margin": 0.5, "preference": 0}, GOOD | {"margin": "much"}], "pairs")
+    check_pairs([GOOD, GOOD | {"margin": "0.5", "preference": 1, "prompt": "why"}, GOOD | {"margin": None}], "p")
 
 
 def test_missing_columns_have_their_defaults():
@@ -234,7 +240,7 @@ def test_training_the_reward_model_leaves_the_policy_alone(kind):
     model = RewardModel.from_policy(policy, TEXT)
     RewardModelling(RewardModelConfig(adapter=AdapterConfig(r=2))).setup(model)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all(".reward." in n or n.endswith(f"{model.head_name}.weight") for n in trained) and len(trained) > 2
+    assert all(".reward_model." in n or n.endswith(f"{model.head_name}.weight") for n in trained) and len(trained) > 2
     randomize(model)
     with torch.enable_grad():
         model(*model.pad([[5, 6, EOS]])).sum().backward()
@@ -385,7 +391,7 @@ def test_a_release_can_be_trained_further(releases):
     RewardModelling(RewardModelConfig(adapter=AdapterConfig(r=2))).setup(model)
     assert torch.allclose(model.score(TEXTS), releases[0]["llama"].score(TEXTS), atol=1e-5)  # B is zero
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert any(".reward." in n for n in trained) and not any(".earlier." in n for n in trained)
+    assert any(".reward_model." in n for n in trained) and not any(".earlier." in n for n in trained)
 
 
 def test_an_eos_that_is_the_padding_is_not_appended(tmp_path):

@@ -31,7 +31,7 @@ ROLLOUTS = {
 }
 STAGES: dict[str, dict[str, Any]] = {
     "sft": SEEDED | {"learning_rate": 3e-4, "max_length": 16},
-    "reward": SEEDED | {"learning_rate": 2e-4, "max_length": 20},
+    "reward_model": SEEDED | {"learning_rate": 2e-4, "max_length": 20},
     "ppo": SEEDED | ROLLOUTS,
     "rloo": SEEDED | ROLLOUTS,
 }
@@ -39,7 +39,7 @@ SMALL, RECOMPUTED = {"micro_batch_size": 3}, {"gradient_checkpointing": True}
 # Command, stage and settings that may cost other memory or time, but must not lead anywhere else.
 AGREEING: list[tuple[str, str, dict[str, Any]]] = [
     ("sft", "sft", {}), ("sft", "sft", SMALL), ("sft", "sft", RECOMPUTED),
-    ("reward", "reward", {}), ("reward", "reward", SMALL), ("reward", "reward", RECOMPUTED),
+    ("reward_model", "reward_model", {}), ("reward_model", "reward_model", SMALL), ("reward_model", "reward_model", RECOMPUTED),
     ("ppo", "ppo", {}), ("ppo", "ppo", SMALL), ("run", "ppo", {}),
     ("rloo", "rloo", {}), ("rloo", "rloo", SMALL),
 ]  # fmt: skip
@@ -59,7 +59,7 @@ def trajectory(
 ) -> dict[str, Any]:
     """The noised metrics of every step, and the norm of every released tensor, of `stage` alone."""
     fix_secret(folder / "ledger.sqlite", settings(folder)["data"]["name"])
-    write_jsonl(folder / "data.jsonl", judged(64) if stage == "reward" else reviews(64))
+    write_jsonl(folder / "data.jsonl", judged(64) if stage == "reward_model" else reviews(64))
     others: dict[str, Any] = {"sft": None, "ppo": None}
     section = merged(STAGES[stage], changes)
     recipe = write_recipe(folder, target_epsilon=1000, eval_prompts=2, **others | {stage: section})
@@ -67,7 +67,7 @@ def trajectory(
     assert not done["private"] and [s["stage"] for s in done["stages"]] == [stage]
     run = folder / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    released = run / ("reward_model" if stage == "reward" else "release") / "adapter_model.safetensors"
+    released = run / ("reward_model" if stage == "reward_model" else "release") / "adapter_model.safetensors"
     norms = {name: float(torch.linalg.vector_norm(t.double())) for name, t in sorted(load_file(released).items())}
     return {"noised_metrics": [line["noised_metrics"] for line in lines], "norms": norms}
 

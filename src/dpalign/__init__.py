@@ -12,14 +12,16 @@ from .errors import DPAlignError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .algorithms import PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+    from .algorithms import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
     from .models import AdapterConfig, ModelConfig
-    from .pipeline import run_recipe
     from .recipe import Recipe
-    from .trainers import DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
+    from .run import run_recipe
+    from .trainers import DPDPOTrainer, DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
 
 _HOMES = {
     "AdapterConfig": "models",
+    "DPDPOTrainer": "trainers",
+    "DPOConfig": "algorithms",
     "DPPPOTrainer": "trainers",
     "DPRLOOTrainer": "trainers",
     "DPRewardTrainer": "trainers",
@@ -30,12 +32,14 @@ _HOMES = {
     "Recipe": "recipe",
     "RewardModelConfig": "algorithms",
     "SFTConfig": "algorithms",
-    "run_recipe": "pipeline",
+    "run_recipe": "run",
 }
 
 __all__ = [
     "AdapterConfig",
     "DPAlignError",
+    "DPDPOTrainer",
+    "DPOConfig",
     "DPPPOTrainer",
     "DPRLOOTrainer",
     "DPRewardTrainer",

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from .algorithms import PPOConfig, RewardModelConfig, RLOOConfig, RolloutConfig, SFTConfig
+from .algorithms import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, RolloutConfig, SFTConfig
+from .algorithms.base import StageConfig
 from .data.load import DataConfig
-from .evaluation.private import PrivateEvaluationConfig
+from .errors import DPAlignError
+from .evaluation.private import MeasurementConfig
 from .models import ModelConfig
 from .rewards import RewardConfig
-
-STAGES = ("sft", "reward", "ppo", "rloo", "evaluation")  # in the order in which they run
+from .stages import STAGES
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """Private alignment of one model: SFT, a reward model, then PPO or RLOO, under one (epsilon, delta).
+    """Private alignment of one model: SFT, a reward model, DPO, then PPO or RLOO, under one (epsilon, delta).
 
     Stages without a section are skipped. In parallel composition no unit is in two stages, and every stage gets the
     whole budget; in sequential composition units may be in several, which share it.
@@ -32,16 +33,19 @@ class Recipe:
         allocation: who gets how much of a sequential budget: `equal` (all noise raised by one factor), `minimal` (least
             total noise variance), or a weight for each stage, such as {sft: 1, ppo: 2}.
         sft: settings of DP-SFT, or nothing to skip it.
-        reward: settings of the DP reward model, or nothing to skip it.
+        reward_model: settings of the DP reward model, or nothing to skip it.
+        dpo: settings of DP-DPO, or nothing to skip it.
         ppo: settings of DP-PPO, or nothing to skip it.
         rloo: settings of DP-RLOO, instead of ppo.
-        evaluation: one noisy measurement on held-out private units, or nothing to skip it.
+        measurement: one noisy measurement on held-out private units, or nothing to skip it.
         split: what each stage takes of the data's units: a fraction, or a range [low, high] within [0, 1]; ranges may
             overlap in sequential composition. Default: equal parts, or everything in sequential composition.
         sft_data: another dataset for SFT alone.
-        reward_data: another dataset for the reward model alone.
-        ppo_data: another dataset for PPO or RLOO alone.
-        evaluation_data: another dataset for the private evaluation alone.
+        reward_model_data: another dataset for the reward model alone.
+        dpo_data: another dataset for DPO alone.
+        ppo_data: another dataset for PPO alone.
+        rloo_data: another dataset for RLOO alone.
+        measurement_data: another dataset for the measurement alone.
         units_disjoint: `checked` compares the unit columns of separate datasets; `declared` takes your word,
             and the statement says so.
         eval_prompts: most public prompts that are measured at the end; default: all.
@@ -64,15 +68,18 @@ class Recipe:
     composition: Literal["parallel", "sequential"] = "parallel"
     allocation: Literal["equal", "minimal"] | dict[str, float] = "equal"
     sft: SFTConfig | None = None
-    reward: RewardModelConfig | None = None
+    reward_model: RewardModelConfig | None = None
+    dpo: DPOConfig | None = None
     ppo: PPOConfig | None = None
     rloo: RLOOConfig | None = None
-    evaluation: PrivateEvaluationConfig | None = None
+    measurement: MeasurementConfig | None = None
     split: dict[str, float | list[float]] | None = None
     sft_data: DataConfig | None = None
-    reward_data: DataConfig | None = None
+    reward_model_data: DataConfig | None = None
+    dpo_data: DataConfig | None = None
     ppo_data: DataConfig | None = None
-    evaluation_data: DataConfig | None = None
+    rloo_data: DataConfig | None = None
+    measurement_data: DataConfig | None = None
     units_disjoint: Literal["checked", "declared"] = "checked"
     eval_prompts: int | None = None
     eval_seed: int = 0
@@ -83,15 +90,32 @@ class Recipe:
     num_threads: int | None = None
 
     @property
-    def stages(self) -> dict[str, Any]:
+    def stages(self) -> dict[str, StageConfig]:
         """Settings of the stages that there are, in the order in which they run."""
-        return {name: getattr(self, name) for name in STAGES if getattr(self, name) is not None}
+        sections = {name: getattr(self, name, None) for name in STAGES}
+        return {name: section for name, section in sections.items() if section is not None}
 
     @property
     def rollouts(self) -> RolloutConfig | None:
         """Settings of the stage that samples completions."""
-        return self.ppo or self.rloo
+        return next((c for c in self.stages.values() if isinstance(c, RolloutConfig)), None)
 
     def data_of(self, stage: str) -> DataConfig:
         """The dataset of a stage."""
-        return getattr(self, f"{'ppo' if stage == 'rloo' else stage}_data") or self.data
+        own: DataConfig | None = getattr(self, f"{stage}_data", None)
+        return own or self.data
+
+    def check(self) -> None:
+        """Raises DPAlignError for stages that cannot be together, and for a section that nothing would read."""
+        commands = [name for name, listed in STAGES.items() if listed.is_command]
+        if not self.stages:
+            raise DPAlignError(f"the recipe has no stage: give it a section {', '.join(commands)}.")
+        sampling = [name for name, config in self.stages.items() if isinstance(config, RolloutConfig)]
+        if len(sampling) > 1:
+            raise DPAlignError(f"the recipe has both {' and '.join(sampling)}: keep one of them.")
+        for name in STAGES:
+            if getattr(self, f"{name}_data", None) is not None and name not in self.stages:
+                raise DPAlignError(
+                    f"{name}_data is given, and the recipe has no stage {name}: give it that section, or leave "
+                    f"{name}_data out (--{name}_data null)."
+                )

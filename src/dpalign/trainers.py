@@ -12,15 +12,15 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .algorithms import RewardModelConfig, SFTConfig
-from .algorithms.reward import check_pair_columns
+from .algorithms import DPOConfig, RewardModelConfig, SFTConfig
+from .algorithms.pairs import PairAlgorithm
 from .data.load import DataConfig, Record
 from .errors import DPAlignError
-from .evaluation import evaluate_pairs
 from .models import AdapterConfig, ModelConfig, Policy, RewardModel
-from .pipeline import run_recipe
 from .recipe import Recipe
 from .reporting.progress import Reporter
+from .run import run_recipe
+from .stages import kind
 
 
 class _DPTrainer:
@@ -48,10 +48,10 @@ class _DPTrainer:
         report_to: str = "none",
         quiet: bool = False,
     ) -> None:
-        if eval_dataset is not None and not (eval_is_public and self.stage == "reward"):
+        if eval_dataset is not None and not (eval_is_public and issubclass(kind(self.stage), PairAlgorithm)):
             raise DPAlignError(
-                "eval_dataset would be measured without noise: declare it public with eval_is_public=True (reward "
-                "models), or evaluate the release on public prompts with `dpalign evaluate --eval_is_public`."
+                "eval_dataset would be measured without noise: declare it public with eval_is_public=True (pairs), or "
+                "evaluate the release on public prompts with `dpalign evaluate --eval_is_public`."
             )
         if peft_config is not None:
             args = dataclasses.replace(args, adapter=adapter_from(peft_config))
@@ -97,14 +97,16 @@ class _DPTrainer:
         folder = Path(self._recipe.output_dir)
         if resume_from_checkpoint is False and (folder / "private" / "run.json").exists():
             raise DPAlignError(f"{folder} holds a run already: choose another output_dir, or resume it.")
-        self.summary = run_recipe(
+        results = run_recipe(
             self._recipe,
             reporter=self._reporter,
             records={self.stage: self._records},
+            public={} if self._eval_records is None else {self.stage: self._eval_records},
             policy=self._policy,
             reward_model=self._reward_model,
             reward_function=self._reward_function,
         )
+        self.summary = results.to_json()
         return self.summary
 
     def save_model(self, output_dir: str) -> None:
@@ -112,7 +114,8 @@ class _DPTrainer:
         shutil.copytree(self._release(), output_dir, dirs_exist_ok=True)
 
     def _release(self) -> Path:
-        release = Path(self._recipe.output_dir) / ("reward_model" if self.stage == "reward" else "release")
+        trains = kind(self.stage).model_kind
+        release = Path(self._recipe.output_dir) / ("reward_model" if trains is RewardModel else "release")
         if not (release / "privacy.json").is_file():
             raise DPAlignError("there is no release yet: call train() first.")
         return release
@@ -153,21 +156,28 @@ class DPRewardTrainer(_DPTrainer):
         unit: column that names whom to protect (a judge, say); without one, each pair is a unit.
     """
 
-    stage = "reward"
+    stage = "reward_model"
 
     def __init__(
         self, model: str | PreTrainedModel, args: RewardModelConfig, train_dataset: Any, *rest: Any, **options: Any
     ):
         super().__init__(model, args, train_dataset, *rest, **options)
 
-    def train(self, resume_from_checkpoint: bool | None = None) -> dict[str, Any]:
-        if self._eval_records is not None:
-            check_pair_columns(self._eval_records, "eval_dataset")
-        summary = super().train(resume_from_checkpoint)
-        if self._eval_records is not None:
-            model = RewardModel.load(ModelConfig(name_or_path=str(self._release())))
-            summary["reward_model"] = evaluate_pairs(model, self._eval_records).as_dict()
-        return summary
+
+class DPDPOTrainer(_DPTrainer):
+    """Private DPO. Arguments as for `DPSFTTrainer`, with `args` a `DPOConfig`.
+
+    Args:
+        train_dataset: dicts with `chosen` and `rejected`, perhaps `prompt`, `margin`, `preference` (0.5 for a tie).
+        eval_dataset: pairs that `eval_is_public` declares public; train() then reports how often the policy's implicit
+            reward agrees with them.
+        unit: column that names whom to protect (a judge, say); without one, each pair is a unit.
+    """
+
+    stage = "dpo"
+
+    def __init__(self, model: str | PreTrainedModel, args: DPOConfig, train_dataset: Any, *rest: Any, **options: Any):
+        super().__init__(model, args, train_dataset, *rest, **options)
 
 
 class _RolloutTrainer(_DPTrainer):

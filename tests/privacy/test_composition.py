@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from dpalign.algorithms import SFT, PPOConfig, RewardModelConfig, RewardModelling, RLOOConfig, SFTConfig
 from dpalign.data.load import DataConfig
 from dpalign.errors import DPAlignError
-from dpalign.evaluation.private import PrivateEvaluationConfig
+from dpalign.evaluation.private import MeasurementConfig
 from dpalign.models import AdapterConfig, RewardModel
-from dpalign.pipeline import _beside
-from dpalign.planning import PlannedStage, check_budget, plan_recipe
+from dpalign.plan import Plan, PlannedStage, Units, check_budget, declared_units, plan_stages
 from dpalign.privacy.accountant import SampledGaussian, epsilon
 from dpalign.privacy.budget import Allocation, StageBudget, allocate
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.parts import Part, Spending, epsilon_of
 from dpalign.privacy.statement import StageStatement
 from dpalign.recipe import Recipe
+from dpalign.run import still_beside
 from dpalign.training import Stage, StagePlan, plan_stage
+from dpalign.workspace import Workspace
 from tiny import dataset, tiny_policy, words
 
 Range = tuple[float, float]
@@ -40,7 +41,7 @@ def spending_of(stage: str, dataset: str, identity: str, within: Range, mechanis
 # Golden values -----------------------------------------------------------------------------------------------
 
 IMDB = {"sft": (12_500, 512, 977, 1.4990), "ppo": (12_500, 256, 4883, 1.6168)}
-TLDR = {"sft": (100_000, 512, 1953, 0.681), "reward": (179_000, 4096, 2185, 1.448), "ppo": (200_000, 256, 781, 0.507)}
+TLDR = {"sft": (100_000, 512, 1953, 0.681), "reward_model": (179_000, 4096, 2185, 1.448), "ppo": (200_000, 256, 781, 0.507)}
 
 
 def planned_alone(
@@ -80,7 +81,7 @@ def test_the_papers_sizes(sizes, delta, sequential, within, inflation, near):
 
 DELTA = 1e-5
 TARGET = 3.0
-SIZES = {"sft": (2000, 100, 30), "reward": (2000, 400, 20), "ppo": (2000, 50, 60)}
+SIZES = {"sft": (2000, 100, 30), "reward_model": (2000, 400, 20), "ppo": (2000, 50, 60)}
 
 
 @cache
@@ -122,12 +123,12 @@ def allocated(
 
 
 MIXED = [
-    ({"sft": (0, 0.5), "reward": (0.5, 1), "ppo": ALL}, [{"sft", "reward", "ppo"}]),
-    ({"sft": (0, 0.4), "reward": (0.2, 0.6), "ppo": (0.6, 1)}, [{"sft", "reward"}, {"ppo"}]),
-    ({"sft": (0, 0.4), "reward": (0.3, 0.7), "ppo": (0.6, 1)}, [{"sft", "reward", "ppo"}]),
-    ({"sft": ALL, "reward": ALL, "ppo": ALL}, [{"sft", "reward", "ppo"}]),
-    ({"sft": (0, 0.25), "reward": (0.25, 0.5), "ppo": (0.5, 1)}, [{"sft"}, {"reward"}, {"ppo"}]),
-    ({"sft": (0, 0.25), "reward": (0.5, 1), "ppo": (0.75, 0.8)}, [{"sft"}, {"reward", "ppo"}]),
+    ({"sft": (0, 0.5), "reward_model": (0.5, 1), "ppo": ALL}, [{"sft", "reward_model", "ppo"}]),
+    ({"sft": (0, 0.4), "reward_model": (0.2, 0.6), "ppo": (0.6, 1)}, [{"sft", "reward_model"}, {"ppo"}]),
+    ({"sft": (0, 0.4), "reward_model": (0.3, 0.7), "ppo": (0.6, 1)}, [{"sft", "reward_model", "ppo"}]),
+    ({"sft": ALL, "reward_model": ALL, "ppo": ALL}, [{"sft", "reward_model", "ppo"}]),
+    ({"sft": (0, 0.25), "reward_model": (0.25, 0.5), "ppo": (0.5, 1)}, [{"sft"}, {"reward_model"}, {"ppo"}]),
+    ({"sft": (0, 0.25), "reward_model": (0.5, 1), "ppo": (0.75, 0.8)}, [{"sft"}, {"reward_model", "ppo"}]),
 ]  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def test_parts_of_different_splits_cannot_be_told_apart():
     assert allocated([stages[0], other])[0] == {"sft": 1, "ppo": 1}  # another name: disjoint by check or declaration
 
 
-@pytest.mark.parametrize("allocation", ["equal", {"sft": 1, "ppo": 2}, {"reward": 0.5}])
+@pytest.mark.parametrize("allocation", ["equal", {"sft": 1, "ppo": 2}, {"reward_model": 0.5}])
 def test_no_allocation_exceeds_the_target(allocation):
     stages = budgets(MIXED[0][0])
     factors, spendings = allocated(stages, allocation)
@@ -202,9 +203,9 @@ def test_the_noise_of_the_metrics_is_raised_with_the_gradients():
 
 
 def test_a_given_noise_stays():
-    stages = budgets({"sft": ALL, "reward": ALL, "ppo": ALL}, fixed={"reward": 30.0})
+    stages = budgets({"sft": ALL, "reward_model": ALL, "ppo": ALL}, fixed={"reward_model": 30.0})
     factors, spendings = allocated(stages)
-    assert factors["reward"] == 1 and factors["sft"] == factors["ppo"] > 1
+    assert factors["reward_model"] == 1 and factors["sft"] == factors["ppo"] > 1
     assert 0.985 * TARGET < brute_force(spendings) <= TARGET
 
 
@@ -238,8 +239,8 @@ def test_a_target_that_cannot_be_reached_is_one_clear_error():
 # Planning ----------------------------------------------------------------------------------------------------
 
 
-def recipe(stages: tuple[str, ...] = ("sft", "reward", "ppo"), **changes: Any) -> Recipe:
-    kinds: dict[str, Any] = {"sft": SFTConfig, "reward": RewardModelConfig, "ppo": PPOConfig, "rloo": RLOOConfig}
+def recipe(stages: tuple[str, ...] = ("sft", "reward_model", "ppo"), **changes: Any) -> Recipe:
+    kinds: dict[str, Any] = {"sft": SFTConfig, "reward_model": RewardModelConfig, "ppo": PPOConfig, "rloo": RLOOConfig}
     sections = {
         name: kinds[name](expected_batch_size=SIZES[name][1], max_steps=SIZES[name][2])
         for name in stages
@@ -255,13 +256,17 @@ def mechanisms(stages: Mapping[str, PlannedStage]) -> list[Spending]:
     return [s.spending for s in stages.values()]
 
 
-RANGES = {"sft": [0.0, 0.5], "reward": [0.25, 1.0], "ppo": [0.0, 1.0]}
+def planned_by_declaration(given: Recipe, before: Sequence[StageStatement] = ()) -> dict[str, PlannedStage]:
+    return plan_stages(given, declared_units(given), DELTA, before)
+
+
+RANGES = {"sft": [0.0, 0.5], "reward_model": [0.25, 1.0], "ppo": [0.0, 1.0]}
 
 
 @pytest.mark.parametrize("split", [None, RANGES])
 def test_a_planned_recipe_keeps_its_target_and_every_stage_knows_its_neighbours(split):
     """`beside` is what a refit after a crash composes with: the sets of other stages that a unit may meet."""
-    planned = plan_recipe(recipe(split=split), None, DELTA, [])
+    planned = planned_by_declaration(recipe(split=split))
     assert 0.985 * TARGET < brute_force(mechanisms(planned)) <= TARGET
     for stage in planned.values():
         low, high = stage.part.low, stage.part.high
@@ -278,9 +283,9 @@ def test_a_planned_recipe_keeps_its_target_and_every_stage_knows_its_neighbours(
 
 
 def test_disjoint_stages_are_planned_alone():
-    split = {"sft": [0.0, 0.2], "reward": [0.2, 0.6], "ppo": [0.6, 1.0]}
+    split = {"sft": [0.0, 0.2], "reward_model": [0.2, 0.6], "ppo": [0.6, 1.0]}
     for composition in ("sequential", "parallel"):
-        planned = plan_recipe(recipe(split=split, composition=composition), None, DELTA, [])
+        planned = planned_by_declaration(recipe(split=split, composition=composition))
         assert all(s.plan.noise_multiplier == pytest.approx(s.alone.noise_multiplier) for s in planned.values())
         assert all(not any(s.plan.beside) for s in planned.values())
 
@@ -288,31 +293,31 @@ def test_disjoint_stages_are_planned_alone():
 def test_overlapping_ranges_in_parallel_composition_are_refused():
     """Mutant of a recipe: every stage keeps the whole budget although they share units."""
     greedy = recipe(split=RANGES, composition="parallel")
-    planned = plan_recipe(greedy, None, DELTA, [])
+    planned = planned_by_declaration(greedy)
     assert brute_force(mechanisms(planned)) > TARGET
     with pytest.raises(DPAlignError, match="all stages together would spend epsilon"):
         check_budget(greedy, planned, [], DELTA)
 
 
 def test_a_given_noise_of_a_recipe_stays_and_the_others_make_room():
-    fixed = recipe(reward=RewardModelConfig(expected_batch_size=400, max_steps=20, noise_multiplier=20.0))
-    planned = plan_recipe(fixed, None, DELTA, [])
-    assert planned["reward"].plan.noise_multiplier == 20.0
+    fixed = recipe(reward_model=RewardModelConfig(expected_batch_size=400, max_steps=20, noise_multiplier=20.0))
+    planned = planned_by_declaration(fixed)
+    assert planned["reward_model"].plan.noise_multiplier == 20.0
     assert all(planned[n].plan.noise_multiplier > planned[n].alone.noise_multiplier for n in ("sft", "ppo"))
     assert brute_force(mechanisms(planned)) <= TARGET
 
 
 def test_the_evaluation_has_its_own_units_and_keeps_its_noise():
-    split = {"sft": [0.0, 0.8], "ppo": [0.0, 0.8], "evaluation": [0.8, 1.0]}
-    stages = {"evaluation": PrivateEvaluationConfig(), "split": split}
-    planned = plan_recipe(recipe(("sft", "ppo"), **stages), None, DELTA, [])
-    held_out = planned["evaluation"]
+    split = {"sft": [0.0, 0.8], "ppo": [0.0, 0.8], "measurement": [0.8, 1.0]}
+    stages = {"measurement": MeasurementConfig(), "split": split}
+    planned = planned_by_declaration(recipe(("sft", "ppo"), **stages))
+    held_out = planned["measurement"]
     assert held_out.plan.noise_multiplier == held_out.alone.noise_multiplier and held_out.plan.sampling_rate == 1
     assert planned["sft"].plan.noise_multiplier > planned["sft"].alone.noise_multiplier
     assert 0.985 * TARGET < brute_force(mechanisms(planned)) <= TARGET
-    for overlapping in (None, split | {"evaluation": [0.7, 1.0]}):
+    for overlapping in (None, split | {"measurement": [0.7, 1.0]}):
         with pytest.raises(DPAlignError, match="nothing would be held out"):
-            plan_recipe(recipe(("sft", "ppo"), **stages | {"split": overlapping}), None, DELTA, [])
+            planned_by_declaration(recipe(("sft", "ppo"), **stages | {"split": overlapping}))
 
 
 def test_the_stages_of_an_earlier_release_are_paid_first():
@@ -323,23 +328,24 @@ def test_the_stages_of_an_earlier_release_are_paid_first():
         mechanisms=[mechanism],
     )  # fmt: skip
     ppo = recipe(("ppo",))
-    planned = plan_recipe(ppo, None, DELTA, [earlier])
+    planned = planned_by_declaration(ppo, [earlier])
     assert planned["ppo"].plan.beside == ((mechanism,),)
     assert 0.985 * TARGET < epsilon([planned["ppo"].plan.mechanism(), mechanism], DELTA) <= TARGET
     assert check_budget(ppo, planned, [earlier], DELTA) <= TARGET
-    alone = plan_recipe(ppo, None, DELTA, [])
+    alone = planned_by_declaration(ppo)
     with pytest.raises(DPAlignError, match="together would spend"):
         check_budget(ppo, alone, [earlier], DELTA)
 
 
 def test_two_kinds_of_units_on_one_dataset_are_refused():
-    mixed = recipe(reward_data=DataConfig(name="d", declared_units=2000, unit="judge"))
+    mixed = recipe(reward_model_data=DataConfig(name="d", declared_units=2000, unit="judge"))
     with pytest.raises(DPAlignError, match="different units of one dataset"):
-        plan_recipe(mixed, None, DELTA, [])
+        planned_by_declaration(mixed)
 
 
 # Crashes -----------------------------------------------------------------------------------------------------
 
+SAME = Units(Part("tiny"), 60.0, "record", 60.0)
 RECORDS = [
     [{"id": f"r{i}", "text": words(6, i), "chosen": words(4, 100 + i), "rejected": words(5, 200 + i)}]
     for i in range(60)
@@ -383,16 +389,17 @@ def two_stages(
     }
     together = Recipe(
         data=DataConfig(name="tiny"), target_epsilon=TARGET, composition="sequential", sft=SFTConfig(**small),
-        reward=RewardModelConfig(**small),
+        reward_model=RewardModelConfig(**small),
     )  # fmt: skip
     data, ledger, told = dataset(RECORDS), Ledger(":memory:"), []
-    planned = plan_recipe(together, {"sft": data, "reward": data}, DELTA, [])
+    planned = plan_stages(together, dict.fromkeys(("sft", "reward_model"), SAME), DELTA)
     policy = tiny_policy("llama")
-    shared = SimpleNamespace(planned=planned, before=[], ledger=ledger, identity="run", private=folder)
+    plan = Plan(together, DELTA, TARGET, planned, {}, (), ())
+    workspace = SimpleNamespace(ledger=ledger, identity="run", private=folder)
 
     def run(kind: type[Stage], name: str) -> None:
-        model = RewardModel.from_policy(policy, planned[name].config.text) if name == "reward" else policy
-        algorithm = RewardModelling(planned[name].config) if name == "reward" else SFT(planned[name].config)
+        model = RewardModel.from_policy(policy, planned[name].config.text) if name == "reward_model" else policy
+        algorithm = RewardModelling(planned[name].config) if name == "reward_model" else SFT(planned[name].config)
         kind(
             model,
             algorithm,
@@ -402,7 +409,7 @@ def two_stages(
             ledger=ledger,
             plan=planned[name].plan,
             tell=told.append,
-            beside=_beside(shared, name) if as_drawn else None,  # type: ignore[arg-type]
+            beside=still_beside(planned[name], plan, cast(Workspace, workspace)) if as_drawn else None,
         ).train()
 
     for name in planned:
@@ -415,11 +422,11 @@ def two_stages(
     return ledger.spendings(), told
 
 
-@pytest.mark.parametrize("dying", [set(), {"sft"}, {"reward"}, {"sft", "reward"}], ids=str)
+@pytest.mark.parametrize("dying", [set(), {"sft"}, {"reward_model"}, {"sft", "reward_model"}], ids=str)
 def test_a_crash_never_lifts_the_stages_above_their_common_target(dying, tmp_path):
     """What was lost stays spent; the refitted stage leaves the others what they were planned to spend."""
     spendings, told = two_stages(tmp_path, dying)
-    for name in ("sft", "reward"):
+    for name in ("sft", "reward_model"):
         draws = [s.mechanism for s in spendings if s.stage == name]
         assert sum(m.steps for m in draws) == 12 + 2 * (name in dying) and len(draws) == 1 + (name in dying)
     assert sum("stay spent" in message for message in told) == len(dying)
@@ -436,7 +443,7 @@ def test_a_refit_that_forgets_the_other_stages_is_found(tmp_path):
 
 def test_a_refit_by_what_the_other_stage_had_planned_is_found(tmp_path):
     """Mutant: after two crashes the second stage composes with the plan of the first, not with its draws."""
-    spendings, _ = two_stages(tmp_path, {"sft", "reward"}, as_drawn=False)
+    spendings, _ = two_stages(tmp_path, {"sft", "reward_model"}, as_drawn=False)
     assert epsilon([s.mechanism for s in spendings], DELTA) > TARGET
 
 
@@ -446,9 +453,9 @@ def test_a_stage_makes_room_for_what_others_drew_beyond_their_plan(tmp_path):
     small = {"expected_batch_size": 12, "max_steps": 12, "max_length": 8, "adapter": AdapterConfig(r=1)}
     together = Recipe(
         data=DataConfig(name="tiny"), target_epsilon=TARGET, composition="sequential", sft=SFTConfig(**small),
-        reward=RewardModelConfig(**small),
+        reward_model=RewardModelConfig(**small),
     )  # fmt: skip
-    planned = plan_recipe(together, {"sft": data, "reward": data}, DELTA, [])["sft"]
+    planned = plan_stages(together, dict.fromkeys(("sft", "reward_model"), SAME), DELTA)["sft"]
     ((other,),) = planned.plan.beside
     more = replace(other, steps=other.steps + 2)
 
@@ -472,7 +479,7 @@ def test_stages_that_meet_in_a_parallel_recipe_are_refitted_beside_each_other():
     meeting = recipe(
         (), composition="parallel", split={"sft": [0.0, 0.6], "ppo": [0.4, 1.0]}, sft=SFTConfig(**own), ppo=PPOConfig(**own),
     )  # fmt: skip
-    planned = plan_recipe(meeting, None, DELTA, [])
+    planned = planned_by_declaration(meeting)
     for stage, other in (("sft", "ppo"), ("ppo", "sft")):
         assert planned[stage].plan.noise_multiplier == planned[stage].alone.noise_multiplier
         assert (planned[other].plan.mechanism(),) in planned[stage].plan.beside

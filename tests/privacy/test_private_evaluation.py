@@ -16,16 +16,17 @@ from harness import TOLERANCE, completions_of_prompts, neighbours, prompts
 from scipy import stats
 from torch import Tensor
 
-from dpalign.algorithms import PPOConfig
+from dpalign.algorithms import SamplingConfig
 from dpalign.data import UnitDataset
 from dpalign.errors import DPAlignError
-from dpalign.evaluation.private import PrivateEvaluationConfig, evaluate_privately, plan_evaluation
+from dpalign.evaluation.private import MeasurementConfig, measure_privately
 from dpalign.models import AdapterConfig, Policy
 from dpalign.privacy.accountant import epsilon
 from dpalign.privacy.entropy import SystemEntropy
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.rewards import Reward, RewardConfig
+from dpalign.training import plan_stage
 from tiny import dataset, tiny_policy, words
 
 HELD_OUT = prompts()
@@ -39,9 +40,9 @@ class NeverInRange(Reward):
         return torch.tensor([float(s) for s in columns["score"]])
 
 
-def config(**changes) -> PPOConfig:
+def config(**changes) -> SamplingConfig:
     settings = {"max_prompt_length": 8, "max_completion_length": 6, "micro_batch_size": 5}
-    return PPOConfig(**settings | {"reward": RewardConfig(columns=["score"])} | changes)
+    return SamplingConfig(**settings | {"reward": RewardConfig(columns=["score"])} | changes)
 
 
 @cache
@@ -58,7 +59,7 @@ def policy() -> Policy:
 
 def measure(
     data: UnitDataset, folder: Path, *, ledger: Ledger | None = None, sigma: float = 2.0, reward: Reward | None = None,
-    mechanism: type[GaussianMechanism] = GaussianMechanism, settings: PPOConfig | None = None,
+    mechanism: type[GaussianMechanism] = GaussianMechanism, settings: SamplingConfig | None = None,
 ) -> tuple[dict[str, Any] | None, Tensor]:  # fmt: skip
     """The result, and the metrics block's sum before the noise."""
     sums = []
@@ -68,13 +69,13 @@ def measure(
             sums.append(self._metrics_sum.clone())
             return super().release()
 
-    plan = plan_evaluation(PrivateEvaluationConfig(noise_multiplier=sigma), data.declared_units)
+    plan = plan_stage("measurement", MeasurementConfig(noise_multiplier=sigma), data.declared_units)
     reward = reward or Reward(lambda prompts, completions, score: score, LOW, HIGH)
     with (
         patch("dpalign.privacy.gate.GaussianMechanism", Recorder),
         patch("dpalign.evaluation.private.sample", completions_of_prompts),
     ):
-        result = evaluate_privately(
+        result = measure_privately(
             policy(), data, plan, reward, settings or config(), folder=folder, run="run",
             ledger=ledger or Ledger(":memory:"),
         )  # fmt: skip
@@ -168,7 +169,7 @@ def test_the_intent_says_what_is_spent(tmp_path):
     ledger = Ledger(":memory:")
     result, _ = measure(dataset(HELD_OUT, declared=20), tmp_path, ledger=ledger)
     (intent,) = ledger.intents()
-    assert intent.stage == "evaluation" and intent.private and intent.units == result["units"] == 20
+    assert intent.stage == "measurement" and intent.private and intent.units == result["units"] == 20
     assert intent.sampling_rate == 1 and intent.noise_multiplier == 2.0 and math.isinf(intent.metrics_noise_multiplier)
     assert result["epsilon"] == pytest.approx(epsilon([intent.mechanism], 1e-5))
     # A Gaussian of deviation 2 on sensitivity 1, by its exact formula (Balle and Wang 2018, theorem 8).
@@ -197,7 +198,7 @@ def test_a_finished_measurement_is_read_back_and_a_lost_one_stays_lost(tmp_path)
 def test_other_held_out_data_is_refused(tmp_path):
     ledger = Ledger(":memory:")
     first, _ = measure(dataset(HELD_OUT), tmp_path, ledger=ledger)
-    with pytest.raises(DPAlignError, match="held-out data or the settings have changed"):
+    with pytest.raises(DPAlignError, match="held-out data, the model or the settings have changed"):
         measure(replace(dataset(HELD_OUT), fingerprint="other"), tmp_path, ledger=ledger)
     assert len(ledger.intents()) == 1 and measure(dataset(HELD_OUT), tmp_path, ledger=ledger)[0] == first
 
@@ -237,10 +238,10 @@ def test_without_noise_it_is_the_exact_mean(tmp_path):
 
 
 def test_a_plan_needs_one_of_epsilon_and_noise():
-    assert plan_evaluation(PrivateEvaluationConfig(target_epsilon=1.0), 100).epsilon <= 1
+    assert plan_stage("measurement", MeasurementConfig(target_epsilon=1.0), 100).epsilon <= 1
     for given in ({}, {"target_epsilon": 1.0, "noise_multiplier": 1.0}):
         with pytest.raises(DPAlignError, match="exactly one"):
-            plan_evaluation(PrivateEvaluationConfig(**given), 100)
+            plan_stage("measurement", MeasurementConfig(**given), 100)
 
 
 def test_the_texts_are_not_kept(tmp_path):

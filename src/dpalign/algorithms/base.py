@@ -1,23 +1,69 @@
-"""What the training loop asks of an algorithm, and the settings that all algorithms share."""
+"""What a stage is: its settings, what enters it, what it reads; and what the training loop asks of an algorithm."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from ..data.load import Record
+from ..data.load import Record, require_columns
 from ..errors import DPAlignError
-from ..models import AdapterConfig, AdapterStack
+from ..models import AdapterConfig, AdapterStack, ModelConfig
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import Clipping, MetricRange
+from ..rewards import RewardConfig
+
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
+Entering: TypeAlias = Mapping[str, ModelConfig | RewardConfig]  # by the setting that names it
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a stage draws, but for the noise: `steps` Poisson samples, `passes` releases of each, `minibatches` at once.
+
+    metrics_noise_ratio: noise of the metrics block as a multiple of the gradients'; 0 for no such block.
+    """
+
+    sampling_rate: float
+    steps: int
+    passes: int = 1
+    minibatches: int = 1
+    metrics_noise_ratio: float = 0.0
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class StageConfig(ABC):
+    """The budget of one stage."""
+
+    target_epsilon: float | None = None
+    target_delta: float | None = None
+    noise_multiplier: float | None = None
+
+    def validate(self) -> None:
+        """Raises DPAlignError for a setting that cannot be."""
+
+    @property
+    def has_bounded_sensitivity(self) -> bool:
+        """Whether one unit can move what is released by a known amount only."""
+        return True
+
+    @abstractmethod
+    def schedule(self, stage: str, units: float) -> Schedule:
+        """What is drawn from `units` declared units.
+
+        Raises:
+            DPAlignError: there are too few of them.
+        """
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(StageConfig):
     """Settings of one private stage.
 
     Args:
@@ -51,6 +97,8 @@ class TrainingConfig:
         adapter: the LoRA adapter that the stage trains.
     """
 
+    has_synthetic_gradient: ClassVar[bool] = False  # whether text that the model writes itself has one
+
     expected_batch_size: int = 512
     max_steps: int | None = None
     num_train_epochs: float = 1.0
@@ -67,9 +115,6 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     clipping: Clipping = "automatic"
     clipping_gamma: float = 0.01
-    target_epsilon: float | None = None
-    target_delta: float | None = None
-    noise_multiplier: float | None = None
     metrics_noise_ratio: float = 10.0
     max_length: int = 128
     gradient_checkpointing: bool = False
@@ -78,6 +123,10 @@ class TrainingConfig:
     seed: int = 0
     insecure_seed: int | None = None
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
+    @property
+    def has_bounded_sensitivity(self) -> bool:
+        return self.clipping != "none"
 
     @property
     def passes(self) -> int:
@@ -98,12 +147,99 @@ class TrainingConfig:
             raise DPAlignError(f"max_steps {self.max_steps} must be at least 1.")
         if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
             raise DPAlignError(f"lr_scheduler_type {self.lr_scheduler_type!r} is not constant, linear or cosine.")
+        if self.adapter.init_a != "random" and not self.has_synthetic_gradient:
+            raise DPAlignError(
+                "init_a synthetic_gradient is for stages that sample completions: what people wrote has no gradient "
+                "before it is read."
+            )
         if self.clipping not in ("automatic", "flat", "none"):
             raise DPAlignError(f"clipping {self.clipping!r} is not automatic, flat or none.")
 
+    def schedule(self, stage: str, units: float) -> Schedule:
+        if self.expected_batch_size > units:
+            raise DPAlignError(
+                f"expected_batch_size {self.expected_batch_size} is larger than the {units:g} units of stage {stage}: "
+                "a Poisson sample cannot expect more units than there are."
+            )
+        rate = self.expected_batch_size / units
+        steps = self.max_steps or max(1, math.ceil(self.num_train_epochs / rate))
+        steps = math.ceil(steps / self.minibatches) * self.minibatches
+        return Schedule(rate, steps, self.passes, self.minibatches, self.metrics_noise_ratio)
 
+
+C = TypeVar("C", bound=StageConfig)  # settings
+T = TypeVar("T", bound=TrainingConfig)
 Model = TypeVar("Model", bound=AdapterStack)  # that the stage trains
 Example = TypeVar("Example")  # what a record becomes
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """That one unit's turn costs: through the model with a backward pass, and without one (sampled, or read)."""
+
+    trained: float = 0.0
+    read: float = 0.0
+
+
+class StageKind(ABC, Generic[C]):
+    """What a section of the recipe stands for. Whoever goes over a recipe's stages asks these and no names.
+
+    A subclass that lacks one of them is a TypeError where it is defined, unless it says `is_base=True`.
+
+    name: of the section, the command, the adapter and the ledger's rows. model_kind: what it trains or measures.
+    columns: that a record must have, one of these alternatives.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[StageConfig]]
+    model_kind: ClassVar[type[AdapterStack]]
+    columns: ClassVar[tuple[tuple[str, ...], ...]]
+
+    def __init_subclass__(cls, is_base: bool = False, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if is_base:
+            return
+        missing = [name for name in ("name", "Config", "model_kind", "columns") if not hasattr(cls, name)]
+        missing += [n for n in dir(cls) if getattr(getattr(cls, n, None), "__isabstractmethod__", False)]
+        if missing:
+            raise TypeError(f"stage kind {cls.__name__} lacks {', '.join(missing)}.")
+
+    @classmethod
+    def completed(cls, config: C, others: Iterable[StageConfig]) -> C:
+        """The settings with what they take from the recipe's other stages, where they leave something open.
+
+        Raises:
+            DPAlignError: no other stage has it.
+        """
+        return config
+
+    @classmethod
+    @abstractmethod
+    def entering(cls, config: C) -> Entering:
+        """Every model and reward that its result rests on, beside the run's model: their past is checked.
+
+        `model` is the one that the stage begins with instead of the run's; a reward is handed to the constructor.
+        """
+
+    @classmethod
+    @abstractmethod
+    def longest(cls, config: C) -> int:
+        """Positions that the model must hold."""
+
+    @classmethod
+    @abstractmethod
+    def tokens(cls, config: C) -> Tokens:
+        """What a sampled unit costs, for the planner."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: C, tokenizer: Tokenizer, record: Record) -> None:
+        """Raises DPAlignError for a record that cannot be used, in words that do not quote it."""
+
+    @classmethod
+    def assumptions(cls, config: C) -> set[str]:
+        """What the statement has to say beside the spending."""
+        return set()
 
 
 @dataclass(frozen=True)
@@ -125,17 +261,15 @@ class Rows:
         return Rows(unit, {name: tensor[rows] for name, tensor in self.tensors.items()})
 
 
-class Algorithm(ABC, Generic[Model, Example]):
+class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     """A loss per row; the loop averages a unit's rows, clips once per unit and never looks inside.
 
     No method may compute anything across units: not a mean, a maximum length or a running statistic.
-    `model` is the `AdapterStack` that the stage trains.
     """
 
-    name: str
     metrics: tuple[MetricRange, ...]  # the metrics block and its declared ranges
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: T) -> None:
         self.config = config
 
     @abstractmethod
@@ -166,18 +300,32 @@ class Algorithm(ABC, Generic[Model, Example]):
     def row_losses(self, model: Model, rows: Rows) -> tuple[Tensor, Tensor]:
         """Loss `(rows,)` and raw metrics `(rows, len(self.metrics))` of each row."""
 
-    def after_step(self, released: dict[str, float] | None) -> None:
-        """Told the noised metrics of a step; may adapt (a KL coefficient), for they are private."""
+    def adapt(self, noised: Mapping[str, float]) -> None:
+        """Told the noised metrics of a step, where it has some; may adapt (a KL coefficient), for they are private."""
 
     def state(self) -> dict[str, float]:
-        """What `after_step` changed, for the checkpoint."""
+        """What `adapt` changed, for the checkpoint."""
         return {}
 
     def load_state(self, state: dict[str, float]) -> None:
         """Puts a checkpoint's state back."""
 
 
-def encode_units(algorithm: Algorithm[Model, Example], model: Model, units: list[list[Record]]) -> list[list[Example]]:
+def check_records(
+    records: list[Record], path: str, columns: tuple[tuple[str, ...], ...], check: Callable[[Record], None]
+) -> None:
+    """Raises DPAlignError for a missing column, or the first record that cannot be used; names it, never quotes it."""
+    require_columns(records, list(columns), path)
+    for number, record in enumerate(records, 1):
+        try:
+            check(record)
+        except DPAlignError as error:
+            raise DPAlignError(f"record {number} of {path}: {error}.") from None
+
+
+def encode_units(
+    algorithm: Algorithm[T, Model, Example], model: Model, units: list[list[Record]]
+) -> list[list[Example]]:
     """The examples of each unit, perhaps none; every record by itself."""
     encoded = [[algorithm.encode(model, record) for record in unit] for unit in units]
     return [[example for example in unit if example is not None] for unit in encoded]

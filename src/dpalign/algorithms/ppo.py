@@ -7,6 +7,7 @@ adapts to is the noised KL.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +60,11 @@ class PPOConfig(RolloutConfig):
             raise DPAlignError("noised_baseline needs the noised metrics: metrics_noise_ratio > 0.")
 
 
-class PPO(RolloutAlgorithm):
+class PPO(RolloutAlgorithm[PPOConfig]):
     """The clipped surrogate with a per-token KL penalty in the reward and the score on the last token."""
 
     name = "ppo"
-    config: PPOConfig
+    Config = PPOConfig
 
     def __init__(self, config: PPOConfig, reward: Reward) -> None:
         super().__init__(config, reward)
@@ -139,10 +140,10 @@ class PPO(RolloutAlgorithm):
 
     # 5. What adapts, from noised metrics only ------------------------------------------------------------
 
-    def after_step(self, released: dict[str, float] | None) -> None:
-        super().after_step(released)
-        if released is not None and self.config.noised_baseline:
-            self.baseline += 0.3 * (released["reward"] - self.baseline)
+    def adapt(self, noised: Mapping[str, float]) -> None:
+        super().adapt(noised)
+        if self.config.noised_baseline:
+            self.baseline += 0.3 * (noised["reward"] - self.baseline)
 
     def state(self) -> dict[str, float]:
         return super().state() | {"baseline": self.baseline}

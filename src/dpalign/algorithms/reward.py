@@ -1,8 +1,4 @@
-"""Private reward model on pairwise preferences (Wu et al. 2024, section 3.2; Bradley and Terry 1952).
-
-A pair is two rows of one unit: its gradient is that of the pair's loss, clipped once. A judge with many pairs is one
-unit too, if the data names judges as units.
-"""
+"""Private reward model on pairwise preferences (Wu et al. 2024, section 3.2; Bradley and Terry 1952)."""
 
 from __future__ import annotations
 
@@ -11,16 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase
 
-from ..data.load import Record, require_columns
+from ..data.load import Record
 from ..data.text import render
 from ..errors import DPAlignError
 from ..models import ModelConfig, RewardModel, TextFormat
 from ..privacy.entropy import SystemEntropy
-from ..privacy.mechanism import MetricRange
-from .base import Algorithm, Rows, TrainingConfig
+from .base import Entering, Rows, Tokens, TrainingConfig
+from .pairs import PairAlgorithm, measured, number_in, pair_metrics, preference_loss, preference_of
 
 
 @dataclass(kw_only=True)
@@ -63,8 +57,6 @@ class RewardModelConfig(TrainingConfig):
         super().validate()
         if not 0 <= self.label_smoothing < 0.5:
             raise DPAlignError(f"label_smoothing {self.label_smoothing} is not in [0, 0.5).")
-        if self.adapter.init_a != "random":
-            raise DPAlignError("init_a synthetic_gradient is for ppo and rloo: preferences have no synthetic gradient.")
 
 
 @dataclass(frozen=True)
@@ -77,20 +69,28 @@ class Pair:
     preference: float
 
 
-class RewardModelling(Algorithm[RewardModel, Pair]):
+class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
     """-log sigmoid(r(chosen) - r(rejected) - margin), its two rows in one unit."""
 
-    name = "reward"
-    config: RewardModelConfig
+    name = "reward_model"
+    Config = RewardModelConfig
+    model_kind = RewardModel
+
+    @classmethod
+    def entering(cls, config: RewardModelConfig) -> Entering:
+        return {} if config.model is None else {"model": config.model}
+
+    @classmethod
+    def longest(cls, config: RewardModelConfig) -> int:
+        return config.max_length
+
+    @classmethod
+    def tokens(cls, config: RewardModelConfig) -> Tokens:
+        return Tokens(trained=2 * config.max_length)
 
     def __init__(self, config: RewardModelConfig) -> None:
         super().__init__(config)
-        wide = config.margin_range
-        self.metrics = (
-            MetricRange("loss", 0.0, wide),
-            MetricRange("accuracy", 0.0, 1.0),
-            MetricRange("margin", -wide, wide),
-        )
+        self.metrics = pair_metrics(config.margin_range)
 
     def setup(self, model: RewardModel) -> None:
         model.add_adapter(self.name, self.config.adapter)
@@ -121,26 +121,11 @@ class RewardModelling(Algorithm[RewardModel, Pair]):
         chosen, rejected = scores[0::2], scores[1::2]
         loss = preference_loss(chosen, rejected, margin, preference, self.config.label_smoothing)
         loss = loss + self.config.center_rewards_coefficient * ((chosen + rejected) / 2) ** 2
-        difference = (chosen - rejected).detach()
-        towards = difference * torch.sign(preference - 0.5)  # > 0 where the better text scores higher
-        right = (torch.sign(towards) + 1) / 2  # equal scores count half, as in evaluation; a tie is neither
-        right = torch.where(preference == 0.5, torch.nan, right)
-        metrics = torch.stack([loss.detach(), right, towards], 1)
+        metrics = measured(loss, chosen - rejected, preference)
         return loss.repeat_interleave(2), metrics.repeat_interleave(2, 0)
 
-
-def preference_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor, preference: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """Cross-entropy `(pairs,)` of the Bradley-Terry model, P(chosen is better) = sigmoid(chosen - rejected - margin).
-
-    Args:
-        chosen, rejected: scores. margin: asked of the better text over the other. preference: in [0, 1], the
-            probability that `chosen` is the better one; smoothing moves it towards 1/2.
-    """
-    wanted = preference * (1 - 2 * label_smoothing) + label_smoothing
-    difference = chosen - rejected
-    return -wanted * logsigmoid(difference - margin) - (1 - wanted) * logsigmoid(-difference - margin)
+    def differences(self, model: RewardModel, records: list[Record]) -> Tensor:
+        return score_differences(model, records)
 
 
 def pair_texts(model: RewardModel, record: Record) -> tuple[str, str]:
@@ -156,42 +141,14 @@ def pair_texts(model: RewardModel, record: Record) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
-def check_pair_texts(tokenizer: PreTrainedTokenizerBase, records: list[Record], path: str) -> None:
-    """Raises DPAlignError where a prompt is not text, or texts are of two kinds, or chat has no template."""
-    for number, record in enumerate(records, 1):
-        prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
-        if prompt is not None and not isinstance(prompt, str | list):
-            raise DPAlignError(f"the prompt of record {number} in {path} is neither text nor a list of chat messages.")
-        if type(chosen) is not type(rejected):
-            raise DPAlignError(
-                f"record {number} in {path} has one text and one list of chat messages: give two of a kind."
-            )
-        if isinstance(chosen, list) or isinstance(prompt, list):
-            render(tokenizer, chosen if isinstance(chosen, list) else prompt)
-
-
 def encode_pair(model: RewardModel, record: Record) -> Pair:
     """Tokens of a pair; a missing margin is 0 and a missing preference 1."""
     chosen, rejected = pair_texts(model, record)
-    margin, preference = record.get("margin"), record.get("preference")
-    return Pair(
-        model.encode(chosen),
-        model.encode(rejected),
-        0.0 if margin is None else float(margin),
-        1.0 if preference is None else float(preference),
-    )
+    margin = number_in(record, "margin", 0.0)
+    return Pair(model.encode(chosen), model.encode(rejected), margin, preference_of(record))
 
 
-def check_pair_columns(records: list[Record], path: str) -> None:
-    """Raises DPAlignError unless every record has two texts, a finite margin and a preference in [0, 1]."""
-    require_columns(records, [("chosen", "rejected")], path)
-    for number, record in enumerate(records, 1):
-        for name, low, high in (("margin", 0.0, float("inf")), ("preference", 0.0, 1.0)):
-            value = record.get(name)
-            try:
-                fits = value is None or (low <= float(value) <= high and float(value) != float("inf"))
-            except (TypeError, ValueError):
-                fits = False
-            if not fits:
-                expected = "a number in [0, 1]" if high == 1 else "a number of at least 0"
-                raise DPAlignError(f"record {number} of {path} has no valid {name}: expected {expected}.")
+def score_differences(model: RewardModel, records: list[Record]) -> Tensor:
+    """`(pairs,)` score of `chosen` minus that of `rejected`."""
+    scores = model.score([text for record in records for text in pair_texts(model, record)])
+    return scores[0::2] - scores[1::2]

@@ -35,10 +35,11 @@ class RLOOConfig(RolloutConfig):
             )
 
 
-class RLOO(RolloutAlgorithm):
+class RLOO(RolloutAlgorithm[RLOOConfig]):
     """REINFORCE on whole completions; the KL penalty against the reference is part of the reward."""
 
     name = "rloo"
+    Config = RLOOConfig
 
     def row_losses(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
         """-advantage * log pi(completion), divided by the constant length; all rows of a prompt are among `rows`."""

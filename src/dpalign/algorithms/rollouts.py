@@ -5,70 +5,55 @@ A unit is a prompt with its rollouts, or all prompts of a person. Nothing here i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..data.load import Record, require_columns
-from ..data.text import cut_length, render, tokens
+from ..data.load import Record
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.generation import write_prompts
 from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
-from ..rewards import Reward, RewardConfig
-from .base import Algorithm, Rows, TrainingConfig
+from ..rewards import Reward
+from .base import Algorithm, Entering, Rows, Tokenizer, Tokens, TrainingConfig
 from .basis import align_inputs
+from .completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, encode_prompt, sample
 
 
 @dataclass(kw_only=True)
-class RolloutConfig(TrainingConfig):
+class RolloutConfig(TrainingConfig, SamplingConfig):
     """Settings of a stage that samples completions. Records have `prompt`, or `text` whose first tokens become it.
 
     Args:
         num_generations: rollouts per prompt, averaged inside the unit before the clip: less variance, no privacy cost.
-        max_prompt_length: most tokens of a prompt; a longer one is an error.
-        prompt_min_tokens, prompt_max_tokens: cut `text` into a prompt of that many tokens (BOS not counted).
-        prepend_bos: put the tokenizer's BOS in front of every prompt.
-        max_completion_length: most tokens sampled per completion.
-        min_completion_length: EOS is not sampled before this many tokens.
         beta: coefficient of the KL penalty against the model the stage started from.
         adaptive_kl_target: nats per completion; adapts beta to the noised KL (Ziegler et al. 2019). Needs metrics.
         adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
         missing_eos_penalty: subtracted from the reward of a completion without EOS.
         kl_range: declared range of the noised KL metric, in nats per completion.
-        reward: the reward function.
         synthetic_steps: updates on prompts that the model writes itself, before the first draw. They read no record
             and spend nothing: the model is public or a DP release, and so is the reward.
         synthetic_batch_size: prompts of such an update.
         synthetic_learning_rate: its peak learning rate; decays linearly to 0.
     """
 
+    has_synthetic_gradient = True
+
     learning_rate: float = 3e-3
     num_generations: int = 1
-    max_prompt_length: int = 64
-    prompt_min_tokens: int | None = None
-    prompt_max_tokens: int | None = None
-    prepend_bos: bool = False
-    max_completion_length: int = 16
-    min_completion_length: int = 0
     beta: float = 0.2
     adaptive_kl_target: float | None = None
     adaptive_kl_horizon: float = 10000.0
     missing_eos_penalty: float = 0.0
     kl_range: tuple[float, float] = (-5.0, 15.0)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     synthetic_steps: int = 0
     synthetic_batch_size: int = 256
     synthetic_learning_rate: float = 4e-3
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of a prompt that the model writes itself."""
-        return self.prompt_max_tokens or self.prompt_min_tokens or 8
 
     def validate(self) -> None:
         super().validate()
@@ -81,6 +66,9 @@ class RolloutConfig(TrainingConfig):
             raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")
 
 
+C = TypeVar("C", bound=RolloutConfig)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Token ids of a prompt, and the columns of its record that the reward is given."""
@@ -89,12 +77,39 @@ class Prompt:
     columns: dict[str, Any]
 
 
-class RolloutAlgorithm(Algorithm[Policy, Prompt]):
+class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
     """Prompts to scored rollouts; a subclass adds the loss."""
 
-    config: RolloutConfig
+    model_kind = Policy
+    columns = PROMPT_COLUMNS
 
-    def __init__(self, config: RolloutConfig, reward: Reward) -> None:
+    @classmethod
+    def entering(cls, config: C) -> Entering:
+        return {"reward": config.reward}
+
+    @classmethod
+    def longest(cls, config: C) -> int:
+        return config.positions
+
+    @classmethod
+    def tokens(cls, config: C) -> Tokens:
+        length = config.num_generations * config.positions
+        return Tokens(trained=length * config.passes, read=2 * length)  # sampled, and read by the reference
+
+    @classmethod
+    def check(cls, config: C, tokenizer: Tokenizer, record: Record) -> None:
+        check_prompt(tokenizer, record, config)
+
+    @classmethod
+    def assumptions(cls, config: C) -> set[str]:
+        if not config.synthetic_steps:
+            return set()
+        return {
+            f"{config.synthetic_steps} updates on prompts that the model wrote itself read no record: they rest on the "
+            "model and the reward"
+        }
+
+    def __init__(self, config: C, reward: Reward) -> None:
         super().__init__(config)
         self.reward = reward
         self.beta = config.beta
@@ -128,7 +143,7 @@ class RolloutAlgorithm(Algorithm[Policy, Prompt]):
 
     def encode(self, policy: Policy, record: Record) -> Prompt | None:
         """None for a text that is too short for a prompt: its unit then adds nothing."""
-        ids = encode_prompt(policy, record, self.config)
+        ids = encode_prompt(policy.tokenizer, record, self.config)
         # The declared columns and no others: a key that only one record has must not change the call of the reward.
         return None if ids is None else Prompt(ids, {name: record.get(name) for name in self.config.reward.columns})
 
@@ -214,10 +229,10 @@ class RolloutAlgorithm(Algorithm[Policy, Prompt]):
 
     # 4. What adapts, from noised metrics only ------------------------------------------------------------
 
-    def after_step(self, released: dict[str, float] | None) -> None:
+    def adapt(self, noised: Mapping[str, float]) -> None:
         config = self.config
-        if released is not None and config.adaptive_kl_target is not None:
-            error = max(-0.2, min(0.2, released["kl"] / config.adaptive_kl_target - 1))
+        if config.adaptive_kl_target is not None:
+            error = max(-0.2, min(0.2, noised["kl"] / config.adaptive_kl_target - 1))
             self.beta *= 1 + error * config.expected_batch_size / config.adaptive_kl_horizon
 
     def state(self) -> dict[str, float]:
@@ -232,49 +247,7 @@ def rollouts_of(rows: Rows) -> Rollouts:
     return Rollouts(*(rows.tensors[name] for name in ("input_ids", "attention_mask", "completion_mask")))
 
 
-def sample(
-    policy: Policy, ids: Tensor, mask: Tensor, config: RolloutConfig, coins: SystemEntropy | None = None
-) -> Rollouts:
-    """Completions of `(rows, prompt)` ids with the config's lengths; `coins` as in `Policy.generate`."""
-    return policy.sample(
-        ids,
-        mask,
-        config.max_completion_length,
-        min_new_tokens=config.min_completion_length,
-        coins=coins,
-        rows_at_once=config.micro_batch_size if policy.constant_rows else 256,  # filled-up rows cost time
-    )
-
-
-def encode_prompt(policy: Policy, record: Record, config: RolloutConfig) -> list[int] | None:
-    """Token ids of a record's prompt; None for a text with too few tokens (the unit then adds nothing)."""
-    tokenizer = policy.tokenizer
-    if "prompt" in record:
-        prompt = render(tokenizer, record["prompt"], is_prompt=True)
-        return tokens(tokenizer, prompt, prepend_bos=config.prepend_bos)
-    text = render(tokenizer, record["text"])
-    low, high = config.prompt_min_tokens, config.prompt_max_tokens
-    length = cut_length(text, low or high or 8, high or low or 8)
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    if len(ids) < length:
-        return None
-    front = [tokenizer.bos_token_id] if config.prepend_bos and tokenizer.bos_token_id is not None else []
-    return front + ids[:length]
-
-
-def check_prompt_columns(policy: Policy, records: list[Record], path: str, config: RolloutConfig) -> None:
-    """Raises DPAlignError for a missing column or a prompt longer than the limit; never quotes one."""
-    require_columns(records, [("prompt",), ("text",)], path)
-    for number, record in enumerate(records, 1):
-        length = len(encode_prompt(policy, record, config) or [])
-        if length > config.max_prompt_length:
-            raise DPAlignError(
-                f"the prompt of record {number} in {path} has {length} tokens, more than max_prompt_length "
-                f"{config.max_prompt_length}: raise the limit or shorten the prompt."
-            )
-
-
-def in_micro_batches(policy: Policy, rollouts: Rollouts, config: RolloutConfig) -> tuple[Tensor, Tensor]:
+def in_micro_batches(policy: Policy, rollouts: Rollouts, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities and values `(rows, completion)` of rollouts, `micro_batch_size` rows at a time."""
     parts = [
         (policy.completion_logprobs(rollouts[chunk], config.min_completion_length), count)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..data.load import Record, require_columns
+from ..data.load import Record
 from ..data.text import render, tokens
 from ..errors import DPAlignError
 from ..models import Policy
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
-from .base import Algorithm, Rows, TrainingConfig
+from .base import Algorithm, Entering, Rows, Tokenizer, Tokens, TrainingConfig
 
 Example = tuple[list[int], int]  # token ids, and the index of the first one that is learned
 
@@ -40,19 +40,38 @@ class SFTConfig(TrainingConfig):
             raise DPAlignError(f"max_length {self.max_length} must be at least 2: one token predicts nothing.")
 
 
-class SFT(Algorithm[Policy, Example]):
+class SFT(Algorithm[SFTConfig, Policy, Example]):
     """Mean negative log-likelihood per token, the mean taken inside the record."""
 
     name = "sft"
-    config: SFTConfig
+    Config = SFTConfig
+    model_kind = Policy
+    columns = (("text",), ("prompt", "completion"))
+
+    @classmethod
+    def entering(cls, config: SFTConfig) -> Entering:
+        return {}
+
+    @classmethod
+    def longest(cls, config: SFTConfig) -> int:
+        return config.max_length
+
+    @classmethod
+    def tokens(cls, config: SFTConfig) -> Tokens:
+        return Tokens(trained=config.max_length)
+
+    @classmethod
+    def check(cls, config: SFTConfig, tokenizer: Tokenizer, record: Record) -> None:
+        """Any text will do (what is too long is cut); chat messages need a template."""
+        for column in ("text", "prompt"):
+            if isinstance(record.get(column), list):
+                render(tokenizer, record[column])
 
     def __init__(self, config: SFTConfig) -> None:
         super().__init__(config)
         self.metrics = (MetricRange("loss", 0.0, config.loss_range),)
 
     def setup(self, policy: Policy) -> None:
-        if self.config.adapter.init_a != "random":
-            raise DPAlignError("init_a synthetic_gradient is for ppo and rloo: synthetic text has no gradient for sft.")
         policy.add_adapter(self.name, self.config.adapter)
 
     def encode(self, policy: Policy, record: Record) -> Example:
@@ -92,8 +111,3 @@ class SFT(Algorithm[Policy, Example]):
         nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * learned[:, 1:]
         loss = nll.sum(1) / learned[:, 1:].sum(1).clamp(min=1)  # the mean stays inside the record
         return loss, loss.detach().unsqueeze(1)
-
-
-def check_sft_columns(records: list[Record], path: str) -> None:
-    """Raises DPAlignError unless every record has `text`, or `prompt` and `completion`."""
-    require_columns(records, [("text",), ("prompt", "completion")], path)

@@ -9,15 +9,14 @@ import traceback
 from pathlib import Path
 
 from ..errors import DPAlignError
+from ..stages import RENAMED, STAGES
 from ..version import __version__
 
+TRAINING = [*(name for name, listed in STAGES.items() if listed.is_command), "run"]
 COMMANDS = {
     "quickstart": "align a small model on demo data: the whole pipeline, no settings needed",
     "plan": "epsilon, noise, batch size or steps, or the budget of RECIPE.yaml, before anything runs",
-    "sft": "private supervised fine-tuning",
-    "reward": "private reward model on pairwise preferences",
-    "ppo": "private PPO against a public reward or a private reward model",
-    "rloo": "private RLOO: PPO's simpler relative without a value head",
+    **{name: listed.help for name, listed in STAGES.items() if listed.is_command},
     "run": "all stages of RECIPE.yaml under one budget; resumes, skips what is done",
     "generate": "sample completions from a model or a release",
     "evaluate": "models side by side on public prompts: reward, win rate, ROUGE, KL, perplexity",
@@ -25,7 +24,6 @@ COMMANDS = {
     "ledger": "what has been spent on which data, by all runs",
     "export": "copy a release, or merge it into full weights",
 }
-TRAINING = ("sft", "reward", "ppo", "rloo", "run")
 EXAMPLES = """examples:
   dpalign quickstart
   dpalign plan --units 12500 --batch-size 256 --steps 4883 --delta 4e-5 --epsilon 4
@@ -44,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
+        command = f"{command} (it is called {RENAMED[command]} now)" if command in RENAMED else command
         print(f"dpalign: error: unknown command {command!r}; choose from {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     quiet_libraries()

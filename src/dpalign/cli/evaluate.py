@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from ..algorithms import PPOConfig
-from ..algorithms.rollouts import check_prompt_columns
+from ..algorithms.completions import SamplingConfig, check_prompts
 from ..data.load import Record, read_records, require_columns
 from ..errors import DPAlignError
 from ..evaluation import (
@@ -101,7 +100,7 @@ class _Inputs:
     reference_column: str | None
     no_rouge: list[str]
     device: str
-    config: PPOConfig
+    config: SamplingConfig
     reward: Reward
     reference_reward: Reward | None
     judge: Judge | None
@@ -114,7 +113,7 @@ def _read(given: argparse.Namespace) -> _Inputs:
     require_columns(records, [("prompt",), ("text",)], given.data)
     column, no_rouge = _reference_column(given, records)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
-    config = PPOConfig(
+    config = SamplingConfig(
         max_prompt_length=given.max_prompt_length,
         max_completion_length=given.max_completion_length,
         prompt_max_tokens=given.prompt_tokens,
@@ -275,7 +274,7 @@ def _check(given: argparse.Namespace) -> None:
 def _prompts(
     policy: Policy,
     records: list[Record],
-    config: PPOConfig,
+    config: SamplingConfig,
     given: argparse.Namespace,
     first: tuple[PublicPrompts, list[str]] | None,
 ) -> PublicPrompts:
@@ -286,7 +285,7 @@ def _prompts(
         if policy.tokenizer.batch_decode(prompts.ids, skip_special_tokens=True) != texts:
             cut = [{**r, "prompt": text} for r, text in zip(earlier.records, texts, strict=True)]
             prompts = public_prompts(policy, cut, config)
-    check_prompt_columns(policy, prompts.records, given.data, config)
+    check_prompts(policy.tokenizer, prompts.records, config, given.data)
     if not all(prompts.ids):
         raise DPAlignError(f"a prompt of {given.data} has no token: give every record text, or --prepend_bos.")
     needed = max(map(len, prompts.ids)) + config.max_completion_length

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
-import secrets
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from ..algorithms import PPOConfig
-from ..algorithms.rollouts import check_prompt_columns
-from ..data.load import DataConfig, read_records
-from ..data.units import build_units
+from ..algorithms import SamplingConfig
+from ..data.load import DataConfig
 from ..errors import DPAlignError
-from ..evaluation.guarantee import is_outside_the_guarantee, stated_epsilon
-from ..evaluation.private import PrivateEvaluationConfig, evaluate_privately, plan_evaluation
-from ..files import private_folder, write_json
-from ..models import ModelConfig, Policy
-from ..planning import check_lengths
-from ..privacy import accountant
-from ..privacy.ledger import Ledger
-from ..privacy.statement import account, read_statement, state_privacy
+from ..evaluation.private import MeasurementConfig
+from ..files import write_json
+from ..models import ModelConfig
+from ..recipe import Recipe
 from ..reporting.numbers import all_runs, at_most
-from ..rewards import RewardConfig, load_reward
-from ..rewards.load import RELEASED
+from ..reporting.progress import Reporter
+from ..rewards import RewardConfig
+from ..run import run_recipe
 from .arguments import Parser
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
@@ -43,18 +34,33 @@ EXAMPLE = """example:
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the noisy means, the noise's standard deviations, and what the ledger has now."""
     given = _parser().parse_args(arguments)
-    if (given.epsilon is None) == (given.noise_multiplier is None):
-        raise DPAlignError("give exactly one of --epsilon and --noise_multiplier.")
-    if given.noise_multiplier == 0 or given.epsilon == math.inf:
+    _check(given)
+    results = run_recipe(recipe_of(given), reporter=Reporter(quiet=as_json))
+    (found,) = results.measurements.values()
+    if found is None:
         raise DPAlignError(
-            "without noise the measurement would show the held-out units: give a finite --epsilon, or measure public "
-            "prompts (dpalign evaluate without --private)."
+            "this measurement was lost by an interruption and its budget is spent: another --output_dir spends again."
         )
-    _refuse_unprivate(given)
-    policy = Policy.load(ModelConfig(name_or_path=given.model), "cuda" if torch.cuda.is_available() else "cpu")
-    if not policy.adapters:
-        raise DPAlignError(f"{given.model} has no adapter to compare with its base: give a release.")
-    config = PPOConfig(
+    statement = results.statement
+    (entry,) = [entry for entry in statement.ledger if entry["dataset"] == given.dataset_name]
+    result = {
+        "model": given.model,
+        "reward_source": given.reward,
+        **found,
+        "delta": statement.delta,
+        "epsilon_with_the_models": statement.epsilon,
+        "assumptions": statement.assumptions,
+        "ledger": entry,
+    }
+    write_json(Path(given.output_dir) / "evaluation.json", result)
+    if not as_json:
+        _print(result)
+    return result
+
+
+def recipe_of(given: argparse.Namespace) -> Recipe:
+    """A recipe of one stage, which measures; nothing but what the stage itself spends is bounded by a target."""
+    sampling = SamplingConfig(
         max_prompt_length=given.max_prompt_length,
         max_completion_length=given.max_completion_length,
         prompt_max_tokens=given.prompt_tokens,
@@ -63,41 +69,35 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
             source=given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high
         ),
     )
-    reward = load_reward(config.reward, policy.device)
-    records = read_records(given.data)
-    check_prompt_columns(policy, records, given.data, config)
-    check_lengths("evaluation", config, policy.model.config)
-    source = DataConfig(
-        name=given.dataset_name,
-        path=given.data,
-        unit=given.unit,
-        max_records_per_unit=given.max_records_per_unit,
-        declared_units=given.declared_units,
+    return Recipe(
+        output_dir=given.output_dir,
+        model=ModelConfig(name_or_path=given.model, is_public=given.model_is_public),
+        data=DataConfig(
+            name=given.dataset_name,
+            path=given.data,
+            unit=given.unit,
+            max_records_per_unit=given.max_records_per_unit,
+            declared_units=given.declared_units,
+        ),
+        target_epsilon=math.inf,
+        target_delta=given.delta,
+        measurement=MeasurementConfig(
+            target_epsilon=given.epsilon, noise_multiplier=given.noise_multiplier, sampling=sampling
+        ),
+        units_disjoint="declared",
+        ledger=given.ledger,
+        device=given.device,
     )
-    ledger = Ledger(given.ledger)
-    data = build_units(records, source, ledger)
-    delta = given.delta if given.delta is not None else accountant.default_delta(int(data.declared_units))
-    settings = PrivateEvaluationConfig(
-        target_epsilon=given.epsilon, noise_multiplier=given.noise_multiplier, target_delta=delta
-    )
-    plan = plan_evaluation(settings, data.declared_units)
-    folder = private_folder(Path(given.output_dir) / "private")
-    identity = _identity(folder, given)
-    stages = [s for name in _folders(given) for s in (read_statement(name) or ({}, []))[1]]  # before anything is spent
-    result = evaluate_privately(policy, data, plan, reward, config, folder=folder, run=identity, ledger=ledger)
-    if result is None:
+
+
+def _check(given: argparse.Namespace) -> None:
+    if (given.epsilon is None) == (given.noise_multiplier is None):
+        raise DPAlignError("give exactly one of --epsilon and --noise_multiplier.")
+    if given.noise_multiplier == 0 or given.epsilon == math.inf:
         raise DPAlignError(
-            "this measurement was lost by an interruption and its budget is spent: another --output_dir spends again."
+            "without noise the measurement would show the held-out units: give a finite --epsilon, or measure public "
+            "prompts (dpalign evaluate without --private)."
         )
-    result = {"model": given.model, "reward_source": given.reward, **result, "delta": delta}
-    result["epsilon_with_the_models"] = state_privacy(identity, ledger, delta, stages, [], set()).epsilon
-    result["assumptions"] = _assumptions(given, {stage.dataset for stage in stages})
-    result["ledger"] = account(ledger, given.dataset_name, delta)
-    ledger.close()
-    write_json(Path(given.output_dir) / "evaluation.json", result)
-    if not as_json:
-        _print(result)
-    return result
 
 
 def _parser() -> Parser:
@@ -130,61 +130,10 @@ def _parser() -> Parser:
     parser.add_argument("--max_prompt_length", type=int, default=64)
     parser.add_argument("--max_completion_length", type=int, default=16)
     parser.add_argument("--prepend_bos", action="store_true", help="put BOS in front, as the recipes here do")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--ledger", help="the ledger file (default: as for `dpalign run`)")
     parser.add_argument("--output_dir", required=True, help="folder of this measurement")
     return parser
-
-
-def _refuse_unprivate(given: argparse.Namespace) -> None:
-    """The numbers carry one epsilon: what was made from private data without one must not enter them."""
-    if stated_epsilon(given.model) is None and not given.model_is_public:
-        raise DPAlignError(
-            f"{given.model} has no privacy.json: give a dpalign release, or declare that it was made without private "
-            "data (--model_is_public)."
-        )
-    if stated_epsilon(given.model) == math.inf:
-        raise DPAlignError(
-            f"{given.model} was trained without privacy: numbers made with it have no guarantee to state."
-        )
-    if is_outside_the_guarantee(given.reward, given.reward_is_public):
-        raise DPAlignError(
-            f"reward {given.reward!r} is neither public (--reward_is_public) nor a private release: the measurement "
-            "would have no guarantee."
-        )
-
-
-def _folders(given: argparse.Namespace) -> list[Path]:
-    """Of the model and the reward, where they are releases."""
-    return [Path(given.model), Path(given.reward.removeprefix(f"{RELEASED}:"))]
-
-
-def _assumptions(given: argparse.Namespace, datasets: set[str]) -> list[str]:
-    name = given.dataset_name
-    others = ", ".join(map(repr, sorted(datasets - {name})))
-    said = {
-        f"the number of units of {name!r} is public": not given.declared_units,
-        f"the units of {name!r} are not in {others} (declared by its name)": bool(others),
-        f"model {given.model!r} was made without the private data (declared)": given.model_is_public,
-        f"reward {given.reward!r} was made without the private data (declared)": given.reward_is_public,
-    }
-    return [text for text, holds in said.items() if holds]
-
-
-def _identity(folder: Path, given: argparse.Namespace) -> str:
-    """The measurement's name in the ledger; the folder belongs to one measurement."""
-    file, asked = folder / "run.json", vars(given) | {"output_dir": None, "weights": _weights(given)}
-    if not file.exists():
-        write_json(file, {"run": f"{Path(given.output_dir).name}-{secrets.token_hex(4)}", "asked": asked})
-    value = json.loads(file.read_text(encoding="utf-8"))
-    if value["asked"] != asked:
-        raise DPAlignError(f"{given.output_dir} holds another measurement: choose another --output_dir for this one.")
-    return str(value["run"])
-
-
-def _weights(given: argparse.Namespace) -> list[str]:
-    """SHA-256 of the adapters: a release that was trained again at the same path is another model."""
-    files = [folder / "adapter_model.safetensors" for folder in _folders(given)]
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # type: i
 
 from ..errors import DPAlignError
 from ..recipe import Recipe
+from ..stages import RENAMED
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -66,6 +67,9 @@ def _in_one_sentence(message: str) -> str:
     unknown = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.]+)", message)
     if group or unknown:
         name = ".".join(filter(None, (group or unknown).groups()))  # type: ignore[union-attr]
+        now = RENAMED.get(f"{prefix}{name}".split(".")[0].removesuffix("_data"))
+        if now:
+            return f"unknown field {prefix}{name}: that stage is called {now} now, and its data {now}_data."
         return f"unknown field {prefix}{name}: see --help, --sft.help and --ppo.help for the fields there are."
     if not keys or "Expected a" not in message:
         return message

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ..algorithms import RewardModelConfig, RolloutConfig, SFTConfig
-from ..data.units import count_units
-from ..errors import DPAlignError
-from ..planning import (
-    PlannedStage,
-    check_budget,
-    check_provenance,
-    parameter_count,
-    past_assumptions,
-    past_stages,
-    plan_recipe,
-    read_stage_records,
-    run_delta,
-)
+from ..models import embedded
+from ..plan import Past, Plan, PlannedStage, declared_units, make_plan
 from ..privacy import accountant
 from ..privacy.budget import StageBudget, allocate
 from ..privacy.parts import Part, epsilon_of
+from ..provenance import check_provenance
 from ..recipe import Recipe
+from ..records import count_undeclared
 from ..reporting.numbers import at_most
 from .parsing import recipe_from
 
@@ -37,85 +28,62 @@ Draws nothing and writes nothing. Needs the data only where a dataset has no dec
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the plan."""
-    recipe = recipe_from("plan", arguments, DESCRIPTION)
-    if not recipe.stages:
-        raise DPAlignError("the recipe has no stage: give it a section sft, reward, ppo or rloo.")
-    plan = plan_of(recipe)
+    shown = plan_of(recipe_from("plan", arguments, DESCRIPTION))
     if not as_json:
-        _print(plan)
-    return plan
+        _print(shown)
+    return shown
 
 
 def plan_of(recipe: Recipe) -> dict[str, Any]:
-    """Plan of every stage, and of all together in parallel and in sequential composition.
+    """The plan of every stage, and of all together in parallel and in sequential composition, as JSON.
 
     Units are counted, not split by the secret hash: a stage's number is its share of the declared or counted total,
     as in a run.
     """
-    recipe = _with_counted_units(recipe)
-    origins = check_provenance(recipe)
-    earlier, assumptions = past_stages(origins), sorted(past_assumptions(origins))
-    delta = run_delta(recipe, None)
-    stages = plan_recipe(recipe, None, delta, earlier)
-    together = check_budget(recipe, stages, earlier, delta)
+    recipe.check()
+    units = declared_units(recipe, count_undeclared(recipe))
+    plan = make_plan(recipe, units, Past(check_provenance(recipe)))
     parameters = parameter_count(recipe)
-    plan: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "target_epsilon": recipe.target_epsilon,
-        "delta": delta,
+        "delta": plan.delta,
         "composition": recipe.composition,
-        "epsilon": together,
-        "stages": [_stage(stage, parameters) for stage in stages.values()],
-        "assumptions": assumptions,
+        "epsilon": plan.epsilon,
+        "stages": [_stage(stage, parameters) for stage in plan.stages.values()],
+        "assumptions": list(plan.assumptions),
         "adjacency": "add or remove one unit",
         "accountant": accountant.ACCOUNTANT,
     }
-    return plan | _if_units_were_shared(stages, recipe.target_epsilon, delta)
+    return shown | _if_units_were_shared(plan)
 
 
-def _with_counted_units(recipe: Recipe) -> Recipe:
-    """A copy of the recipe that declares the number of units of every dataset, counted where it was not declared."""
-    undeclared = [name for name in recipe.stages if recipe.data_of(name).declared_units is None]
-    if not undeclared:
-        return recipe
-    records = read_stage_records(recipe)
-    counted = {}
-    for name in undeclared:
-        config = recipe.data_of(name)
-        counted[id(config)] = replace(config, declared_units=count_units(records[name], config))
-    sections: dict[str, Any] = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
-    declared: dict[str, Any] = {name: counted[id(v)] for name, v in sections.items() if id(v) in counted}
-    return replace(recipe, **declared)
-
-
-def _if_units_were_shared(stages: dict[str, PlannedStage], target: float, delta: float) -> dict[str, Any]:
+def _if_units_were_shared(plan: Plan) -> dict[str, Any]:
     """`sequential_epsilon`: what a unit in all stages would pay at the parallel noise; `inflation`: the common factor
     on all noise multipliers that brings it back to the target."""
+    target = plan.recipe.target_epsilon
     shared = [
-        StageBudget(
-            replace(stage.at(stage.alone), part=Part("all")),
-            getattr(stage.config, "expected_batch_size", stage.units),
-        )
-        for stage in stages.values()
+        StageBudget(replace(stage.at(stage.alone), part=Part("all")), stage.batch_size)
+        for stage in plan.stages.values()
     ]
     if math.isinf(target) or any(s.spending.mechanism.noise_multiplier == 0 for s in shared):
         return {"sequential_epsilon": math.inf, "inflation": None}
-    factors = allocate(shared, target, delta)
+    factors = allocate(shared, target, plan.delta)
     return {
-        "sequential_epsilon": epsilon_of([s.spending for s in shared], delta),
+        "sequential_epsilon": epsilon_of([s.spending for s in shared], plan.delta),
         "inflation": max(factors.values()),
     }
 
 
 def _stage(stage: PlannedStage, parameters: float | None) -> dict[str, Any]:
-    plan = stage.plan
-    size = getattr(stage.config, "expected_batch_size", stage.units)
-    tokens = _tokens(stage)
+    plan, size = stage.plan, stage.batch_size
+    per_unit = stage.kind.tokens(stage.config)
+    trained, read = plan.steps * size * per_unit.trained, plan.steps * size * per_unit.read
     return {
         "stage": stage.name,
         "dataset": stage.part.dataset,
-        "unit": stage.unit,
+        "unit": stage.units.unit,
         "part": [stage.part.low, stage.part.high],
-        "units": stage.units,
+        "units": stage.units.count,
         "batch_size": size,
         "sampling_rate": plan.sampling_rate,
         "steps": plan.steps,
@@ -124,26 +92,28 @@ def _stage(stage: PlannedStage, parameters: float | None) -> dict[str, Any]:
         "noise_multiplier": plan.noise_multiplier,
         "noise_per_update": plan.noise_multiplier / size,
         "epsilon_alone": plan.epsilon,
-        **tokens,
+        "tokens_trained": trained,
+        "tokens_read": read,
         # Forward 2, and 2 more for activations' gradients: the frozen base needs no weight gradients.
-        "flops": None
-        if parameters is None
-        else parameters * (4 * tokens["tokens_trained"] + 2 * tokens["tokens_read"]),
+        "flops": None if parameters is None else parameters * (4 * trained + 2 * read),
     }
 
 
-def _tokens(stage: PlannedStage) -> dict[str, float]:
-    """Tokens that pass through the model with a backward pass, and without one (generated, or scored)."""
-    config, steps = stage.config, stage.plan.steps
-    if isinstance(config, RolloutConfig):
-        rows = steps * config.expected_batch_size * config.num_generations
-        length = config.max_prompt_length + config.max_completion_length
-        return {"tokens_trained": rows * length * stage.plan.passes, "tokens_read": 2 * rows * length}
-    if isinstance(config, RewardModelConfig):
-        return {"tokens_trained": 2 * steps * config.expected_batch_size * config.max_length, "tokens_read": 0}
-    if isinstance(config, SFTConfig):
-        return {"tokens_trained": steps * config.expected_batch_size * config.max_length, "tokens_read": 0}
-    return {"tokens_trained": 0, "tokens_read": 0}
+def parameter_count(recipe: Recipe) -> float | None:
+    """Weights of the model, from its configuration alone; None where that is not here."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = embedded.resolve(recipe.model.name_or_path)
+    if (Path(path) / "adapter_config.json").exists():
+        path = embedded.resolve(str(LoraConfig.from_pretrained(path).base_model_name_or_path))
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            return float(AutoModelForCausalLM.from_config(config).num_parameters())  # type: ignore[no-untyped-call]
+    except (OSError, ValueError):
+        return None
 
 
 def _print(plan: dict[str, Any]) -> None:

@@ -17,13 +17,13 @@ from ..data.demo import movie_snippets
 from ..errors import DPAlignError
 from ..files import write_json
 from ..models import smollm2
-from ..pipeline import run_recipe
 from ..recipe import Recipe
 from ..reporting.html import write_report
 from ..reporting.numbers import all_runs
 from ..reporting.plots import plot_noised_reward
 from ..reporting.progress import Reporter
 from ..reporting.tables import evaluation_table, guarantee
+from ..run import run_recipe
 from .arguments import Parser
 from .parsing import recipe_from
 
@@ -58,7 +58,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
             "the quickstart shows what private PPO does: without it, write a recipe and use `dpalign run`."
         )
     folder = Path(recipe.output_dir)
-    summary = run_recipe(recipe, reporter=reporter)
+    summary = run_recipe(recipe, reporter=reporter).to_json()
     evaluation = {"pretrained": summary["evaluation"]["pretrained"]}
     if recipe.sft is not None:
         evaluation["SFT"] = summary["evaluation"]["sft"]
@@ -68,7 +68,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     if given.compare:
         baseline = without_privacy(recipe)
         reporter.note("the same without privacy, for comparison")
-        other = run_recipe(baseline, reporter=reporter)
+        other = run_recipe(baseline, reporter=reporter).to_json()
         evaluation["non-private"] = other["evaluation"]["ppo"]
         texts = json.loads((Path(baseline.output_dir) / "completions.json").read_text(encoding="utf-8"))
         samples = [{**a, "non-private (not covered)": b["ppo"]} for a, b in zip(samples, texts, strict=True)]

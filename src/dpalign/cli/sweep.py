@@ -12,22 +12,25 @@ from typing import Any
 
 from rich.console import Console
 
-from ..algorithms.rollouts import RolloutConfig, check_prompt_columns
+from ..algorithms import TrainingConfig
+from ..algorithms.completions import check_prompts
+from ..algorithms.rollouts import RolloutConfig
 from ..data.load import read_records
 from ..errors import DPAlignError
 from ..evaluation import evaluate_policy, public_prompts
 from ..evaluation.guarantee import is_outside_the_guarantee
 from ..files import dumps, write_json
 from ..models import Policy
-from ..planning import check_provenance
 from ..privacy import accountant
 from ..privacy.ledger import Ledger
 from ..privacy.statement import account
-from ..recipe import STAGES, Recipe
+from ..provenance import check_provenance
+from ..recipe import Recipe
 from ..reporting.numbers import all_runs
 from ..reporting.progress import Reporter
 from ..reporting.sweep import plot_sweep, summarize_sweep, sweep_table, write_markdown
 from ..rewards import RewardConfig, is_reward_model, load_reward
+from ..stages import STAGES
 from .arguments import Parser
 from .parsing import recipe_from
 
@@ -71,7 +74,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     shared = [*overrides, *_proxy(given)]
     recipe = recipe_from("sweep", [given.recipe, *shared], DESCRIPTION)
     _rollouts(recipe)
-    data = recipe.data_of("ppo")
+    data = recipe.data_of(_sampling_stage(recipe))
     if not data.eval_path or not data.eval_is_public:
         raise DPAlignError("a sweep compares runs on public prompts: set data.eval_path and data.eval_is_public: true.")
     trials = _trials(given, recipe)
@@ -157,7 +160,7 @@ def _proxy(given: argparse.Namespace) -> list[str]:
     fields = {"name": "public-proxy", "path": given.public_proxy, "is_demo": "true", "declared_units": "null"}
     return [
         word
-        for section in ("data", *(f"{s}_data" for s in ("sft", "reward", "ppo", "evaluation")))
+        for section in ("data", *(f"{s}_data" for s in STAGES))
         for word in ([f"--{section}", "null"] if section != "data" else [])
     ] + [word for name, value in fields.items() for word in (f"--data.{name}", value)]
 
@@ -173,7 +176,7 @@ def _trials(given: argparse.Namespace, recipe: Recipe) -> list[Trial]:
             if not equals:
                 raise DPAlignError(f"--at {epsilon} {text}: expected FIELD=VALUE, such as ppo.learning_rate=2e-3.")
             only.setdefault(epsilon, []).extend([f"--{name}", value])
-    stages = [s for s in STAGES if s != "evaluation" and getattr(recipe, s) is not None]
+    stages = [name for name, config in recipe.stages.items() if isinstance(config, TrainingConfig)]
     trials = []
     for text in given.epsilons:
         epsilon, _, count = text.partition(":")
@@ -231,7 +234,7 @@ def _run(recipe: str, shared: list[str], trial: Trial, folder: Path) -> dict[str
     if done.returncode:
         raise DPAlignError(f"the run in {output} failed (above): mend it and call the sweep again; finished runs stay.")
     summary = json.loads(done.stdout)
-    last = "ppo" if "ppo" in summary["evaluation"] else "rloo"
+    last = list(summary["evaluation"])[-1]
     row = {name: summary["evaluation"][last][name] for name in MEASURED if name in summary["evaluation"][last]}
     before = {k: v for k, v in summary["evaluation"].items() if k != last}
     stages = {s["stage"]: s["mechanisms"][0]["noise_multiplier"] for s in summary["stages"]}
@@ -281,9 +284,13 @@ def _check(trial: Trial, recipe: Recipe) -> None:
         )
 
 
+def _sampling_stage(recipe: Recipe) -> str:
+    return next(name for name, config in recipe.stages.items() if isinstance(config, RolloutConfig))
+
+
 def _rollouts(recipe: Recipe) -> RolloutConfig:
     if recipe.rollouts is None:
-        raise DPAlignError("a sweep measures what ppo or rloo has trained: the recipe has neither.")
+        raise DPAlignError("a sweep measures what a stage that samples has trained: the recipe has none (ppo or rloo).")
     return recipe.rollouts
 
 
@@ -303,9 +310,9 @@ def _pretrained(recipe: Recipe, trial: Trial, reporter: Reporter) -> dict[str, A
     config = _rollouts(recipe)
     policy = Policy.load(recipe.model)
     reward = load_reward(_reward_of_pretrained(recipe))
-    data = recipe.data_of("ppo")
+    data = recipe.data_of(_sampling_stage(recipe))
     records = read_records(data.eval_path or "", data.eval_split)
-    check_prompt_columns(policy, records, data.eval_path or "", config)
+    check_prompts(policy.tokenizer, records, config, data.eval_path or "")
     prompts = public_prompts(policy, records, config, recipe.eval_prompts)
     with reporter.status("measuring the pretrained model"):
         found = evaluate_policy(policy, prompts, reward, config, seed=trial.seed)[0].as_dict()

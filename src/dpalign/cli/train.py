@@ -1,40 +1,41 @@
-"""`dpalign sft`, `dpalign ppo` and `dpalign run`: one recipe, one stage of it or all of them."""
+"""`dpalign run` and a command for each stage that trains: one recipe, all of its stages or one."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from ..algorithms import PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
 from ..errors import DPAlignError
-from ..pipeline import run_recipe
-from ..planning import split_parts
-from ..recipe import STAGES, Recipe
+from ..plan import split_parts
+from ..recipe import Recipe
 from ..reporting.progress import Reporter
 from ..reporting.tables import print_summary
+from ..run import run_recipe
+from ..stages import STAGES, kind
 from .parsing import recipe_from
 
-DESCRIPTIONS = {
-    "run": "Runs all stages of a recipe under one (epsilon, delta). The same command resumes an interrupted run.",
-    "sft": "Private supervised fine-tuning on `text`, or on `prompt` and `completion`.",
-    "reward": "Private reward model on `chosen` and `rejected` (and `prompt`): what people prefer, as a score.",
-    "rloo": "Private RLOO: several completions of a prompt, each with the others as its baseline; no value head.",
-    "ppo": "Private PPO on `prompt`, or on the first tokens of `text`, against a public reward or a private reward "
-    "model.",
-}
+ALL = "Runs all stages of a recipe under one (epsilon, delta). The same command resumes an interrupted run."
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns what summary.json holds."""
     command, rest = arguments[0], arguments[1:]
-    recipe = recipe_from(command, rest, DESCRIPTIONS[command])
-    if command != "run":
+    recipe = recipe_from(command, rest, description(command))
+    if command in STAGES:
         recipe = only_stage(recipe, command)
-    reporter = Reporter()
-    summary = run_recipe(recipe, reporter=reporter)
+    summary = run_recipe(recipe, reporter=Reporter()).to_json()
     if not as_json:
         print_summary(summary)
     return summary
+
+
+def description(command: str) -> str:
+    """What `--help` says first."""
+    if command not in STAGES:
+        return ALL
+    columns = " or ".join(" + ".join(f"`{c}`" for c in names) for names in kind(command).columns)
+    says = STAGES[command].help
+    return f"{says[0].upper()}{says[1:]}. Records have {columns}; fields of a stage: --{command}.help"
 
 
 def only_stage(recipe: Recipe, name: str) -> Recipe:
@@ -45,10 +46,10 @@ def only_stage(recipe: Recipe, name: str) -> Recipe:
             f"the stages {', '.join(present)} share one budget, which only `dpalign run` can divide: use it, or write "
             "a recipe for this stage alone."
         )
-    defaults = {"sft": SFTConfig, "reward": RewardModelConfig, "ppo": PPOConfig, "rloo": RLOOConfig}
-    if getattr(recipe, name) is None:
-        recipe = dataclasses.replace(recipe, **{name: defaults[name]()})
+    if name not in recipe.stages:
+        recipe = dataclasses.replace(recipe, **{name: kind(name).Config()})
     low, high = split_parts(recipe)[name]
     split: Any = None if (low, high) == (0.0, 1.0) else {name: [low, high]}
-    stages: dict[str, Any] = dict.fromkeys(STAGES) | {name: getattr(recipe, name)}
-    return dataclasses.replace(recipe, split=split, **stages)
+    others = {section for stage in STAGES if stage != name for section in (stage, f"{stage}_data")}
+    left_out: dict[str, Any] = {f.name: None for f in dataclasses.fields(recipe) if f.name in others}
+    return dataclasses.replace(recipe, split=split, **left_out)

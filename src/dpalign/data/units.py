@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 
 from ..errors import DPAlignError
+from ..privacy.gate import Gate
 from ..privacy.ledger import Ledger
 from ..privacy.parts import Part
 from .load import DataConfig, Record
@@ -33,6 +34,21 @@ class UnitDataset:
     declared_units: float
     unit: str
     fingerprint: str
+
+    def gate(self, ledger: Ledger, *, run: str, stage: str, config_hash: str, insecure_seed: int | None = None) -> Gate:
+        """The only door to them, for one stage of a run."""
+        return Gate(
+            ledger,
+            self.part,
+            count=len(self.units),
+            unit=self.unit,
+            declared_units=self.declared_units,
+            fingerprint=self.fingerprint,
+            run=run,
+            stage=stage,
+            config_hash=config_hash,
+            insecure_seed=insecure_seed,
+        )
 
 
 def build_units(

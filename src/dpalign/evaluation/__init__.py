@@ -11,7 +11,7 @@ from .metrics import (
     measure_policy,
     public_prompts,
 )
-from .preferences import PairEvaluation, evaluate_pairs
+from .preferences import PairEvaluation, agreement_on, evaluate_pairs
 from .text_overlap import reference_texts, rouge
 from .win_rate import WinRate, higher_wins, judged, load_judge, win_rate
 
@@ -21,6 +21,7 @@ __all__ = [
     "PairEvaluation",
     "PublicPrompts",
     "WinRate",
+    "agreement_on",
     "evaluate_pairs",
     "evaluate_policy",
     "evaluate_stages",

@@ -6,13 +6,13 @@ Everything here is exact, so it is for prompts that are declared public only.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algorithms.rollouts import RolloutConfig, encode_prompt, sample
+from ..algorithms.completions import SamplingConfig, encode_prompt, sample
 from ..data.load import Record
 from ..errors import DPAlignError
 from ..models import Policy
@@ -59,6 +59,10 @@ class Evaluation:
         """Without what was not measured."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def without_reference(self) -> Evaluation:
+        """The same without the reference reward's numbers."""
+        return replace(self, reference_reward=None, reference_reward_ci95=None, reference_unscored=None)
+
 
 @dataclass(frozen=True)
 class PublicPrompts:
@@ -80,14 +84,14 @@ class Measured:
 
 
 def public_prompts(
-    policy: Policy, records: list[Record], config: RolloutConfig, at_most: int | None = None
+    policy: Policy, records: list[Record], config: SamplingConfig, at_most: int | None = None
 ) -> PublicPrompts:
     """Prompts of the first `at_most` usable records (default all); texts too short for one are left out."""
     usable: list[tuple[Record, list[int]]] = []
     for record in records:
         if at_most is not None and len(usable) >= at_most:
             break
-        ids = encode_prompt(policy, record, config)
+        ids = encode_prompt(policy.tokenizer, record, config)
         if ids is not None:
             usable.append((record, ids))
     if not usable:
@@ -102,7 +106,7 @@ def evaluate_policy(
     policy: Policy,
     prompts: PublicPrompts,
     reward: Reward,
-    config: RolloutConfig,
+    config: SamplingConfig,
     *,
     seed: int = 0,
     reference_reward: Reward | None = None,
@@ -117,7 +121,7 @@ def measure_policy(
     policy: Policy,
     prompts: PublicPrompts,
     reward: Reward,
-    config: RolloutConfig,
+    config: SamplingConfig,
     *,
     seed: int = 0,
     reference_reward: Reward | None = None,
@@ -193,7 +197,7 @@ def perplexity_of(logprobs: Tensor, lengths: Tensor) -> tuple[float, float]:
     return math.exp(nats), math.exp(nats) * half
 
 
-def logprobs_under(policy: Policy, rollouts: Rollouts, config: RolloutConfig) -> Tensor:
+def logprobs_under(policy: Policy, rollouts: Rollouts, config: SamplingConfig) -> Tensor:
     """`(rows, completion)` log-probabilities of the completions under the policy as it is switched now."""
     head, policy.value_head = policy.value_head, None
     try:
@@ -221,7 +225,7 @@ def evaluate_stages(
     policy: Policy,
     prompts: PublicPrompts,
     reward: Reward,
-    config: RolloutConfig,
+    config: SamplingConfig,
     *,
     seed: int = 0,
     reference_reward: Reward | None = None,

@@ -1,4 +1,7 @@
-"""How well a reward model agrees with people on public pairs: accuracy, calibration, margins. Exact, so public only."""
+"""How well a reward model, or a policy as its own reward model, agrees with people on public pairs.
+
+Accuracy, calibration and margins; exact, so for public pairs only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithms.reward import pair_texts
+from ..algorithms.pairs import preference_of
+from ..algorithms.reward import score_differences
 from ..data.load import Record
 from ..errors import DPAlignError
 from ..models import RewardModel
@@ -44,10 +48,12 @@ def evaluate_pairs(model: RewardModel, records: list[Record]) -> PairEvaluation:
     Raises:
         DPAlignError: all pairs are ties.
     """
-    texts = [pair_texts(model, record) for record in records]
-    preference = torch.tensor([1.0 if r.get("preference") is None else float(r["preference"]) for r in records])
-    scores = model.score([text for pair in texts for text in pair])
-    return agreement(scores[0::2] - scores[1::2], preference)
+    return agreement_on(score_differences(model, records), records)
+
+
+def agreement_on(differences: Tensor, records: list[Record]) -> PairEvaluation:
+    """`agreement` of score differences `(pairs,)` with what people preferred in public pairs."""
+    return agreement(differences, torch.tensor([preference_of(record) for record in records]))
 
 
 def agreement(difference: Tensor, preference: Tensor) -> PairEvaluation:

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..algorithms.rollouts import RolloutConfig, encode_prompt, sample
+from ..algorithms.base import Entering, Schedule, StageConfig, StageKind, Tokenizer, Tokens
+from ..algorithms.completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, encode_prompt, sample
 from ..data import UnitDataset
 from ..data.load import Record
 from ..errors import DPAlignError
 from ..files import private_folder, write_json
 from ..models import Policy
-from ..privacy import accountant
-from ..privacy.accountant import SampledGaussian
 from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import Gate, PrivateStep
 from ..privacy.ledger import Ledger
@@ -31,45 +30,75 @@ from ..rewards import Reward
 from ..training import StagePlan
 from ..training.loop import hash_of
 
-STAGE = "evaluation"
-
 
 @dataclass(kw_only=True)
-class PrivateEvaluationConfig:
-    """One noisy measurement on held-out private units at the end of a run.
+class MeasurementConfig(StageConfig):
+    """One noisy measurement on held-out private units at the end of a run. Records have `prompt`, or `text`.
 
     Args:
         target_epsilon: epsilon of the measurement; default: the recipe's (its units are in no other stage).
         target_delta: the recipe's.
         noise_multiplier: sigma instead of target_epsilon.
+        sampling: how prompts are cut, completed and scored; default: as the recipe's stage that samples does.
     """
 
-    target_epsilon: float | None = None
-    target_delta: float | None = None
-    noise_multiplier: float | None = None
+    sampling: SamplingConfig | None = None
+
+    def schedule(self, stage: str, units: float) -> Schedule:
+        return Schedule(sampling_rate=1.0, steps=1)
 
 
-def plan_evaluation(config: PrivateEvaluationConfig, units: float) -> StagePlan:
-    """One release on all units.
+class Measurement(StageKind[MeasurementConfig]):
+    """Mean reward of the policy and of its reference, and the policy's win rate, in one release."""
 
-    Raises:
-        DPAlignError: not exactly one of target_epsilon and noise_multiplier.
-    """
-    delta = config.target_delta if config.target_delta is not None else accountant.default_delta(math.ceil(units))
-    if (config.target_epsilon is None) == (config.noise_multiplier is None):
-        raise DPAlignError("stage evaluation needs exactly one of target_epsilon and noise_multiplier.")
-    sigma = config.noise_multiplier
-    if sigma is None and config.target_epsilon is not None:
-        sigma = accountant.noise_multiplier(config.target_epsilon, delta, sampling_rate=1.0, steps=1)
-    return StagePlan.of(SampledGaussian(1.0, sigma or 0.0, 1), delta, config.target_epsilon)
+    name = "measurement"
+    Config = MeasurementConfig
+    model_kind = Policy
+    columns = PROMPT_COLUMNS
+
+    @classmethod
+    def completed(cls, config: MeasurementConfig, others: Iterable[StageConfig]) -> MeasurementConfig:
+        if config.sampling is not None:
+            return config
+        for other in others:
+            if isinstance(other, SamplingConfig):
+                like = {f.name: getattr(other, f.name) for f in fields(SamplingConfig)}
+                return replace(config, sampling=SamplingConfig(**like))
+        raise DPAlignError(
+            f"stage {cls.name} has nothing to measure by: give it a section sampling, or the recipe a stage that "
+            "samples completions."
+        )
+
+    @classmethod
+    def sampling(cls, config: MeasurementConfig) -> SamplingConfig:
+        """As a completed config has it."""
+        if config.sampling is None:
+            raise DPAlignError(f"stage {cls.name} has no section sampling.")
+        return config.sampling
+
+    @classmethod
+    def entering(cls, config: MeasurementConfig) -> Entering:
+        return {"reward": cls.sampling(config).reward}
+
+    @classmethod
+    def longest(cls, config: MeasurementConfig) -> int:
+        return cls.sampling(config).positions
+
+    @classmethod
+    def tokens(cls, config: MeasurementConfig) -> Tokens:
+        return Tokens(read=2 * cls.sampling(config).positions)  # the policy's completion, and its reference's
+
+    @classmethod
+    def check(cls, config: MeasurementConfig, tokenizer: Tokenizer, record: Record) -> None:
+        check_prompt(tokenizer, record, cls.sampling(config))
 
 
-def evaluate_privately(
+def measure_privately(
     policy: Policy,
     data: UnitDataset,
     plan: StagePlan,
     reward: Reward,
-    config: RolloutConfig,
+    config: SamplingConfig,
     *,
     folder: Path,
     run: str,
@@ -84,18 +113,24 @@ def evaluate_privately(
     Returns:
         None if it was lost.
     """
+    if not policy.adapters:
+        raise DPAlignError("the model has no adapter to compare with its base: give a release.")
     result = private_folder(folder) / "result.json"
-    gate = _gate(data, plan, run, ledger)
+    mechanism = plan.mechanism().rounded()
+    asked = asdict(config) | {"mechanism": mechanism, "model": policy.fingerprint(), "micro_batch_size": None}
+    gate = data.gate(ledger, run=run, stage=Measurement.name, config_hash=hash_of(asked))
     journaled = gate.intents()
-    if any((i.fingerprint, i.config_hash) != (gate.fingerprint, gate.config_hash) for i in journaled):
+    same = (gate.config_hash, hash_of(mechanism))  # the second is that of 0.1.0
+    if any(i.fingerprint != gate.fingerprint or i.config_hash not in same for i in journaled):
         raise DPAlignError(
-            "the held-out data or the settings have changed since it was measured: restore them, or use another folder."
+            "the held-out data, the model or the settings have changed since it was measured: restore them, or use "
+            "another folder."
         )
     if result.exists():
         value: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return value
     if journaled:
-        tell("the private evaluation was lost by an interruption; its budget is spent, and it is not repeated.")
+        tell("the measurement was lost by an interruption; its budget is spent, and it is not repeated.")
         return None
     value = _measured_once(policy, data, plan, reward, config, gate)
     write_json(result, value)
@@ -103,7 +138,7 @@ def evaluate_privately(
 
 
 def _measured_once(
-    policy: Policy, data: UnitDataset, plan: StagePlan, reward: Reward, config: RolloutConfig, gate: Gate
+    policy: Policy, data: UnitDataset, plan: StagePlan, reward: Reward, config: SamplingConfig, gate: Gate
 ) -> dict[str, Any]:
     block = (
         MetricRange("reward", reward.low, reward.high),
@@ -126,27 +161,15 @@ def _measured_once(
     }
 
 
-def _gate(data: UnitDataset, plan: StagePlan, run: str, ledger: Ledger) -> Gate:
-    return Gate(
-        ledger,
-        data.part,
-        count=len(data.units),
-        unit=data.unit,
-        declared_units=data.declared_units,
-        fingerprint=data.fingerprint,
-        run=run,
-        stage=STAGE,
-        config_hash=hash_of(plan.mechanism().rounded()),
-    )
-
-
 @torch.no_grad()
 def _measure(
-    policy: Policy, units: list[list[Record]], reward: Reward, config: RolloutConfig, coins: SystemEntropy
+    policy: Policy, units: list[list[Record]], reward: Reward, config: SamplingConfig, coins: SystemEntropy
 ) -> torch.Tensor:
     # One row per unit: the mean over its records of both rewards and of the wins; NaN where there is no prompt.
     encoded = [
-        (unit, encode_prompt(policy, record, config), record) for unit, rows in enumerate(units) for record in rows
+        (unit, encode_prompt(policy.tokenizer, record, config), record)
+        for unit, rows in enumerate(units)
+        for record in rows
     ]
     rows = [(unit, prompt, record) for unit, prompt, record in encoded if prompt is not None]
     values = torch.full((len(units), 3), torch.nan, dtype=torch.float64)

@@ -122,7 +122,7 @@ class RewardModel(AdapterStack):
         except ValueError:
             raise DPAlignError(
                 f"transformers has no sequence classifier for {type(causal).__name__}: name another model in "
-                "reward.model."
+                "reward_model.model."
             ) from None
         body = {
             k.replace(".base_layer.", "."): v for k, v in causal.base_model.state_dict().items() if ".lora_" not in k

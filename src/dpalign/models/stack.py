@@ -7,6 +7,7 @@ all ranks on the original base, which is exact.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -151,6 +152,14 @@ class AdapterStack(nn.Module):
         newest = f".{self.adapters[-1]}."
         heads = {id(p) for head in self.heads() for p in head.parameters()}
         return {n: p.detach() for n, p in self.named_parameters() if newest in n or id(p) in heads}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the adapters' weights."""
+        digest = hashlib.sha256()
+        for name, p in sorted(self.named_parameters()):
+            if ".lora_" in name:
+                digest.update(name.encode() + p.detach().cpu().float().numpy().tobytes())
+        return digest.hexdigest()
 
     def copy_adapters(self, other: AdapterStack) -> None:
         """Takes over the adapters of a stack on the same body, frozen."""

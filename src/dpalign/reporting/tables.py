@@ -61,13 +61,13 @@ def print_summary(summary: dict[str, Any]) -> None:
             f"± {model['accuracy_ci95']:.3f}, "
             f"calibration error {model['calibration_error']:.3f}, margin {model['margin']:.2f}."
         )
-    if summary.get("private_evaluation"):
-        found = summary["private_evaluation"]
+    if summary.get("measurement"):
+        found = summary["measurement"]
         noise = found["noise_standard_deviation"]
         numbers = ", ".join(f"{k.replace('_', ' ')} {found[k]:.3f} (noise {noise[k]:.3f})" for k in noise)
         console.print(f"on held-out private units, noised: {numbers}.")
-    elif "private_evaluation" in summary:
-        console.print("the private evaluation was lost by an interruption.")
+    elif "measurement" in summary:
+        console.print("the measurement was lost by an interruption.")
     console.print(f"release: {summary['release']}", markup=False)
 
 

@@ -39,7 +39,7 @@ def load_reward(
         if config.source == RELEASED:
             if trained is None:
                 raise DPAlignError(
-                    "reward.source reward_model needs a reward stage in the recipe, or a path behind it."
+                    f"reward.source {RELEASED} needs a stage that trains one in the recipe, or a path behind it."
                 )
             model, normalization = trained
         else:

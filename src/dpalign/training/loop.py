@@ -24,7 +24,7 @@ from ..gradients import PerUnitGradients
 from ..models import AdapterStack
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
-from ..privacy.gate import Gate, PrivateStep, Sample
+from ..privacy.gate import PrivateStep, Sample
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import GaussianMechanism
 from ..privacy.refit import Budget, refit
@@ -63,7 +63,7 @@ class Stage:
     def __init__(
         self,
         model: AdapterStack,
-        algorithm: Algorithm[Any, Any],
+        algorithm: Algorithm[Any, Any, Any],
         data: UnitDataset,
         *,
         folder: Path,
@@ -87,13 +87,8 @@ class Stage:
         settings["mechanism"] = self.plan.mechanism().rounded()  # its noise may depend on the run's other stages
         self.config_hash = hash_of({name: v for name, v in settings.items() if name not in MACHINE_SETTINGS})
         self.same_settings = {self.config_hash, hash_of(settings)}  # 0.1.0 told machines apart, too
-        self.gate = Gate(
+        self.gate = data.gate(
             ledger,
-            data.part,
-            count=len(data.units),
-            unit=data.unit,
-            declared_units=data.declared_units,
-            fingerprint=data.fingerprint,
             run=run,
             stage=algorithm.name,
             config_hash=self.config_hash,
@@ -205,7 +200,8 @@ class Stage:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             released = metrics if passed == 0 else released
-        algorithm.after_step(released)
+        if released is not None:
+            algorithm.adapt(released)
         return released
 
     def _accumulate(self, mechanism: GaussianMechanism, rows: Rows, positions: list[int], count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..algorithms.base import TrainingConfig
+from ..algorithms.base import StageConfig
 from ..errors import DPAlignError
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian, with_metrics
@@ -73,21 +73,14 @@ class StagePlan:
         return replace(plan, epsilon=accountant.epsilon([plan.mechanism()], self.target_delta))
 
 
-def plan_stage(name: str, config: TrainingConfig, units: float) -> StagePlan:
+def plan_stage(name: str, config: StageConfig, units: float) -> StagePlan:
     """Steps, rate and noise of a stage by itself, on `units` declared units.
 
     Raises:
         DPAlignError: settings that cannot be, or a target that cannot be reached.
     """
     config.validate()
-    if config.expected_batch_size > units:
-        raise DPAlignError(
-            f"expected_batch_size {config.expected_batch_size} is larger than the {units:g} units of stage "
-            f"{name}: a Poisson sample cannot expect more units than there are."
-        )
-    rate = config.expected_batch_size / units
-    steps = config.max_steps or max(1, math.ceil(config.num_train_epochs / rate))
-    steps = math.ceil(steps / config.minibatches) * config.minibatches
+    schedule = config.schedule(name, units)
     delta = config.target_delta if config.target_delta is not None else accountant.default_delta(math.ceil(units))
     if (config.target_epsilon is None) == (config.noise_multiplier is None):
         raise DPAlignError(
@@ -99,17 +92,17 @@ def plan_stage(name: str, config: TrainingConfig, units: float) -> StagePlan:
         sigma = accountant.noise_multiplier(
             config.target_epsilon,
             delta,
-            sampling_rate=rate,
-            steps=steps,
-            passes=config.passes,
-            metrics_noise_ratio=config.metrics_noise_ratio,
+            sampling_rate=schedule.sampling_rate,
+            steps=schedule.steps,
+            passes=schedule.passes,
+            metrics_noise_ratio=schedule.metrics_noise_ratio,
         )
-    if sigma > 0 and config.clipping == "none":
+    if sigma > 0 and not config.has_bounded_sensitivity:
         raise DPAlignError("clipping none has unbounded sensitivity: it is only for target_epsilon inf.")
     return StagePlan.of(
-        SampledGaussian(rate, sigma, steps, config.passes),
+        SampledGaussian(schedule.sampling_rate, sigma, schedule.steps, schedule.passes),
         delta,
         config.target_epsilon,
-        minibatches=config.minibatches,
-        metrics_noise_ratio=config.metrics_noise_ratio,
+        minibatches=schedule.minibatches,
+        metrics_noise_ratio=schedule.metrics_noise_ratio,
     )

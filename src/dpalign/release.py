@@ -7,10 +7,10 @@ from typing import Any
 
 import jinja2
 
-from ..files import replace_folder, write_json, write_text
-from ..models import Normalization, Policy, RewardModel
-from ..privacy.statement import PrivacyStatement
-from .numbers import all_runs, at_most
+from .files import replace_folder, write_json, write_text
+from .models import Normalization, Policy, RewardModel
+from .privacy.statement import PrivacyStatement
+from .reporting.numbers import all_runs, at_most
 
 CARD = """\
 ---

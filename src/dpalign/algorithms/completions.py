@@ -1,0 +1,96 @@
+"""Prompts that are cut from records, and the completions that a policy samples for them; every row by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..data.load import Record
+from ..data.text import cut_length, render, tokens
+from ..errors import DPAlignError
+from ..models import Policy
+from ..models.policy import Rollouts
+from ..privacy.entropy import SystemEntropy
+from ..rewards import RewardConfig
+from .base import Tokenizer, check_records
+
+PROMPT_COLUMNS = (("prompt",), ("text",))
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How prompts are cut, completed and scored. Records have `prompt`, or `text` whose first tokens become it.
+
+    Args:
+        max_prompt_length: most tokens of a prompt; a longer one is an error.
+        prompt_min_tokens, prompt_max_tokens: cut `text` into a prompt of that many tokens (BOS not counted).
+        prepend_bos: put the tokenizer's BOS in front of every prompt.
+        max_completion_length: most tokens sampled per completion.
+        min_completion_length: EOS is not sampled before this many tokens.
+        micro_batch_size: prompts that are computed together; memory only, no effect on the result.
+        reward: the reward function.
+    """
+
+    max_prompt_length: int = 64
+    prompt_min_tokens: int | None = None
+    prompt_max_tokens: int | None = None
+    prepend_bos: bool = False
+    max_completion_length: int = 16
+    min_completion_length: int = 0
+    micro_batch_size: int = 32
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt that the model writes itself."""
+        return self.prompt_max_tokens or self.prompt_min_tokens or 8
+
+    @property
+    def positions(self) -> int:
+        """That the model must hold."""
+        return self.max_prompt_length + self.max_completion_length
+
+
+def sample(
+    policy: Policy, ids: Tensor, mask: Tensor, config: SamplingConfig, coins: SystemEntropy | None = None
+) -> Rollouts:
+    """Completions of `(rows, prompt)` ids with the config's lengths; `coins` as in `Policy.generate`."""
+    return policy.sample(
+        ids,
+        mask,
+        config.max_completion_length,
+        min_new_tokens=config.min_completion_length,
+        coins=coins,
+        rows_at_once=config.micro_batch_size if policy.constant_rows else 256,  # filled-up rows cost time
+    )
+
+
+def encode_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -> list[int] | None:
+    """Token ids of a record's prompt; None for a text with too few tokens (the unit then adds nothing)."""
+    if "prompt" in record:
+        prompt = render(tokenizer, record["prompt"], is_prompt=True)
+        return tokens(tokenizer, prompt, prepend_bos=config.prepend_bos)
+    text = render(tokenizer, record["text"])
+    low, high = config.prompt_min_tokens, config.prompt_max_tokens
+    length = cut_length(text, low or high or 8, high or low or 8)
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    if len(ids) < length:
+        return None
+    front = [tokenizer.bos_token_id] if config.prepend_bos and tokenizer.bos_token_id is not None else []
+    return front + ids[:length]
+
+
+def check_prompts(tokenizer: Tokenizer, records: list[Record], config: SamplingConfig, path: str) -> None:
+    """Raises DPAlignError for a missing column or a prompt longer than the limit."""
+    check_records(records, path, PROMPT_COLUMNS, lambda record: check_prompt(tokenizer, record, config))
+
+
+def check_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -> None:
+    """Raises DPAlignError for a prompt longer than the limit; never quotes it."""
+    length = len(encode_prompt(tokenizer, record, config) or [])
+    if length > config.max_prompt_length:
+        raise DPAlignError(
+            f"the prompt has {length} tokens, more than max_prompt_length {config.max_prompt_length}: raise the limit "
+            "or shorten the prompt"
+        )

@@ -1,0 +1,205 @@
+"""Private direct preference optimisation (DPO: Rafailov et al. 2023, arXiv 2305.18290), one gradient per pair's unit.
+
+The policy is its own reward model: r(x, y) = beta log(pi(y|x) / pi_ref(y|x)), where the reference is the model that the
+stage started from. A pair is two rows of one unit; its loss is that of the Bradley-Terry model on the two rewards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..data.load import Record
+from ..data.text import render, tokens
+from ..errors import DPAlignError
+from ..models import Policy
+from ..privacy.entropy import SystemEntropy
+from .base import Entering, Rows, Tokenizer, Tokens, TrainingConfig
+from .pairs import PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_loss, preference_of
+
+
+@dataclass(kw_only=True)
+class DPOConfig(TrainingConfig):
+    """Settings of DP-DPO. Records have `chosen` and `rejected`, and perhaps `prompt`.
+
+    Optional columns: `margin`, by how much the reward of the chosen text should be higher (Amini et al. 2024);
+    `preference`, the probability that `chosen` is the better one (1 if missing, 0.5 for a tie).
+
+    Args:
+        beta: how much a log-ratio to the reference counts as reward; a larger one keeps the policy nearer to it.
+        loss: `sigmoid`: the negative log-likelihood of the preference; `square`: the squared error of its probability,
+            whose gradient is bounded however wrong the policy is (Square-chi-PO, arXiv 2505.21395, without its link).
+        label_smoothing: probability that a judge meant the other text.
+        max_length: most tokens of prompt and answer together; what is longer is cut at its end.
+        prepend_bos: put the tokenizer's BOS in front.
+        append_eos: end every answer that is a string and is not cut with EOS; a chat template ends its own.
+        margin_range: declared upper end of the noised loss and margin metrics, which are clipped to it.
+    """
+
+    learning_rate: float = 1e-3
+    beta: float = 0.1
+    loss: Literal["sigmoid", "square"] = "sigmoid"
+    label_smoothing: float = 0.0
+    prepend_bos: bool = False
+    append_eos: bool = True
+    margin_range: float = 5.0
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.beta > 0:
+            raise DPAlignError(f"beta {self.beta} must be positive.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise DPAlignError(f"label_smoothing {self.label_smoothing} is not in [0, 0.5).")
+        if self.loss not in ("sigmoid", "square"):
+            raise DPAlignError(f"loss {self.loss!r} is not sigmoid or square.")
+        if self.adapter.r < 1:
+            raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Token ids of two answers with the prompt before them, and how many of each are the prompt's."""
+
+    chosen: list[int]
+    rejected: list[int]
+    prompt_tokens: int
+    margin: float
+    preference: float
+
+
+class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
+    """-log sigmoid(beta (log-ratio of chosen - log-ratio of rejected) - margin), its two rows in one unit."""
+
+    name = "dpo"
+    Config = DPOConfig
+    model_kind = Policy
+
+    @classmethod
+    def entering(cls, config: DPOConfig) -> Entering:
+        return {}
+
+    @classmethod
+    def longest(cls, config: DPOConfig) -> int:
+        return config.max_length
+
+    @classmethod
+    def tokens(cls, config: DPOConfig) -> Tokens:
+        return Tokens(trained=2 * config.max_length, read=2 * config.max_length)  # the reference reads them too
+
+    @classmethod
+    def check(cls, config: DPOConfig, tokenizer: Tokenizer, record: Record) -> None:
+        check_pair(tokenizer, record)
+        length = encode_answers(tokenizer, record, config).prompt_tokens
+        if length >= config.max_length:
+            raise DPAlignError(f"the prompt alone has {length} tokens, and max_length is {config.max_length}: raise it")
+
+    def __init__(self, config: DPOConfig) -> None:
+        super().__init__(config)
+        self.metrics = pair_metrics(config.margin_range)
+
+    def setup(self, policy: Policy) -> None:
+        policy.add_adapter(self.name, self.config.adapter)
+
+    def encode(self, policy: Policy, record: Record) -> Answers:
+        return encode_answers(policy.tokenizer, record, self.config)
+
+    def rows(self, policy: Policy, units: list[list[Answers]], coins: SystemEntropy | None) -> Rows:
+        """Both answers of every pair, and their log-probability under the reference."""
+        pairs = [(unit, pair) for unit, examples in enumerate(units) for pair in examples for _ in range(2)]
+        texts = [row for _, pair in pairs[::2] for row in (pair.chosen, pair.rejected)]
+        ids = torch.full((len(texts), self.config.max_length), policy.tokenizer.pad_token_id)
+        attention, answer = torch.zeros_like(ids), torch.zeros(ids.shape)
+        for i, (text, (_, pair)) in enumerate(zip(texts, pairs, strict=True)):
+            ids[i, : len(text)] = torch.tensor(text)
+            attention[i, : len(text)] = 1
+            answer[i, max(1, pair.prompt_tokens) : len(text)] = 1
+        tensors = {
+            "ids": ids,
+            "attention": attention,
+            "answer": answer,
+            "margin": torch.tensor([pair.margin for _, pair in pairs]),
+            "preference": torch.tensor([pair.preference for _, pair in pairs]),
+        }
+        unit = torch.tensor([unit for unit, _ in pairs], dtype=torch.int64)
+        rows = Rows(unit.to(policy.device), {name: t.to(policy.device) for name, t in tensors.items()})
+        with torch.no_grad(), policy.reference():
+            return Rows(rows.unit, rows.tensors | {"reference": self._read(policy, rows)})
+
+    def row_losses(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The loss of a pair stands in both of its rows, whose mean the loop takes."""
+        margin, preference = rows.tensors["margin"][0::2], rows.tensors["preference"][0::2]
+        rewards = self.config.beta * (answer_logprobs(policy, rows) - rows.tensors["reference"])
+        chosen, rejected = rewards[0::2], rewards[1::2]  # chosen, rejected, chosen, rejected, ...
+        if self.config.loss == "sigmoid":
+            loss = preference_loss(chosen, rejected, margin, preference, self.config.label_smoothing)
+        else:
+            wanted = preference * (1 - 2 * self.config.label_smoothing) + self.config.label_smoothing
+            ahead = margin * torch.sign(preference - 0.5)  # asked of the better text, whichever that is
+            loss = (wanted - torch.sigmoid(chosen - rejected - ahead)) ** 2
+        metrics = measured(loss, chosen - rejected, preference)
+        return loss.repeat_interleave(2), metrics.repeat_interleave(2, 0)
+
+    @torch.no_grad()
+    def differences(self, policy: Policy, records: list[Record]) -> Tensor:
+        """Of the implicit rewards, under the newest adapter against the model that its stage started from."""
+        rows = self.rows(policy, [[self.encode(policy, record)] for record in records], None)
+        rewards = self.config.beta * (self._read(policy, rows) - rows.tensors["reference"])
+        return (rewards[0::2] - rewards[1::2]).cpu()
+
+    def _read(self, policy: Policy, rows: Rows) -> Tensor:
+        """`(rows,)` log-probabilities of the answers, `micro_batch_size` pairs at a time."""
+        parts = []
+        for chunk, count in policy.chunks(len(rows.unit) // 2, self.config.micro_batch_size):
+            places = [place for pair in chunk for place in (2 * pair, 2 * pair + 1)]
+            here = Rows(rows.unit[places], {name: tensor[places] for name, tensor in rows.tensors.items()})
+            parts.append(answer_logprobs(policy, here)[: 2 * count])
+        return torch.cat(parts) if parts else rows.tensors["answer"].new_zeros(0)
+
+
+def answer_logprobs(policy: Policy, rows: Rows) -> Tensor:
+    """`(rows,)` log-probability of each answer given its prompt: the sum over its tokens, in nats."""
+    ids, attention, answer = (rows.tensors[name] for name in ("ids", "attention", "answer"))
+    logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)
+    nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return -(nll * answer[:, 1:]).sum(1)
+
+
+def encode_answers(tokenizer: Tokenizer, record: Record, config: DPOConfig) -> Answers:
+    """Tokens of both answers behind the prompt; a missing margin is 0 and a missing preference 1."""
+    prompt, answers = _prompt_and_answers(tokenizer, record)
+    front = tokens(tokenizer, prompt, prepend_bos=config.prepend_bos)
+    ids = []
+    for answer in answers:
+        row = front + tokenizer(answer, add_special_tokens=False).input_ids
+        is_chat = isinstance(record["chosen"], list)
+        if config.append_eos and not is_chat and tokenizer.eos_token_id is not None:
+            row = [*row, tokenizer.eos_token_id]
+        ids.append(row[: config.max_length])
+    return Answers(ids[0], ids[1], len(front), number_in(record, "margin", 0.0), preference_of(record))
+
+
+def _prompt_and_answers(tokenizer: Tokenizer, record: Record) -> tuple[str, list[str]]:
+    """Strings as they are; of chats what the template writes, and the prompt is what the two conversations share.
+
+    Raises:
+        DPAlignError: a string beside chat messages, or a template whose prompt is not the beginning of its chats.
+    """
+    prompt, chats = record.get("prompt"), [record["chosen"], record["rejected"]]
+    if isinstance(chats[0], str):
+        return ("" if prompt is None else render(tokenizer, prompt, is_prompt=True)), chats
+    if isinstance(prompt, str):
+        raise DPAlignError("the prompt is a string and the answers are chat messages: give two of a kind")
+    if prompt is None:
+        shared = 0
+        while shared < min(map(len, chats)) - 1 and chats[0][shared] == chats[1][shared]:
+            shared += 1
+        prompt, chats = chats[0][:shared], [chat[shared:] for chat in chats]
+    front = render(tokenizer, prompt, is_prompt=True) if prompt else ""
+    whole = [render(tokenizer, [*prompt, *chat]) for chat in chats]
+    if not all(text.startswith(front) for text in whole):
+        raise DPAlignError("the chat template writes the prompt otherwise alone than before an answer")
+    return front, [text[len(front) :] for text in whole]

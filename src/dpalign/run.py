@@ -1,0 +1,422 @@
+"""A plan is carried out: its stages one after the other, under one budget. No stage's name is known here."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+from .algorithms.base import Algorithm, check_records
+from .algorithms.pairs import PairAlgorithm
+from .algorithms.reward import RewardModelConfig
+from .algorithms.rollouts import RolloutConfig
+from .data.load import Record
+from .data.units import UnitDataset
+from .errors import DPAlignError
+from .evaluation import Evaluation, agreement_on, evaluate_stages, public_prompts
+from .evaluation.guarantee import is_outside_the_guarantee
+from .evaluation.private import measure_privately
+from .files import write_json
+from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
+from .models.reward_model import is_classifier, normalization_of
+from .plan import Plan, PlannedStage, beside, delta_of, make_plan
+from .privacy.accountant import SampledGaussian
+from .privacy.statement import PrivacyStatement, state_privacy
+from .provenance import past_stages
+from .recipe import Recipe
+from .records import Records, read_public, read_stage_records, stage_units, units_of
+from .release import write_release, write_reward_model
+from .reporting.progress import Reporter
+from .results import Results
+from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
+from .rewards.load import RELEASED
+from .stages import kind
+from .training import Stage
+from .workspace import Workspace
+
+SAMPLES = 20  # public completions that are kept for people to read
+NORMALIZATION_ROWS = 512  # self-written texts that fix the scale of a reward model
+M = TypeVar("M", bound=AdapterStack)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    reporter: Reporter | None = None,
+    records: Records | None = None,
+    public: Records | None = None,
+    policy: Policy | None = None,
+    reward_model: RewardModel | None = None,
+    reward_function: RewardFunction | None = None,
+) -> Results:
+    """Runs, resumes or finishes a recipe.
+
+    Args:
+        records: records by stage instead of the data files (the Python trainers use this).
+        public: records that are declared public, by stage, instead of the files to measure on.
+        policy, reward_model: loaded models instead of the recipe's.
+        reward_function: a Python function instead of the one that the recipe's reward.source names.
+
+    Raises:
+        DPAlignError: anything a person can mend, before the first draw wherever that is possible.
+    """
+    started = time.monotonic()
+    _quiet_libraries()
+    if recipe.num_threads:
+        torch.set_num_threads(recipe.num_threads)
+    recipe.check()
+    with Workspace.open(recipe) as workspace:
+        origins = workspace.origins(recipe)
+        records = records or read_stage_records(recipe, workspace.private / "cache")
+        data, assumptions = stage_units(recipe, records, workspace.ledger)
+        units = units_of(recipe, records, data)
+        plan = make_plan(recipe, units, workspace.past(recipe, origins, delta_of(recipe, units)), assumptions)
+        models = Models.load(recipe, policy, reward_model)
+        shown = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
+        check_inputs(plan, models, records, shown)
+        run = Run(plan, workspace, data, models, shown, reporter or Reporter(quiet=True), reward_function)
+        run.load_rewards()
+        workspace.remember(origins)
+        for stage in plan.stages.values():
+            run.stage(stage)
+        return run.finish(started)
+
+
+# The models ----------------------------------------------------------------------------------------------------------
+
+
+class Models:
+    """The models of a run, by kind. A reward model starts as the policy's body and adapters when it is asked for."""
+
+    def __init__(self, *models: AdapterStack | None, text: TextFormat | None = None) -> None:
+        self._made, self._text = [model for model in models if model is not None], text
+
+    @classmethod
+    def load(cls, recipe: Recipe, policy: Policy | None = None, reward_model: RewardModel | None = None) -> Models:
+        """Those that are given, and those that the recipe names.
+
+        Raises:
+            DPAlignError: a model that cannot be loaded.
+        """
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device
+        kinds = [kind(name).model_kind for name in recipe.stages]
+        scoring = next((c for c in recipe.stages.values() if isinstance(c, RewardModelConfig)), None)
+        if scoring is not None and reward_model is None:
+            own = scoring.model
+            if own is None and Policy not in kinds and policy is None and is_classifier(recipe.model):
+                own = recipe.model
+            if own is not None:
+                reward_model = RewardModel.load(own, device, scoring.text)
+        if policy is None and (Policy in kinds or reward_model is None):
+            policy = Policy.load(recipe.model, device)
+        text = scoring.text if scoring is not None else None
+        if reward_model is not None and text is not None:
+            reward_model.text = text  # a release is trained further as the recipe says
+        return cls(policy, reward_model, text=text)
+
+    def get(self, model_kind: type[M]) -> M | None:
+        """The model of a kind, if there is one yet."""
+        return next((model for model in self._made if isinstance(model, model_kind)), None)
+
+    def of(self, model_kind: type[M]) -> M:
+        """The model of a kind.
+
+        Raises:
+            DPAlignError: there is none, and none can be made.
+        """
+        found = self.get(model_kind)
+        if found is not None:
+            return found
+        policy = self.get(Policy)
+        if policy is None or model_kind is not RewardModel:
+            raise DPAlignError(f"the recipe loads no {model_kind.__name__}: name a model in its section model.")
+        self._made.append(RewardModel.from_policy(policy, self._text))
+        return self.of(model_kind)
+
+    def reader(self, model_kind: type[AdapterStack]) -> AdapterStack:
+        """The model that a kind is, or will be made of: the same tokenizer and body."""
+        return self.get(model_kind) or self.of(Policy)
+
+
+def check_inputs(plan: Plan, models: Models, records: Records, public: Mapping[str, tuple[list[Record], str]]) -> None:
+    """Refuses lengths and records that a stage cannot use, before the first draw."""
+    for name, stage in plan.stages.items():
+        model, source = models.reader(stage.kind.model_kind), plan.recipe.data_of(name)
+        check_lengths(name, stage.kind.longest(stage.config), model.model.config)
+        check = partial(stage.kind.check, stage.config, model.tokenizer)
+        check_records(records[name], source.path or source.name, stage.kind.columns, check)
+        if name in public:
+            check_records(*public[name], stage.kind.columns, check)
+
+
+def check_lengths(name: str, needed: int, model_config: Any) -> None:
+    """Refuses lengths that the model cannot hold: otherwise the one long record that is drawn would tell.
+
+    Raises:
+        DPAlignError: too long, or positions whose scaling depends on the longest row of a batch.
+    """
+    model = model_config.get_text_config()
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is not None and needed > limit:
+        raise DPAlignError(
+            f"stage {name} needs {needed} positions and the model has {limit}: lower the stage's lengths."
+        )
+    scaling = getattr(model, "rope_parameters", None) or {}
+    if scaling.get("rope_type") in ("dynamic", "longrope") and needed > scaling.get(
+        "original_max_position_embeddings", limit or needed
+    ):
+        raise DPAlignError("the model scales positions by the longest row of a batch: lower the stage's lengths.")
+
+
+# The stages ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A plan that is being carried out."""
+
+    plan: Plan
+    workspace: Workspace
+    data: Mapping[str, UnitDataset]
+    models: Models
+    public: Mapping[str, tuple[list[Record], str]]
+    reporter: Reporter
+    reward_function: RewardFunction | None = None
+    rewards: list[tuple[RewardConfig, Reward]] = field(default_factory=list)
+    reference: Reward | None = None
+
+    def __post_init__(self) -> None:
+        self.results = Results(self.statement())
+
+    def statement(self) -> PrivacyStatement:
+        """What has been spent so far."""
+        plan, workspace = self.plan, self.workspace
+        earlier = past_stages(plan.origins)
+        return state_privacy(
+            workspace.identity, workspace.ledger, plan.delta, earlier, list(plan.assumptions), plan.demo
+        )
+
+    def load_rewards(self) -> None:
+        """All that no stage of the run has to train first, so that what is wrong with one is said before a draw."""
+        for stage in self.plan.stages.values():
+            for entering in stage.kind.entering(stage.config).values():
+                if isinstance(entering, RewardConfig) and (self.reward_function or entering.source != RELEASED):
+                    self.reward(entering)
+        if self.plan.recipe.reference_reward is not None:
+            self.reference = load_reward(self.plan.recipe.reference_reward, self.models.of(Policy).device)
+
+    def reward(self, config: RewardConfig) -> Reward:
+        """The reward that a section describes, loaded once."""
+        for known, reward in self.rewards:
+            if known == config:
+                return reward
+        trained = None
+        if config.source == RELEASED and self.reward_function is None:
+            trained = (self.models.of(RewardModel), normalization_of(self.workspace.folder / "reward_model"))
+        reward = load_reward(config, self.models.of(Policy).device, self.reward_function, trained)
+        self.rewards.append((config, reward))
+        return reward
+
+    def stage(self, stage: PlannedStage) -> None:
+        """Trains or measures; leaves a release of a reward model, and what public pairs say of the stage."""
+        model = self.models.of(stage.kind.model_kind)
+        entering = stage.kind.entering(stage.config)
+        rewards = {name: self.reward(c) for name, c in entering.items() if isinstance(c, RewardConfig)}
+        if stage.is_measurement:
+            self.measure(stage, rewards["reward"])
+            return
+        algorithm = stage.kind(stage.config, **rewards)
+        self.train(stage, algorithm, model)
+        if isinstance(model, RewardModel):
+            self.release_reward_model(stage, model, algorithm.config.seed)
+        if isinstance(algorithm, PairAlgorithm) and stage.name in self.public:
+            pairs, _ = self.public[stage.name]
+            self.results.pairs[stage.name] = agreement_on(algorithm.differences(model, pairs), pairs)
+
+    def train(self, planned: PlannedStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack) -> None:
+        """One private stage, from its newest checkpoint if there is one."""
+        name, workspace, reporter = planned.name, self.workspace, self.reporter
+        stage = Stage(
+            model,
+            algorithm,
+            self.data[name],
+            folder=workspace.private / name,
+            run=workspace.identity,
+            ledger=workspace.ledger,
+            plan=planned.plan,
+            beside=still_beside(planned, self.plan, workspace),
+            rests_on_private=self.rests_on_private(),
+            log=workspace.folder / "metrics.jsonl",
+            report=reporter.step,
+            tell=reporter.note,
+        )
+        if stage.is_finished:
+            stage.load_final()
+            reporter.note(f"stage {name} is already done.")
+            return
+        reporter.start(name, stage.plan, planned.units.count, planned.units.unit, stage.private)
+        with reporter.tracking(self.plan.recipe.report_to, workspace.folder / "logs", name):
+            stage.train()
+
+    def rests_on_private(self) -> bool:
+        """Whether everything that the models have learned so far has a guarantee."""
+        drawn = self.workspace.ledger.intents(run=self.workspace.identity)
+        return all(s.private for s in self.plan.before) and all(intent.private for intent in drawn)
+
+    def measure(self, stage: PlannedStage, reward: Reward) -> None:
+        """One noisy release on held-out units."""
+        workspace = self.workspace
+        with self.reporter.status("measuring on held-out private units"):
+            self.results.measurements[stage.name] = measure_privately(
+                self.models.of(Policy),
+                self.data[stage.name],
+                stage.plan,
+                reward,
+                stage.kind.sampling(stage.config),
+                folder=workspace.private / stage.name,
+                run=workspace.identity,
+                ledger=workspace.ledger,
+                tell=self.reporter.note,
+            )
+
+    # The end -------------------------------------------------------------------------------------------------------
+
+    def finish(self, started: float) -> Results:
+        """Writes the release and the summary, measured on public prompts."""
+        plan, folder, results = self.plan, self.workspace.folder, self.results
+        results.statement = statement = self.statement()
+        trained = [stage.kind.model_kind for stage in plan.stages.values() if not stage.is_measurement]
+        if RewardModel in trained:
+            results.release = results.reward_model_release = folder / "reward_model"
+        if Policy in trained:
+            policy = self.models.of(Policy)
+            title = f"{folder.name}, {'aligned privately' if statement.private else 'aligned WITHOUT privacy'}"
+            results.release = folder / "release"
+            with self.reporter.status("writing the release"):
+                write_release(results.release, policy, statement, self.base_of(policy, plan.recipe.model), title)
+        self.measure_on_public_prompts()
+        resources = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
+        write_json(self.workspace.private / "resources.json", resources)
+        if plan.is_all_demo:
+            results.resources = resources  # of private data, time and memory would tell how long the longest record is
+        write_json(folder / "summary.json", results.to_json())
+        return results
+
+    def release_reward_model(self, stage: PlannedStage, model: RewardModel, seed: int) -> None:
+        """Written once, when its stage ends, with its scale on text that the SFT model writes itself."""
+        folder = self.workspace.folder / "reward_model"
+        if (folder / "privacy.json").exists():
+            return
+        own = stage.kind.entering(stage.config).get("model")
+        with self.reporter.status("writing the reward model"):
+            write_reward_model(
+                folder,
+                model,
+                self.statement(),
+                self.base_of(model, own or self.plan.recipe.model),
+                f"{self.workspace.folder.name}, reward model",
+                self.normalization(model, seed),
+            )
+
+    def normalization(self, model: RewardModel, seed: int) -> Normalization:
+        """1 where no policy is at hand."""
+        policy, rollouts = self.models.get(Policy), self.plan.recipe.rollouts
+        if policy is None:
+            return Normalization()
+        return normalize(
+            model,
+            policy,
+            rows=NORMALIZATION_ROWS,
+            seed=seed,
+            prompt_tokens=rollouts.prompt_tokens if rollouts else 8,
+            max_new_tokens=rollouts.max_completion_length if rollouts else model.text.max_length // 2,
+            text=rollouts.reward.text if rollouts else None,
+        )
+
+    def base_of(self, model: AdapterStack, config: ModelConfig) -> str:
+        """The model that a release's adapter is for."""
+        if "earlier" in model.adapters:
+            return str(model.model.peft_config["earlier"].base_model_name_or_path)
+        return embedded.resolve(config.name_or_path)
+
+    def measure_on_public_prompts(self) -> None:
+        """The base model, and the policy after each stage; texts to read in completions.json."""
+        recipe, found = self.plan.recipe, self.sampled_public_prompts()
+        if found is None:
+            return
+        config, reward, records = found
+        policy = self.models.of(Policy)
+        prompts = public_prompts(policy, records, config, recipe.eval_prompts)
+        with self.reporter.status("measuring on the public prompts"):
+            measured = evaluate_stages(
+                policy, prompts, reward, config, seed=recipe.eval_seed, reference_reward=self.reference
+            )
+        texts = [
+            {"prompt": prompt, **{stage: measured[stage][1][i][1] for stage in measured}}
+            for i, (prompt, _) in enumerate(measured["pretrained"][1][:SAMPLES])
+        ]
+        write_json(self.workspace.folder / "completions.json", texts)
+        self.show({stage: evaluation for stage, (evaluation, _) in measured.items()})
+
+    def sampled_public_prompts(self) -> tuple[RolloutConfig, Reward, list[Record]] | None:
+        """Those of the stage that samples, with its settings and its reward."""
+        for name, stage in self.plan.stages.items():
+            if isinstance(stage.config, RolloutConfig) and name in self.public:
+                return stage.config, self.reward(stage.config.reward), self.public[name][0]
+        return None
+
+    def show(self, rows: dict[str, Evaluation]) -> None:
+        """What the guarantee covers goes into the summary; of private data, the rest stays in private/."""
+        given, results = self.plan.recipe.reference_reward, self.results
+        results.evaluation = rows
+        if given is None:
+            return
+        outside = is_outside_the_guarantee(given.source, given.is_public)
+        written = {"outside_the_guarantee": outside, "evaluation": {name: row.as_dict() for name, row in rows.items()}}
+        write_json(self.workspace.private / "reference_evaluation.json", written)
+        if not outside:
+            return
+        if self.plan.is_all_demo:
+            results.outside_the_guarantee = ["reference_reward"]
+            return
+        self.reporter.note(
+            "the reference reward's numbers are outside the guarantee: private/reference_evaluation.json"
+        )
+        results.evaluation = {name: row.without_reference() for name, row in rows.items()}
+
+
+def still_beside(planned: PlannedStage, plan: Plan, workspace: Workspace) -> tuple[tuple[SampledGaussian, ...], ...]:
+    """What a stage's units meet elsewhere: what other stages have drawn, and what they are still to draw."""
+    if not any(planned.plan.beside):
+        return ((),)  # parts of their own, and nothing spent on them before
+    others = [sp for s in plan.before for sp in s.spendings()]
+    for name, stage in plan.stages.items():
+        if name == planned.name:
+            continue
+        drawn = workspace.ledger.spendings(run=workspace.identity, dataset=stage.part.dataset, stage=name)
+        left = stage.plan.steps - sum(s.mechanism.steps for s in drawn)
+        others += drawn
+        if left > 0 and not any((workspace.private / name / "final").glob("step-*")):
+            others.append(stage.at(replace(stage.plan, steps=left)))
+    return beside(planned, others)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024**2 if sys.platform == "darwin" else 1024), 1)
+
+
+def _quiet_libraries() -> None:
+    # Their warnings may quote lengths or texts of records.
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore")

@@ -1,0 +1,112 @@
+"""The folder of a run: its lock, its name in the ledger, and what its models were made of when it began."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .errors import DPAlignError
+from .files import private_folder, write_json
+from .plan import Past
+from .privacy.ledger import Intent, Ledger
+from .privacy.statement import state_privacy
+from .provenance import Origin, check_provenance
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a run holds while it goes on. folder: public by construction but for `private`, which has mode 0700."""
+
+    folder: Path
+    ledger: Ledger
+    identity: str
+
+    @property
+    def private(self) -> Path:
+        return self.folder / "private"
+
+    @staticmethod
+    @contextmanager
+    def open(recipe: Recipe) -> Iterator[Workspace]:
+        """The folder of a recipe, made if there is none, for this process alone.
+
+        Raises:
+            DPAlignError: another process runs in it, or it was begun with another ledger.
+        """
+        folder = Path(recipe.output_dir)
+        if recipe.ledger == ":memory:":
+            raise DPAlignError("a ledger in memory forgets what was spent: give --ledger a file.")
+        with _locked(private_folder(folder / "private")), closing(Ledger(recipe.ledger)) as ledger:
+            yield Workspace(folder, ledger, _identity(folder, ledger))
+
+    def origins(self, recipe: Recipe) -> dict[str, Origin]:
+        """Of the recipe's models and rewards, and of those that the run used before the recipe dropped them.
+
+        Raises:
+            DPAlignError: a model of unknown past, or another one than when the run began.
+        """
+        return same_origins(self.private, check_provenance(recipe), self.ledger.intents(run=self.identity))
+
+    def past(self, recipe: Recipe, origins: Mapping[str, Origin], delta: float) -> Past:
+        """These, and what the run has drawn in stages that the recipe no longer has."""
+        stated = state_privacy(self.identity, self.ledger, delta, [], [], set()).stages
+        return Past(origins, tuple(s for s in stated if s.stage not in recipe.stages))
+
+    def remember(self, origins: Mapping[str, Origin]) -> None:
+        """From here on the run rests on them."""
+        value = json.loads((self.private / "run.json").read_text(encoding="utf-8"))
+        value["origins"] = {entry: asdict(origin) for entry, origin in sorted(origins.items())}
+        write_json(self.private / "run.json", value)
+
+
+def _identity(folder: Path, ledger: Ledger) -> str:
+    """The run's name in the ledger: readable, and new whenever the folder is made anew."""
+    file = folder / "private" / "run.json"
+    if not file.exists():
+        write_json(file, {"run": f"{folder.name}-{secrets.token_hex(4)}", "ledger": ledger.identity})
+    value = json.loads(file.read_text(encoding="utf-8"))
+    if value["ledger"] != ledger.identity:
+        raise DPAlignError(
+            f"{folder} was begun with another ledger than {ledger.path}: give that one with --ledger, or choose "
+            "another output folder."
+        )
+    return str(value["run"])
+
+
+def same_origins(private: Path, origins: Mapping[str, Origin], drawn: list[Intent]) -> dict[str, Origin]:
+    """The recipe's models, and those that the run used before the recipe dropped them: both stay in its statement.
+
+    Raises:
+        DPAlignError: a model is another one than when the run began.
+    """
+    value = json.loads((private / "run.json").read_text(encoding="utf-8"))
+    if not drawn and not any(private.glob("*/step-*")):  # nothing rests on any of them yet
+        return dict(origins)
+    known = {name: Origin.from_json(origin) for name, origin in value.get("origins", {}).items()}
+    for entry, origin in origins.items():
+        if entry in known and origin.fingerprint != known[entry].fingerprint:
+            old, new = known[entry].name, origin.name
+            what = f"{entry} was {old!r} and is now {new!r}" if old != new else f"{entry} {old!r} itself has changed"
+            raise DPAlignError(
+                f"the models of the run in {private.parent} have changed since it began ({what}): its statement would "
+                "miss what the old one was made of; restore it, or start a run under another output folder."
+            )
+    return known | dict(origins)
+
+
+@contextmanager
+def _locked(private: Path) -> Iterator[None]:
+    with open(private / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DPAlignError(
+                f"another process is running in {private.parent}: wait for it, or choose another folder."
+            ) from None
+        yield
