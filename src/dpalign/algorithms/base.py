@@ -255,9 +255,14 @@ class Rows:
 
     def of(self, units: list[int]) -> Rows:
         """The rows of `units`, counted anew in that order; a unit that is named twice has its rows twice."""
-        places = [(self.unit == unit).nonzero().squeeze(1) for unit in units]
-        rows = torch.cat([*places, self.unit[:0]])
-        unit = torch.cat([*(torch.full_like(p, i) for i, p in enumerate(places)), self.unit[:0]])
+        device = self.unit.device
+        wanted = torch.tensor(units, dtype=torch.int64, device=device)
+        counts = torch.bincount(self.unit, minlength=max(units, default=0) + 1)  # rows of each unit
+        order, firsts = self.unit.argsort(stable=True), counts.cumsum(0) - counts
+        lengths = counts[wanted]
+        unit = torch.arange(len(units), device=device).repeat_interleave(lengths)
+        place = torch.arange(len(unit), device=device) - (lengths.cumsum(0) - lengths)[unit]  # among its unit's rows
+        rows = order[firsts[wanted][unit] + place]
         return Rows(unit, {name: tensor[rows] for name, tensor in self.tensors.items()})
 
 

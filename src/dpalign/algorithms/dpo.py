@@ -164,7 +164,7 @@ def answer_logprobs(policy: Policy, rows: Rows) -> Tensor:
     """`(rows,)` log-probability of each answer given its prompt: the sum over its tokens, in nats."""
     ids, attention, answer = (rows.tensors[name] for name in ("ids", "attention", "answer"))
     logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)
-    nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    nll = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
     return -(nll * answer[:, 1:]).sum(1)
 
 

@@ -108,6 +108,7 @@ class SFT(Algorithm[SFTConfig, Policy, Example]):
         ids, attention, learned = (rows.tensors[name] for name in ("ids", "attention", "learned"))
         # The first token has no prediction, and the last one predicts nothing.
         logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)
-        nll = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * learned[:, 1:]
+        nll = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
+        nll = nll * learned[:, 1:]
         loss = nll.sum(1) / learned[:, 1:].sum(1).clamp(min=1)  # the mean stays inside the record
         return loss, loss.detach().unsqueeze(1)

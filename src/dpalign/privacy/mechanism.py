@@ -101,8 +101,9 @@ class GaussianMechanism:
         squares = torch.stack([g.flatten(1).square().sum(1) for g in wide]).sum(0)  # (units,)
         factors = self.clip_factors(squares.sqrt())
         keep = factors > 0
+        every = bool(keep.all())
         for g, total in zip(wide, self._sums, strict=True):
-            finite = torch.where(keep.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g)) if not keep.all() else g
+            finite = g if every else torch.where(keep.view(-1, *[1] * (g.dim() - 1)), g, torch.zeros_like(g))
             total += torch.tensordot(factors, finite, dims=1)
         if metrics is not None:
             self.add_metrics(metrics)
