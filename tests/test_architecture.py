@@ -87,3 +87,37 @@ def test_no_function_is_longer_than_a_page():
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
     ]
     assert not long
+
+
+NAMES = {"sft", "reward_model", "dpo", "ppo", "rloo", "measurement"}
+# Where a stage may be called by its name: the list, the recipe's fields, and each stage's own file.
+OWN = {"stages.py", "recipe.py", "evaluation/private.py"}
+# Not the stage: the folder of a released reward model, the source of a reward, and the field of an old sweep's line.
+ALSO = {("release.py", "reward_model"), ("rewards/load.py", "reward_model"), ("sweep.py", "reward_model")}
+
+
+def named_stages(file: Path, source: Path) -> list[str]:
+    """Literals that are a stage's name, and `recipe.NAME`, outside the places where they belong."""
+    place = str(file.relative_to(source))
+    if place in OWN or place.startswith("algorithms/"):
+        return []
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and node.value in NAMES and (place, node.value) not in ALSO:
+            found.append(f"{place}: {node.value!r}")
+        elif isinstance(node, ast.Attribute) and node.attr in NAMES and ast.unparse(node.value).endswith("recipe"):
+            found.append(f"{place}: {ast.unparse(node)}")
+    return found
+
+
+def test_no_stage_is_known_by_its_name():
+    from dpalign.stages import STAGES
+
+    assert set(STAGES) == NAMES
+    assert not [name for file in SOURCE.rglob("*.py") for name in named_stages(file, SOURCE)]
+
+
+def test_a_stage_named_elsewhere_is_seen(tmp_path):
+    bad = tmp_path / "run.py"
+    bad.write_text('if stage == "rloo":\n    x = recipe.ppo\ny = config.reward_model\nz = "sft and ppo"\n')
+    assert named_stages(bad, tmp_path) == ["run.py: 'rloo'", "run.py: recipe.ppo"]

@@ -12,6 +12,8 @@ from .models import Normalization, Policy, RewardModel
 from .privacy.statement import PrivacyStatement
 from .reporting.numbers import all_runs, at_most
 
+RELEASE, REWARD_MODEL = "release", "reward_model"  # folders of a run that are for sharing
+
 CARD = """\
 ---
 library_name: peft

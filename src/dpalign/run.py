@@ -33,7 +33,7 @@ from .privacy.statement import PrivacyStatement, state_privacy
 from .provenance import past_stages
 from .recipe import Recipe
 from .records import Records, read_public, read_stage_records, stage_units, units_of
-from .release import write_release, write_reward_model
+from .release import RELEASE, REWARD_MODEL, write_release, write_reward_model
 from .reporting.progress import Reporter
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
@@ -220,7 +220,7 @@ class Run:
                 return reward
         trained = None
         if config.source == RELEASED and self.reward_function is None:
-            trained = (self.models.of(RewardModel), normalization_of(self.workspace.folder / "reward_model"))
+            trained = (self.models.of(RewardModel), normalization_of(self.workspace.folder / REWARD_MODEL))
         reward = load_reward(config, self.models.of(Policy).device, self.reward_function, trained)
         self.rewards.append((config, reward))
         return reward
@@ -295,11 +295,11 @@ class Run:
         results.statement = statement = self.statement()
         trained = [stage.kind.model_kind for stage in plan.stages.values() if not stage.is_measurement]
         if RewardModel in trained:
-            results.release = results.reward_model_release = folder / "reward_model"
+            results.release = results.reward_model_release = folder / REWARD_MODEL
         if Policy in trained:
             policy = self.models.of(Policy)
             title = f"{folder.name}, {'aligned privately' if statement.private else 'aligned WITHOUT privacy'}"
-            results.release = folder / "release"
+            results.release = folder / RELEASE
             with self.reporter.status("writing the release"):
                 write_release(results.release, policy, statement, self.base_of(policy, plan.recipe.model), title)
         self.measure_on_public_prompts()
@@ -312,7 +312,7 @@ class Run:
 
     def release_reward_model(self, stage: PlannedStage, model: RewardModel, seed: int) -> None:
         """Written once, when its stage ends, with its scale on text that the SFT model writes itself."""
-        folder = self.workspace.folder / "reward_model"
+        folder = self.workspace.folder / REWARD_MODEL
         if (folder / "privacy.json").exists():
             return
         own = stage.kind.entering(stage.config).get("model")

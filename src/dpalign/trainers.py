@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +11,22 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .algorithms import DPOConfig, RewardModelConfig, SFTConfig
+from .algorithms import DPO, PPO, RLOO, SFT, Algorithm, DPOConfig, RewardModelConfig, RewardModelling, SFTConfig
 from .algorithms.pairs import PairAlgorithm
 from .data.load import DataConfig, Record
 from .errors import DPAlignError
 from .models import AdapterConfig, ModelConfig, Policy, RewardModel
+from .privacy.statement import read_statement
 from .recipe import Recipe
+from .release import RELEASE, REWARD_MODEL
 from .reporting.progress import Reporter
 from .run import run_recipe
-from .stages import kind
 
 
 class _DPTrainer:
     """What the trainers share: one private stage on in-memory records, with its run folder and ledger."""
 
-    stage: str
+    algorithm: type[Algorithm[Any, Any, Any]]
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class _DPTrainer:
         report_to: str = "none",
         quiet: bool = False,
     ) -> None:
-        if eval_dataset is not None and not (eval_is_public and issubclass(kind(self.stage), PairAlgorithm)):
+        if eval_dataset is not None and not (eval_is_public and issubclass(self.algorithm, PairAlgorithm)):
             raise DPAlignError(
                 "eval_dataset would be measured without noise: declare it public with eval_is_public=True (pairs), or "
                 "evaluate the release on public prompts with `dpalign evaluate --eval_is_public`."
@@ -68,7 +68,7 @@ class _DPTrainer:
                 self._reward_model = RewardModel(model, processing_class)
             else:
                 self._policy = Policy(model, processing_class)
-        stages: dict[str, Any] = {self.stage: args}
+        stages: dict[str, Any] = {self.algorithm.name: args}
         self._recipe = Recipe(
             output_dir=output_dir,
             model=ModelConfig(name_or_path=name, is_public=model_is_public),
@@ -100,8 +100,8 @@ class _DPTrainer:
         results = run_recipe(
             self._recipe,
             reporter=self._reporter,
-            records={self.stage: self._records},
-            public={} if self._eval_records is None else {self.stage: self._eval_records},
+            records={self.algorithm.name: self._records},
+            public={} if self._eval_records is None else {self.algorithm.name: self._eval_records},
             policy=self._policy,
             reward_model=self._reward_model,
             reward_function=self._reward_function,
@@ -114,8 +114,8 @@ class _DPTrainer:
         shutil.copytree(self._release(), output_dir, dirs_exist_ok=True)
 
     def _release(self) -> Path:
-        trains = kind(self.stage).model_kind
-        release = Path(self._recipe.output_dir) / ("reward_model" if trains is RewardModel else "release")
+        trains = self.algorithm.model_kind
+        release = Path(self._recipe.output_dir) / (REWARD_MODEL if trains is RewardModel else RELEASE)
         if not (release / "privacy.json").is_file():
             raise DPAlignError("there is no release yet: call train() first.")
         return release
@@ -123,8 +123,8 @@ class _DPTrainer:
     @property
     def privacy(self) -> dict[str, Any]:
         """The release's privacy statement."""
-        value: dict[str, Any] = json.loads((self._release() / "privacy.json").read_text(encoding="utf-8"))
-        return value
+        stated = read_statement(self._release())
+        return {} if stated is None else stated[0]
 
 
 class DPSFTTrainer(_DPTrainer):
@@ -139,7 +139,7 @@ class DPSFTTrainer(_DPTrainer):
         unit: column that names the privacy unit.
     """
 
-    stage = "sft"
+    algorithm = SFT
 
     def __init__(self, model: str | PreTrainedModel, args: SFTConfig, train_dataset: Any, *rest: Any, **options: Any):
         super().__init__(model, args, train_dataset, *rest, **options)
@@ -156,7 +156,7 @@ class DPRewardTrainer(_DPTrainer):
         unit: column that names whom to protect (a judge, say); without one, each pair is a unit.
     """
 
-    stage = "reward_model"
+    algorithm = RewardModelling
 
     def __init__(
         self, model: str | PreTrainedModel, args: RewardModelConfig, train_dataset: Any, *rest: Any, **options: Any
@@ -174,7 +174,7 @@ class DPDPOTrainer(_DPTrainer):
         unit: column that names whom to protect (a judge, say); without one, each pair is a unit.
     """
 
-    stage = "dpo"
+    algorithm = DPO
 
     def __init__(self, model: str | PreTrainedModel, args: DPOConfig, train_dataset: Any, *rest: Any, **options: Any):
         super().__init__(model, args, train_dataset, *rest, **options)
@@ -207,13 +207,13 @@ class DPPPOTrainer(_RolloutTrainer):
             itself; its range is `args.reward.low` to `args.reward.high`. Without one, `args.reward`.
     """
 
-    stage = "ppo"
+    algorithm = PPO
 
 
 class DPRLOOTrainer(_RolloutTrainer):
     """Private RLOO. Arguments as for `DPPPOTrainer`, with `args` an `RLOOConfig`."""
 
-    stage = "rloo"
+    algorithm = RLOO
 
 
 def adapter_from(config: LoraConfig) -> AdapterConfig:

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from dpalign.algorithms import (
+    DPO,
     PPO,
     RLOO,
     SFT,
     Algorithm,
+    DPOConfig,
     PPOConfig,
     RewardModelConfig,
     RewardModelling,
@@ -234,6 +236,10 @@ def shared_score(prompts: list[str], completions: list[str], score: list) -> lis
 
 def reward(algorithm: type[RewardModelling] = RewardModelling, **changes) -> RewardModelling:
     return algorithm(RewardModelConfig(**SMALL | {"expected_batch_size": 8, "max_length": 24} | changes))
+
+
+def dpo(algorithm: type[DPO] = DPO, **changes) -> DPO:
+    return algorithm(DPOConfig(**SMALL | {"expected_batch_size": 8, "max_length": 24, "beta": 0.5} | changes))
 
 
 def texts(count: int = 8) -> list[list[Record]]:

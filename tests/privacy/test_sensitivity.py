@@ -13,6 +13,7 @@ from harness import (
     HUGE_SCORE,
     LONG_TEXT,
     TOLERANCE,
+    dpo,
     everyone,
     moved,
     neighbours,
@@ -28,7 +29,7 @@ from harness import (
 )
 from torch import Tensor
 
-from dpalign.algorithms import PPO, RLOO, SFT, Algorithm, RewardModelling
+from dpalign.algorithms import DPO, PPO, RLOO, SFT, Algorithm, RewardModelling
 from dpalign.algorithms.base import Rows, unit_means
 from dpalign.algorithms.rollouts import rollouts_of
 from dpalign.data import DataConfig, build_units
@@ -90,6 +91,16 @@ class FilledUpBaseline(RLOO):
 
     def row_losses(self, policy, rows):
         return super().row_losses(policy, replace(rows, unit=torch.zeros_like(rows.unit)))
+
+
+class ReferenceOfTheBatch(DPO):
+    """Log-ratios are centred over the batch (the KL point of KTO, say), not taken as they are."""
+
+    def row_losses(self, policy, rows):
+        reference = rows.tensors["reference"]
+        centre = (reference[0::2] - reference[1::2]).mean() / 2
+        moved = reference - centre * torch.tensor([1.0, -1.0]).repeat(len(reference) // 2)
+        return super().row_losses(policy, Rows(rows.unit, rows.tensors | {"reference": moved}))
 
 
 class CentredMargins(RewardModelling):
@@ -225,6 +236,9 @@ INFINITE_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(9, 2),
         (partial(ppo, max_steps=3, noised_baseline=True, adaptive_kl_target=1.0), PPO_CASE, {}),
         (rloo, PPO_CASE, {}),
         (partial(rloo, num_generations=3, max_steps=2, clipping="automatic"), PPO_CASE, {"sampler": own_coins}),
+        (dpo, PAIR_CASE, {}),
+        (partial(dpo, loss="square", clipping="automatic"), LONG_PAIR_CASE, {}),
+        (partial(dpo, label_smoothing=0.1, max_steps=2, gradient_checkpointing=True), PAIR_CASE, {"sampler": own_coins}),
         (reward, PAIR_CASE, {}),
         (reward, LONG_PAIR_CASE, {}),
         (reward, INFINITE_CASE, {}),
@@ -255,6 +269,7 @@ def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settin
         (ppo, PPO_CASE, {"mechanism": ValueHeadUnclipped}),
         (partial(ppo, num_mini_batches=2), PPO_CASE, {"sampler": cut_by_position}),
         (partial(rloo, BatchBaseline, micro_batch_size=20), PPO_CASE, {}),
+        (partial(dpo, ReferenceOfTheBatch, max_grad_norm=20.0, micro_batch_size=20), PAIR_CASE, {}),
         (partial(reward, CentredMargins, micro_batch_size=20), PAIR_CASE, {}),
         (partial(rloo, FilledUpBaseline, max_grad_norm=90.0, micro_batch_size=8), GOOD_CASE, {}),
         (reward, PAIR_CASE, {"mechanism": ClipEachTensor}),
@@ -286,6 +301,7 @@ OTHER_PAIR = [{"id": "x", "chosen": "w60 w61", "rejected": "w62 w63 w64", "prefe
         (partial(ppo, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(ppo, num_ppo_epochs=2), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(rloo, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(dpo, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, micro_batch_size=20, ties="skip"), pairs(), (HUGE_PAIR, OTHER_PAIR)),
     ],
@@ -302,6 +318,7 @@ def test_a_batch_mate_changes_nobody_else(algorithm, units, mates):
         (partial(ppo, WhitenedAdvantages, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(ppo, WhitenedRewards), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(rloo, BatchBaseline, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(dpo, ReferenceOfTheBatch, max_grad_norm=20.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, CentredMargins, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, ScaledByMeanScore, max_grad_norm=9.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (
@@ -429,6 +446,7 @@ def test_the_divisor_is_the_expected_batch_size():
 @pytest.mark.parametrize(
     ("algorithm", "units", "outlier"),
     [
+        (dpo, *PAIR_CASE),
         (reward, *PAIR_CASE),
         (reward, *LONG_PAIR_CASE),
         (partial(reward, clipping="automatic"), *PAIR_CASE),

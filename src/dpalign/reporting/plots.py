@@ -30,17 +30,19 @@ def read_metrics(path: Path, stage: str) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def plot_noised_reward(runs: dict[str, Path], target: Path, *, half_range: float, count: int, divisor: float) -> None:
+def plot_noised_reward(
+    runs: dict[str, Path], target: Path, *, stage: str, half_range: float, count: int, divisor: float
+) -> None:
     """The noised mean reward of each step, with the standard deviation of its noise as a band.
 
     Args:
-        runs: label and metrics.jsonl of each run.
+        runs: label and metrics.jsonl of each run. stage: the one that samples.
         half_range: half the declared range of the reward; count: number of metrics in the block;
         divisor: expected batch size. The noise on the metric is half_range sqrt(count) sigma_m / divisor.
     """
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for label, path in runs.items():
-        rows = read_metrics(path, "ppo")
+        rows = read_metrics(path, stage)
         if not rows:
             continue
         steps = [row["step"] for row in rows]
@@ -50,7 +52,7 @@ def plot_noised_reward(runs: dict[str, Path], target: Path, *, half_range: float
         low = [v - n for v, n in zip(values, noise, strict=True)]
         high = [v + n for v, n in zip(values, noise, strict=True)]
         axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="PPO update", ylabel="noised mean reward (band: one standard deviation of its noise)")
+    axes.set(xlabel=f"update of stage {stage}", ylabel="noised mean reward (band: one standard deviation of its noise)")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)

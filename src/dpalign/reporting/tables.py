@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..results import Results
 from .numbers import all_runs, at_most
 
 OUTSIDE = "outside the guarantee"
@@ -41,34 +42,34 @@ FULL = {
 WITH_INTERVAL = ("reward", "reference_reward", "rouge1", "rouge2", "rougeL")  # the brief table shows no others
 
 
-def print_summary(summary: dict[str, Any]) -> None:
-    """The end of a run: the guarantee, where the release is, and the public evaluation if there was one."""
+def print_results(results: Results) -> None:
+    """The end of a run: the guarantee, where the release is, and what was measured."""
     console = Console(highlight=False)
+    summary = results.to_json()
     console.print(guarantee(summary), markup=False)
-    for entry in summary["ledger"]:
+    for entry in results.statement.ledger:
         if entry["runs"] > 1:
             console.print(
                 f"all {entry['runs']} runs on {entry['dataset']!r} together: {all_runs(entry)} "
                 "(dpalign ledger shows them).",
                 markup=False,
             )
-    if "evaluation" in summary:
-        console.print(evaluation_table(summary["evaluation"], outside=summary.get("outside_the_guarantee", ())))
-    if "reward_model" in summary:
-        model = summary["reward_model"]
+    if results.evaluation:
+        console.print(evaluation_table(summary["evaluation"], outside=results.outside_the_guarantee))
+    for stage, pairs in results.pairs.items():
         console.print(
-            f"reward model on {model['pairs']:,} public pairs: accuracy {model['accuracy']:.3f} "
-            f"± {model['accuracy_ci95']:.3f}, "
-            f"calibration error {model['calibration_error']:.3f}, margin {model['margin']:.2f}."
+            f"{stage} on {pairs.pairs:,} public pairs: accuracy {pairs.accuracy:.3f} ± {pairs.accuracy_ci95:.3f}, "
+            f"calibration error {pairs.calibration_error:.3f}, margin {pairs.margin:.2f}."
         )
-    if summary.get("measurement"):
-        found = summary["measurement"]
+    for stage, found in results.measurements.items():
+        if found is None:
+            console.print(f"{stage} was lost by an interruption.")
+            continue
         noise = found["noise_standard_deviation"]
         numbers = ", ".join(f"{k.replace('_', ' ')} {found[k]:.3f} (noise {noise[k]:.3f})" for k in noise)
         console.print(f"on held-out private units, noised: {numbers}.")
-    elif "measurement" in summary:
-        console.print("the measurement was lost by an interruption.")
-    console.print(f"release: {summary['release']}", markup=False)
+    if results.release is not None:
+        console.print(f"release: {results.release}", markup=False)
 
 
 def guarantee(summary: dict[str, Any]) -> str:
