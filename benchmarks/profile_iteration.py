@@ -12,7 +12,7 @@ plain        transformers and peft alone: `generate(do_sample=True)`, mean log-l
 
 An iteration is one optimiser step on `--prompts` rows (rloo: half as many prompts, two rollouts each; a micro-batch
 counts prompts there), from the first prompt to the update: no journal, accountant or checkpoint. After a warm-up on one
-micro-batch of at most 16 new tokens, `--repeats` iterations run freely (`iteration_s`), and as many with a
+micro-batch (on a CPU of at most 16 new tokens), `--repeats` iterations run freely (`iteration_s`), and as many with a
 synchronisation at every change of part (`seconds`); both are medians. `floor_s` is what the forward passes that nothing
 can spare take in the same micro-batches: four for ppo and rloo (sample, reference, forward, and the backward pass of a
 frozen base), two for sft.
@@ -328,7 +328,8 @@ def measure(job: Job) -> dict[str, Any]:
     size = job.micro_batch_size
     while True:
         try:
-            few = {"prompts": max(2, min(job.prompts, size)), "completion_tokens": min(job.completion_tokens, 16)}
+            tokens = job.completion_tokens if job.on_gpu else min(job.completion_tokens, 16)
+            few = {"prompts": max(2, min(job.prompts, size)), "completion_tokens": tokens}
             run(replace(job, micro_batch_size=size, repeats=1, **few))  # warm-up
             return line | {"micro_batch_size_used": size} | run(replace(job, micro_batch_size=size))
         except torch.OutOfMemoryError:

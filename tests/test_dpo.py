@@ -75,7 +75,7 @@ def test_the_loss_begins_at_log_2_and_pulls_the_answers_apart():
     rows = algorithm.rows(policy, encode_units(algorithm, policy, [[PAIR | {"margin": 0, "preference": 1}]]), None)
     for step in range(30):
         loss = algorithm.row_losses(policy, rows)[0].mean()
-        assert step > 0 or float(loss) == pytest.approx(math.log(2), rel=1e-5)
+        assert step > 0 or loss.item() == pytest.approx(math.log(2), rel=1e-5)
         loss.backward()
         with torch.no_grad():
             for p in policy.parameters():

@@ -153,7 +153,7 @@ def test_every_recipe_parses_and_says_what_it_is(file):
     assert 2 <= comment <= 4 or file.stem.startswith("quickstart")
     assert all(len(line) <= 120 for line in lines)
     stages = recipe(file.stem).stages
-    assert {"ppo", "rloo"} & set(stages)
+    assert {"dpo", "ppo", "rloo"} & set(stages)
     for config in stages.values():
         config.validate()
 

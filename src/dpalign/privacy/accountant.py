@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING
 
 from ..errors import DPAlignError
@@ -193,9 +193,5 @@ def _single(sampling_rate: float, sigma: float, interval: float) -> PrivacyLossD
 def _epsilon(steps_of: tuple[tuple[tuple[float, float], int], ...], delta: float, interval: float) -> float:
     # Below sigma 0.1 the loss distribution is so wide that a fine grid does not fit in memory.
     interval = max(interval, 1e-5 / min(sigma for (_, sigma), _ in steps_of) ** 2)
-    composed = None
-    for (sampling_rate, sigma), steps in steps_of:
-        part = _single(sampling_rate, sigma, interval).self_compose(steps)
-        composed = part if composed is None else composed.compose(part)
-    assert composed is not None
-    return float(composed.get_epsilon_for_delta(delta))
+    parts = [_single(rate, sigma, interval).self_compose(steps) for (rate, sigma), steps in steps_of]
+    return float(reduce(lambda one, other: one.compose(other), parts).get_epsilon_for_delta(delta))
