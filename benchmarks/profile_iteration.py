@@ -371,7 +371,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--micro_batch_size", type=int, default=PPOConfig.micro_batch_size)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON lines to add to; default: the table only")
+    parser.add_argument("--show", type=Path, help="print the table of such a file, and measure nothing")
     options = vars(parser.parse_args(arguments))
+    shown = options.pop("show")
+    if shown:
+        print_table([json.loads(line) for line in shown.read_text(encoding="utf-8").splitlines()])
+        return
     if options["prompts"] < 2 or options["prompts"] % 2 or options["repeats"] < 1:
         parser.error("--prompts must be a positive even number, and --repeats at least 1.")
     if options["device"].startswith("cuda") and not torch.cuda.is_available():

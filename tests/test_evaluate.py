@@ -181,6 +181,7 @@ def state(folder: Path, private: bool, epsilon: float | str) -> Path:
     """A privacy.json of demo data, which is labelled like any other."""
     folder.mkdir(parents=True, exist_ok=True)
     value = {"private": private, "epsilon": epsilon, "ledger": [{"dataset": "demo", "demo_data": True}]}
+    value |= {"stages": [], "assumptions": []}
     (folder / "privacy.json").write_text(json.dumps(value))
     return folder
 

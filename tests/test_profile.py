@@ -6,6 +6,8 @@ import importlib
 import json
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 COMMAND = (
     "--model tiny --device cpu --prompts 6 --prompt_tokens 4 --completion_tokens 4 --micro_batch_size 2 --repeats 1"
@@ -35,6 +37,13 @@ def test_every_part_is_timed(tmp_path, monkeypatch, capsys):
     assert added[: len(lines)] == lines
     fresh = [(line["algorithm"], line["variant"]) for line in added[len(lines) :]]
     assert fresh == [("rloo", "private"), ("rloo", "nonprivate")]
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.parent.glob("docs/results/profile_*.jsonl")), ids=lambda f: f.stem)
+def test_the_committed_measurements_are_shown(file, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    importlib.import_module("profile_iteration").main(["--show", str(file)])
+    assert "gpt2-medium" in capsys.readouterr().out
 
 
 def test_a_smaller_micro_batch_where_memory_runs_out(monkeypatch):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
-from ..errors import DPAlignError
+from ..privacy.statement import read_statement
 from ..rewards import RewardConfig, is_reward_model
 from ..rewards.load import RELEASED
 
@@ -19,15 +17,12 @@ def stated_epsilon(name_or_path: str) -> float | None:
     Raises:
         DPAlignError: there is a privacy.json, and it is damaged.
     """
-    path = Path(name_or_path) / "privacy.json"
-    if not path.is_file():
+    stated = read_statement(name_or_path)
+    if stated is None:
         return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        private, epsilon = value["private"], float(value["epsilon"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DPAlignError(f"{path} is not a privacy statement: copy the release again.") from None
-    return epsilon if private is True and not math.isnan(epsilon) else math.inf
+    value, _ = stated
+    epsilon = float(value["epsilon"])
+    return epsilon if value["private"] and not math.isnan(epsilon) else math.inf
 
 
 def is_outside_the_guarantee(source: str, is_public: bool) -> bool:

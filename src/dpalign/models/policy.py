@@ -100,13 +100,15 @@ class Policy(AdapterStack):
 
     # Computation -------------------------------------------------------------------------------------
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Logits and last hidden states of the last `keep` positions, in float32 (float64 of a float64 model).
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, keep: int, *, with_hidden: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of the last `keep` positions, and the last hidden states, in float32 (float64 of a float64 model).
 
         Args:
             input_ids, attention_mask: `(rows, length)`; either side may be padded.
         Returns:
-            `(rows, keep, vocabulary)` and `(rows, keep, hidden)`.
+            `(rows, keep, vocabulary)`, and `(rows, keep, hidden)`, or nothing if nobody asks for it.
         """
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self._accepts_positions:
@@ -114,22 +116,27 @@ class Policy(AdapterStack):
         if self._accepts_keep:
             length = input_ids.shape[1]  # as indices: gathered states are contiguous, and the head is one large matmul
             arguments["logits_to_keep"] = torch.arange(length - keep, length, device=input_ids.device)
-        out = self.model(**arguments, output_hidden_states=self.value_head is not None)
+        out = self.model(**arguments, output_hidden_states=with_hidden)
         wide = torch.promote_types(out.logits.dtype, torch.float32)
         logits = out.logits[:, -keep:].to(wide)
-        hidden = out.hidden_states[-1][:, -keep:].to(wide) if self.value_head is not None else logits.new_empty(0)
+        hidden = out.hidden_states[-1][:, -keep:].to(wide) if with_hidden else logits.new_empty(0)
         return logits, hidden
 
-    def completion_logprobs(self, rollouts: Rollouts, min_new_tokens: int = 0) -> tuple[Tensor, Tensor]:
+    def completion_logprobs(
+        self, rollouts: Rollouts, min_new_tokens: int = 0, *, with_values: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability and value of every completion token, under the law that sampled it.
 
         Returns:
             logprobs, values: `(rows, completion)` float32; both are 0 beyond the completion's end. Values
-            are of the state before the token, and 0 without a value head.
+            are of the state before the token, and 0 without a value head or where they are not asked for.
         """
         width = rollouts.completion_mask.shape[1]
         # The logits at position t are for the token at t + 1: the last token is never an input.
-        logits, hidden = self(rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1], width)
+        head = self.value_head if with_values else None
+        logits, hidden = self(
+            rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1], width, with_hidden=head is not None
+        )
         if min_new_tokens and self.tokenizer.eos_token_id is not None:
             with torch.no_grad():  # in place, for a copy is large; at probability 0 the gradient is 0 anyway
                 logits[:, :min_new_tokens, self.tokenizer.eos_token_id] = -torch.inf
@@ -137,9 +144,9 @@ class Policy(AdapterStack):
         chosen = -nn.functional.cross_entropy(logits.flatten(0, 1), rollouts.completion_ids.flatten(), reduction="none")
         inside = rollouts.completion_mask > 0
         logprobs = torch.where(inside, chosen.view_as(inside), 0.0)
-        if self.value_head is None:
+        if head is None:
             return logprobs, torch.zeros_like(logprobs)
-        values = self.value_head(hidden).squeeze(2)
+        values = head(hidden).squeeze(2)
         return logprobs, torch.where(inside, values, 0.0)
 
     @torch.no_grad()

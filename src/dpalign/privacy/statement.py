@@ -103,6 +103,7 @@ def read_statement(folder: str | Path) -> tuple[dict[str, Any], list[StageStatem
                 f"{FORMAT}: upgrade dpalign."
             )
         stages = [StageStatement.from_json(stage) for stage in value["stages"]]
+        float(value["epsilon"])
         if not isinstance(value["private"], bool) or not isinstance(value["assumptions"], list):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
