@@ -60,8 +60,8 @@ def secrets(monkeypatch) -> Secrets:
         self.rows = torch.cat(self.raw)  # (units, metrics)
         for statistic in (self.rows.sum(0), self.rows.mean(0), self.rows.sum(0) / self.divisor, self.rows.std(0)):
             found.numbers.update(statistic.tolist())
-        found.numbers.update(self._metrics_sum.tolist())
-        found.numbers.update(float(total.norm()) for total in self._sums)
+        found.numbers.update((self._metrics_sum * self.metrics_grid).tolist())
+        found.numbers.update(float(total.double().norm()) * self.grid for total in self._sums)
         return release(self)
 
     def watched_bytes(self, count):
@@ -199,7 +199,8 @@ def clip_norms(monkeypatch):
     release = GaussianMechanism.release
 
     def printing(self):
-        print("norm", float(self._sums[0].norm()), *(float(t.norm()) for t in self._sums))
+        norms = [float(t.double().norm()) * self.grid for t in self._sums]
+        print("norm", norms[0], *norms)
         return release(self)
 
     monkeypatch.setattr(GaussianMechanism, "release", printing)

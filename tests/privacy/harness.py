@@ -135,8 +135,8 @@ def run_stage(
             trace.contributions[-1] = torch.cat([trace.contributions[-1], clipped])
 
         def release(self) -> tuple[list[Tensor], dict[str, float] | None]:
-            trace.sums.append(torch.cat([total.flatten() for total in self._sums]))
-            trace.metrics.append(self._metrics_sum.clone())
+            trace.sums.append(torch.cat([total.flatten() for total in self._sums]).double() * (self.grid or 1.0))
+            trace.metrics.append(self._metrics_sum.double() * self.metrics_grid)
             answer, metrics = super().release()
             if answers_are_fixed:
                 torch.manual_seed(len(trace.sums))

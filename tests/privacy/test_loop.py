@@ -41,7 +41,8 @@ class NoisePerMicroBatch(GaussianMechanism):
     def add(self, grads, metrics=None):
         super().add(grads, metrics)
         for total in self._sums:
-            total += self._noise(total.numel(), self.noise_multiplier * self.max_grad_norm).view_as(total)
+            noise = self._noise(total.numel(), self.noise_multiplier * self.max_grad_norm)
+            total += torch.round(noise / self.grid).to(torch.int64).view_as(total)
 
 
 class NoNoiseAfterFirstPass(Stage):

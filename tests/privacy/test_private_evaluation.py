@@ -66,7 +66,7 @@ def measure(
 
     class Recorder(mechanism):  # type: ignore[misc, valid-type]
         def release(self):
-            sums.append(self._metrics_sum.clone())
+            sums.append(self._metrics_sum.double() * self.metrics_grid)
             return super().release()
 
     plan = plan_stage("measurement", MeasurementConfig(noise_multiplier=sigma), data.declared_units)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,19 +32,25 @@ from harness import (
     sft,
     texts,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dpalign.algorithms import DPO, PPO, RLOO, SFT, Algorithm, RewardModelling
 from dpalign.algorithms.base import Rows, unit_means
 from dpalign.algorithms.rollouts import rollouts_of
 from dpalign.data import DataConfig, build_units
+from dpalign.errors import DPAlignError
 from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
 from dpalign.privacy.ledger import Ledger
-from dpalign.privacy.mechanism import GaussianMechanism
+from dpalign.privacy.mechanism import GRID, GaussianMechanism, towards_zero
 from dpalign.training import Stage
 from tiny import dataset, words
 
 Algorithms = Callable[[], Algorithm]
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+float_attack = importlib.import_module("float_attack")
+FloatMechanism = float_attack.FloatMechanism
 
 
 # Broken on purpose -----------------------------------------------------------------------------------------
@@ -139,12 +150,15 @@ class ValueHeadUnclipped(GaussianMechanism):
         adapter, head = grads[:-2], grads[-2:]
         super().add([*adapter, *(torch.zeros_like(h) for h in head)], metrics)
         for total, h in zip(self._sums[-2:], head, strict=True):
-            total += h.sum(0)
+            total += torch.round(h.sum(0) / self.grid).to(torch.int64)
 
 
 class KeepNotFinite(GaussianMechanism):
     def clip_factors(self, norms: Tensor) -> Tensor:
         return (self.max_grad_norm / norms).clamp(max=1.0)
+
+    def are_bounded(self, steps: list[Tensor]) -> Tensor:
+        return torch.ones(len(steps[0]), dtype=torch.bool)
 
 
 class ClipRows(Stage):
@@ -533,7 +547,7 @@ class NormInBfloat16(GaussianMechanism):
         norms = torch.cat([g.flatten(1) for g in grads], 1).bfloat16().norm(dim=1)
         factors = self.clip_factors(norms).to(grads[0].dtype)
         for g, total in zip(grads, self._sums, strict=True):
-            total += torch.tensordot(factors, g, dims=1).to(total.dtype)
+            total += torch.round(torch.tensordot(factors, g, dims=1).double() / self.grid).to(torch.int64)
 
 
 def largest_contribution(mechanism_class: type[GaussianMechanism], dtype: torch.dtype) -> float:
@@ -544,7 +558,7 @@ def largest_contribution(mechanism_class: type[GaussianMechanism], dtype: torch.
         grads = [(1 + unit) * torch.randn(1, *shape).to(dtype) for shape in ((30, 7), (11,))]
         mechanism = bare_mechanism(mechanism_class, [g.shape[1:] for g in grads])
         mechanism.add(grads)
-        total = torch.cat([t.double().flatten() for t in mechanism._sums])
+        total = torch.cat([t.double().flatten() for t in mechanism._sums]) * mechanism.grid
         largest = max(largest, float(total.norm()))
     return largest
 
@@ -577,28 +591,114 @@ def test_the_whole_step_on_a_bfloat16_base(kind, algorithm, mutant, case):
     assert sensitivity(mutant, *case, kind=kind, dtype=torch.bfloat16) > TOLERANCE
 
 
-def sum_and_noise_error(sums: torch.dtype) -> tuple[float, float]:
+def sum_and_noise_error(mechanism: type, dtype: torch.dtype) -> tuple[float, float]:
     """Relative error of a sum of 4096 gradients, and the share of coordinates whose noise vanished."""
     torch.manual_seed(0)
     grads = [0.01 * torch.rand(4096, 50)]
-    quiet = bare_mechanism(GaussianMechanism, [torch.Size([50])], dtype=sums)
+    settings = {"max_grad_norm": 1.0, "divisor": 1.0, "clipping": "flat", "dtype": dtype}
+    shapes = [torch.Size([50])]
+    quiet = mechanism(shapes, noise_multiplier=0.0, entropy=SystemEntropy(), **settings)
+    noisy = mechanism(shapes, noise_multiplier=0.01, entropy=SeededEntropy(0), **settings)
     for start in range(0, 4096, 8):
-        quiet.add([grads[0][start : start + 8]])
-    exact = grads[0].double().sum(0)
-    error = float((quiet.release()[0][0].double() - exact).norm() / exact.norm())
-    coins = SeededEntropy(0)  # one of 50 float32 sums swallows its noise by chance in 1 of 250 runs
-    noisy = bare_mechanism(GaussianMechanism, [torch.Size([50])], dtype=sums, noise_multiplier=0.01, entropy=coins)
-    noisy._sums[0] += exact.to(sums)
-    return error, float((noisy.release()[0][0] == exact.to(sums)).float().mean())
+        for each in (quiet, noisy):
+            each.add([grads[0][start : start + 8]])
+    exact, found = grads[0].double().sum(0), quiet.release()[0][0]
+    error = float((found.double() - exact).norm() / exact.norm())
+    return error, float((noisy.release()[0][0] == found).float().mean())
 
 
-def test_the_sum_and_the_noise_are_float32():
-    """PRIVACY test 20: a bfloat16 sum loses gradients and noise; the default loses neither."""
-    error, vanished = sum_and_noise_error(torch.float32)
-    assert error < 1e-5 and vanished == 0
-    error, vanished = sum_and_noise_error(torch.bfloat16)
+def test_no_gradient_and_no_noise_is_lost_in_the_sum():
+    """PRIVACY test 20: a bfloat16 sum loses gradients and noise; a sum of integers loses neither."""
+    for dtype in (torch.float32, torch.float64):
+        error, vanished = sum_and_noise_error(GaussianMechanism, dtype)
+        assert error < 2e-5 and vanished == 0  # the margin below C takes 1.5e-5
+    error, vanished = sum_and_noise_error(FloatMechanism, torch.bfloat16)
     assert error > 0.05 and vanished > 0.5
-    assert bare_mechanism(GaussianMechanism, [torch.Size([2])])._sums[0].dtype == torch.float32
+    with pytest.raises(DPAlignError, match="float32 or float64"):
+        bare_mechanism(GaussianMechanism, [torch.Size([2])], dtype=torch.bfloat16)
+
+
+# The integer sum -------------------------------------------------------------------------------------------
+
+
+def test_the_sum_is_the_same_in_every_order_and_every_cut():
+    torch.manual_seed(1)
+    grads, order = [torch.randn(64, 300), torch.randn(64, 7)], torch.randperm(64)
+    sums = []
+    for size, places in ((64, torch.arange(64)), (5, order), (1, order.flip(0))):
+        mechanism = bare_mechanism(GaussianMechanism, [g.shape[1:] for g in grads], noise_multiplier=0.7)
+        for chunk in places.split(size):
+            mechanism.add([g[chunk] for g in grads])
+        sums.append(torch.cat([total.flatten() for total in mechanism._sums]))
+    assert all(torch.equal(total, sums[0]) for total in sums) and sums[0].dtype == torch.int64
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scale=st.floats(1e-30, 1e30), sigma=st.floats(1e-3, 1e3), bound=st.floats(1e-3, 1e3), seed=st.integers(0, 999),
+    clipping=st.sampled_from(["flat", "automatic"]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)  # fmt: skip
+def test_no_unit_moves_the_integers_by_more_than_c(scale, sigma, bound, seed, clipping, dtype):
+    """Exactly, whatever comes in; and what is below C loses less than a step of the grid in each coordinate."""
+    torch.manual_seed(seed)
+    gradient = (torch.randn(1, 500, dtype=torch.float64) * scale).to(dtype)
+    mechanism = bare_mechanism(
+        GaussianMechanism, [torch.Size([500])], max_grad_norm=bound, noise_multiplier=sigma, clipping=clipping,
+    )  # fmt: skip
+    mechanism.add([gradient])
+    squared = sum(int(k) ** 2 for k in mechanism._sums[0])
+    assert squared <= Fraction(bound) ** 2 / Fraction(mechanism.grid) ** 2
+    assert mechanism.grid <= max(GRID * sigma, 2.0**-40) * bound and math.log2(mechanism.grid).is_integer()
+
+
+def test_rounding_is_towards_zero():
+    values = torch.cat([torch.randn(10_000) * 10.0**k for k in range(-3, 6)] + [torch.arange(-9, 9) / 2])
+    for dtype in (torch.float32, torch.float64):
+        given = values.to(dtype)
+        rounded = towards_zero(given)
+        assert torch.equal(rounded, rounded.trunc()) and (rounded.abs() <= given.abs()).all()
+        assert ((given - rounded).abs() <= 1).all() and ((rounded == 0) | (rounded.sign() == given.sign())).all()
+
+
+class TenTimesTooMuch(GaussianMechanism):
+    def clip_factors(self, norms: Tensor) -> Tensor:
+        return 10 * super().clip_factors(norms)
+
+
+def test_a_contribution_above_c_is_not_added_however_it_came_about():
+    gradient = [torch.randn(1, 50)]
+    mechanism = bare_mechanism(TenTimesTooMuch, [torch.Size([50])])
+    mechanism.add(gradient)
+    assert not mechanism._sums[0].any()
+
+    class Unchecked(TenTimesTooMuch):
+        def are_bounded(self, steps: list[Tensor]) -> Tensor:
+            return torch.ones(1, dtype=torch.bool)
+
+    mutant = bare_mechanism(Unchecked, [torch.Size([50])])
+    mutant.add(gradient)
+    assert float(mutant._sums[0].double().norm()) * mutant.grid > 9
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gamma": -0.5}, {"gamma": math.nan}, {"gamma": math.inf}, {"max_grad_norm": 0.0}, {"max_grad_norm": math.nan},
+        {"max_grad_norm": math.inf}, {"noise_multiplier": -1.0}, {"noise_multiplier": math.nan}, {"divisor": 0.0},
+        {"noise_multiplier": math.inf}, {"divisor": math.nan}, {"divisor": math.inf}, {"clipping": "hinge"},
+        {"metrics_noise_multiplier": math.nan}, {"metrics_noise_multiplier": -1.0},
+        {"clipping": "none", "noise_multiplier": 1.0},
+    ],
+)  # fmt: skip
+def test_constants_for_which_the_bound_would_not_hold(changes):
+    with pytest.raises(DPAlignError):
+        bare_mechanism(GaussianMechanism, [torch.Size([2])], **changes)
+
+
+def test_the_low_bits_tell_nothing():
+    """The attack of benchmarks/float_attack.py: a float sum tells who was in it, an integer sum does not."""
+    result = float_attack.main(["--trials", "4", "--json"])
+    assert result["before_right"] == 4 and result["before_impossible"] > 400 and result["ours_impossible"] == 0
 
 
 # 21 --------------------------------------------------------------------------------------------------------
