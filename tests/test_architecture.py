@@ -10,10 +10,11 @@ SOURCE = Path(dpalign.__file__).parent
 ROOMS = [
     ["cli"],
     ["trainers"],
+    ["sweep"],
     ["run"],
     ["records", "workspace"],
     ["plan", "release"],
-    ["provenance"],
+    ["parsing", "provenance"],
     ["recipe"],
     ["reporting"],
     ["results"],

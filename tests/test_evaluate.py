@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib
@@ -12,8 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from dpalign.algorithms import PPOConfig
-from dpalign.cli.evaluate import _prompts, short_names
+import dpalign
+from dpalign.algorithms import PPOConfig, SamplingConfig
+from dpalign.cli.evaluate import short_names
 from dpalign.errors import DPAlignError
 from dpalign.evaluation import (
     higher_wins,
@@ -26,14 +28,16 @@ from dpalign.evaluation import (
     stated_epsilon,
     win_rate,
 )
+from dpalign.evaluation.compare import same_prompts
 from dpalign.evaluation.metrics import distinct, perplexity_of
 from dpalign.evaluation.win_rate import wilson
+from dpalign.files import dumps
 from dpalign.models import ModelConfig, Normalization, Policy, RewardModel, embedded
 from dpalign.models.reward_model import TextFormat
 from dpalign.models.stack import AdapterConfig
 from dpalign.reporting.plots import plot_evaluation
 from dpalign.reporting.tables import evaluation_table
-from dpalign.rewards import Reward
+from dpalign.rewards import Reward, RewardConfig
 from helpers import call, files_below, write_jsonl
 from tiny import tiny_policy
 
@@ -346,16 +350,71 @@ def test_a_bad_judge_on_the_command_line(made, here, capsys):
     assert "returned 2 for pair 1" in call(capsys, "evaluate", made / "eps4" / "release", *arguments).error
 
 
+# From Python -----------------------------------------------------------------------------------------------------
+
+
+SAMPLING = SamplingConfig(prepend_bos=True, max_completion_length=6)
+
+
+def test_compare_returns_what_the_command_prints(made, here, capsys):
+    ours, free = made / "eps4" / "release", made / "free" / "release"
+    said = []
+
+    def status(doing):
+        said.append(doing)
+        return nullcontext()
+
+    found = dpalign.compare(
+        [ours, free], "prompts.jsonl", SAMPLING, prompts_are_public=True, num_prompts=4, baseline="tiny-review-lm",
+        judge="judges:first", reference_reward=RewardConfig(source="judges:length", low=0, high=1), seed=3, status=status,
+    )  # fmt: skip
+    printed = call(
+        capsys, "evaluate", ours, free, *EVALUATE, "--num_prompts", 4, "--baseline", "tiny-review-lm", "--judge",
+        "judges:first", "--reference_reward", "judges:length", "--reference_reward_low", 0, "--reference_reward_high", 1,
+        "--seed", 3, "--json",
+    ).json  # fmt: skip
+    assert json.loads(dumps(found.to_json())) == printed
+    assert said == [f"measuring {name}" for name in ("tiny-review-lm", ours, free)], "the baseline first"
+    assert list(found.models) == [str(ours), str(free), "tiny-review-lm"] and found.prompts == 4
+    assert found.columns_outside == ("reference_reward", "win_rate") and found.models_outside == [str(free)]
+    row = found.models[str(ours)]
+    assert row.epsilon == 4 and row.won.pairs == 4 and row.won.position_bias == 0.5
+    assert row.evaluation.reference_reward is not None and found.models["tiny-review-lm"].won is None
+
+
+def test_compare_takes_records(here):
+    found = dpalign.compare(["tiny-review-lm"], PROMPTS[:2], SAMPLING, prompts_are_public=True)
+    assert found.to_json()["data"] == found.data == "the given list" and found.reference_column == "completion"
+    assert found.models["tiny-review-lm"].evaluation.rougeL is not None and not found.columns_outside
+    assert "win_rate" not in found.to_json()["models"]["tiny-review-lm"]
+
+
+@pytest.mark.parametrize(
+    ("models", "records", "options", "says"),
+    [
+        (["tiny-review-lm"], PROMPTS, {"prompts_are_public": False}, "declare the prompts public"),
+        (["tiny-review-lm"], PROMPTS, {"num_prompts": 0}, "num_prompts 0 must be at least 1"),
+        (["tiny-review-lm"], PROMPTS, {"judge": "judges:first"}, "name the one to compare with"),
+        (["tiny-review-lm"] * 2, PROMPTS, {}, "given twice"),
+        ([], PROMPTS, {}, "name at least one"),
+        (["tiny-review-lm"], [], {}, "nothing to measure on"),
+        (["tiny-review-lm"], [{"prompt": ""}], {}, "record 1 of the given list has no text in column 'prompt'"),
+    ],
+)
+def test_compare_refuses(models, records, options, says, here):
+    with pytest.raises(DPAlignError, match=says):
+        dpalign.compare(models, records, SAMPLING, **{"prompts_are_public": True} | options)
+
+
 def test_other_tokenizers_are_given_the_same_prompts():
     texts = [{"text": f"w{i} w2 w3 w4 w5 w6"} for i in range(3)] + [{"text": "w1"}]
     config = PPOConfig(prompt_max_tokens=4, max_completion_length=2)
-    given = type("Given", (), {"num_prompts": None, "data": "f"})
     own, other = Policy.load(ModelConfig()), tiny_policy("gpt2")
-    prompts = _prompts(own, texts, config, given, None)
+    prompts = same_prompts(own, texts, config, "f")
     cut = own.tokenizer.batch_decode(prompts.ids, skip_special_tokens=True)
-    again = _prompts(other, texts, config, given, (prompts, cut))
+    again = same_prompts(other, texts, config, "f", (prompts, cut))
     assert [r["prompt"] for r in again.records] == cut and len(cut) == len(again.ids)
-    assert _prompts(own, texts, config, given, (prompts, cut)).ids == prompts.ids
+    assert same_prompts(own, texts, config, "f", (prompts, cut)).ids == prompts.ids
 
 
 def test_short_names():

@@ -8,8 +8,8 @@ from copy import deepcopy
 
 import pytest
 
-from dpalign.cli.parsing import recipe_from
 from dpalign.cli.plan_recipe import plan_of
+from dpalign.parsing import recipe_from
 from dpalign.privacy import accountant
 from helpers import call, write_recipe
 

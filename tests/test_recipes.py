@@ -21,7 +21,7 @@ from transformers import (
 
 from dpalign import run
 from dpalign.cli import train
-from dpalign.cli.parsing import recipe_from
+from dpalign.parsing import recipe_from
 from dpalign.plan import declared_units, delta_of, plan_stages
 from dpalign.recipe import Recipe
 from dpalign.training import Stage

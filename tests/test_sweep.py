@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
+import dpalign
+from dpalign.errors import DPAlignError
+from dpalign.files import dumps
 from dpalign.reporting.sweep import interval, plot_sweep, summarize_sweep, write_markdown
+from dpalign.results import Finished
 from helpers import call, ledger_rows, reviews, write_jsonl, write_recipe
 
 
@@ -88,6 +95,59 @@ def test_sweep_end_to_end_and_resumed(tmp_path, capsys, recipe, monkeypatch):
     assert "other overrides" in call(capsys, *words, "--ppo.beta", "0.1").error
     (out / "runs.jsonl").write_text('{"epsilon": \n')
     assert "line 1" in call(capsys, *words).error
+
+
+def test_run_sweep_from_python_goes_on_where_the_command_stopped(tmp_path, capsys, recipe, monkeypatch):
+    monkeypatch.setenv("DPALIGN_LEDGER", str(tmp_path / "ledger.sqlite"))
+    out = tmp_path / "sweep"
+    asked = {"epsilons": {0: 1, 2.0: 1}, "at": {2: {"ppo.beta": 0.1}}, "output_dir": out}
+    result = dpalign.run_sweep(recipe, **asked)
+    words = ("--epsilons", "0", "2", "--seeds", 1, "--at", "2", "ppo.beta=0.1", "--output_dir", out)
+    assert result.command == shlex.join(["dpalign", "sweep", str(recipe), *map(str, words)])
+    pretrained, private = result.runs
+    assert (pretrained.trial.key, private.trial.key) == (("0", 0, None), ("2", 0, None))
+    assert 0 < private.spent_epsilon <= 2 and private.delta == 1e-5 and private.noise_multipliers["ppo"] > 0
+    assert list(private.before) == ["pretrained"] and private.pairs is None
+    assert private.before["pretrained"].reward == pretrained.reward, "one seed, one measurement"
+    assert json.loads((out / "sweep.json").read_text()) == json.loads(dumps(result.to_json()))
+    log, drawn = (out / "runs.jsonl").read_text(), ledger_rows(tmp_path)
+    monkeypatch.setattr(subprocess, "run", None)  # nothing is run again, neither by the function nor by the command
+    assert dumps(dpalign.run_sweep(recipe, **asked).to_json()) == dumps(result.to_json())
+    assert call(capsys, "sweep", recipe, *words, "--json").json["rows"] == json.loads(dumps(result.rows))
+    assert (out / "runs.jsonl").read_text() == log and ledger_rows(tmp_path) == drawn
+    with pytest.raises(DPAlignError, match="was run with other settings"):
+        dpalign.run_sweep(recipe, epsilons=[2], seeds=1, output_dir=out)
+
+
+def test_lines_of_earlier_sweeps_are_read():
+    """Those that this project has published: each is written again as it was, and their report says the same."""
+    results = Path(__file__).parent.parent / "docs" / "results"
+    for name in ("quickstart_preferences", "quickstart_sentiment"):
+        text = (results / f"{name}.runs.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        runs = [Finished.from_json(line) for line in lines]
+        assert [json.loads(dumps(run.to_json())) for run in runs] == lines
+        assert all((run.pairs is not None) == (name == "quickstart_preferences") for run in runs)
+        published = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        assert any("reward_sft" in row for row in published)
+        again = json.loads(dumps(summarize_sweep([run.to_json() for run in runs])))
+        assert {str(row["epsilon"]): row for row in again} == {str(row["epsilon"]): row for row in published}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epsilons": []}, "at least one epsilon"),
+        ({"epsilons": {4: 0}}, "give at least 1"),
+        ({"epsilons": [4], "at": {8: {"ppo.beta": 0.1}}}, "none of the swept"),
+        ({"epsilons": [4], "vary": ("ppo.num_ppo_epochs", [])}, "at least one value"),
+        ({"epsilons": [4], "overrides": ["--ppo.nonsense", "1"]}, "unknown field ppo.nonsense"),
+    ],
+)
+def test_run_sweep_refuses_before_any_run(tmp_path, recipe, options, says):
+    with pytest.raises(DPAlignError, match=says):
+        dpalign.run_sweep(recipe, output_dir=tmp_path / "sweep", **options)
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_public_proxy_does_not_touch_the_private_name(tmp_path, capsys, recipe):

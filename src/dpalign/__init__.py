@@ -1,6 +1,6 @@
 """dpalign: align language models with private data under one (epsilon, delta) guarantee.
 
-The trainers are imported on first use, so that `import dpalign` and `dpalign plan` stay fast.
+What needs torch is imported on first use, so that `import dpalign` and `dpalign plan` stay fast.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .algorithms import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+    from .evaluation import compare
     from .models import AdapterConfig, ModelConfig
     from .recipe import Recipe
     from .run import run_recipe
+    from .sweep import run_sweep
     from .trainers import DPDPOTrainer, DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
 
 _HOMES = {
@@ -32,7 +34,9 @@ _HOMES = {
     "Recipe": "recipe",
     "RewardModelConfig": "algorithms",
     "SFTConfig": "algorithms",
+    "compare": "evaluation",
     "run_recipe": "run",
+    "run_sweep": "sweep",
 }
 
 __all__ = [
@@ -51,7 +55,9 @@ __all__ = [
     "RewardModelConfig",
     "SFTConfig",
     "__version__",
+    "compare",
     "run_recipe",
+    "run_sweep",
 ]
 
 

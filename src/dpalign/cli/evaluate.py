@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.markup import escape
 
-from ..algorithms.completions import SamplingConfig, check_prompts
-from ..data.load import Record, read_records, require_columns
+from ..algorithms import SamplingConfig
 from ..errors import DPAlignError
-from ..evaluation import (
-    Measured,
-    PublicPrompts,
-    WinRate,
-    higher_wins,
-    judged,
-    load_judge,
-    measure_policy,
-    public_prompts,
-    reference_texts,
-    stated_epsilon,
-    win_rate,
-)
-from ..evaluation.guarantee import is_outside_the_guarantee
-from ..evaluation.text_overlap import lacking_references
-from ..evaluation.win_rate import Judge
+from ..evaluation import Comparison, compare
 from ..files import write_json
-from ..models import ModelConfig, Policy
 from ..reporting.progress import Reporter
 from ..reporting.tables import OUTSIDE, print_evaluation
-from ..rewards import Reward, RewardConfig, load_reward
+from ..rewards import RewardConfig
 from .arguments import Parser
 
 DESCRIPTION = """Samples one completion per public prompt from each model and measures them side by side:
@@ -58,7 +38,6 @@ EXAMPLES = """examples:
       --baseline runs/sft/release --num_prompts 500 --output table.json --plot table.png
   dpalign evaluate A B --data public.jsonl --eval_is_public --baseline A --judge my_judge:prefer --judge_is_public"""
 PLOT_ENDINGS = (".png", ".pdf", ".svg")
-INTERVALS = "95% over prompts: normal (ci95 is the half-width), delta method for perplexity, Wilson for win_rate"
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
@@ -69,129 +48,54 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         return evaluate_private.run(arguments, as_json)
     given = _parser().parse_args(arguments)
     _check(given)
-    inputs = _read(given)
-    measured = _measure(given, inputs, Reporter(quiet=as_json))
-    rows = _rows(given, inputs, measured)
-    outside = _outside(given)
-    result = _result(given, rows, outside, inputs.reference_column)
+    comparison = _compare(given, Reporter(quiet=as_json))
+    result = comparison.to_json()
     if given.output:
         write_json(Path(given.output), result)
-    labels = short_names(inputs.names)
-    shown = {labels[name]: row for name, row in rows.items()}
-    title = f"{rows[inputs.names[0]]['prompts']:,} public prompts"
+    labels = short_names(list(comparison.models))
+    shown = {labels[name]: model.as_dict() for name, model in comparison.models.items()}
+    title, outside = f"{comparison.prompts:,} public prompts", comparison.columns_outside
     if given.plot:
         from ..reporting.plots import plot_evaluation  # imports matplotlib
 
         plot_evaluation(shown, Path(given.plot), title=f"Reward against KL on {title}", outside=outside)
     if not as_json:
-        print_evaluation(shown, title, outside, _notes(given, rows, labels, outside) + inputs.no_rouge)
+        print_evaluation(shown, title, outside, _notes(comparison, labels))
     return result
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What is read before the first model is loaded.
-
-    reference_column: column of the texts for ROUGE; no_rouge: a note on why there is none, where a reader may wonder.
-    names: models in the order of the table; epsilons: what their statements say, None without one.
-    """
-
-    records: list[Record]
-    reference_column: str | None
-    no_rouge: list[str]
-    device: str
-    config: SamplingConfig
-    reward: Reward
-    reference_reward: Reward | None
-    judge: Judge | None
-    names: list[str]
-    epsilons: dict[str, float | None]
-
-
-def _read(given: argparse.Namespace) -> _Inputs:
-    records = read_records(given.data)
-    require_columns(records, [("prompt",), ("text",)], given.data)
-    column, no_rouge = _reference_column(given, records)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
-    config = SamplingConfig(
-        max_prompt_length=given.max_prompt_length,
-        max_completion_length=given.max_completion_length,
-        prompt_max_tokens=given.prompt_tokens,
-        prepend_bos=given.prepend_bos,
-        reward=RewardConfig(
-            source=given.reward,
-            is_public=given.reward_is_public,
-            low=given.reward_low,
-            high=given.reward_high,
-            columns=given.reward_columns,
+def _compare(given: argparse.Namespace, reporter: Reporter) -> Comparison:
+    return compare(
+        given.models,
+        given.data,
+        SamplingConfig(
+            max_prompt_length=given.max_prompt_length,
+            max_completion_length=given.max_completion_length,
+            prompt_max_tokens=given.prompt_tokens,
+            prepend_bos=given.prepend_bos,
+            reward=_reward(given, "reward"),
         ),
+        prompts_are_public=given.eval_is_public,
+        num_prompts=given.num_prompts,
+        baseline=given.baseline,
+        judge=given.judge,
+        judge_is_public=given.judge_is_public,
+        reference_reward=_reward(given, "reference_reward") if given.reference_reward else None,
+        reference_column=given.reference_column,
+        seed=given.seed,
+        device=given.device,
+        status=lambda doing: reporter.status(escape(doing)),
     )
-    reward = load_reward(config.reward, device)
-    reference_reward = None
-    if given.reference_reward:
-        # Declared or not: it decides nothing here, and its numbers are labelled by `_outside`.
-        reference_reward = load_reward(
-            RewardConfig(
-                source=given.reference_reward,
-                is_public=True,
-                low=given.reference_reward_low,
-                high=given.reference_reward_high,
-                columns=given.reward_columns,
-            ),
-            device,
-        )
-    judge = load_judge(given.judge) if given.judge else None
-    names = [*given.models, *([given.baseline] if given.baseline and given.baseline not in given.models else [])]
-    epsilons = {name: stated_epsilon(name) for name in names}
-    return _Inputs(records, column, no_rouge, device, config, reward, reference_reward, judge, names, epsilons)
 
 
-def _reference_column(given: argparse.Namespace, records: list[Record]) -> tuple[str | None, list[str]]:
-    """The column of reference texts, and a note if `completion` would be it but for records without a text."""
-    column: str | None = given.reference_column
-    no_rouge = []
-    lacking = lacking_references(records, "completion")
-    if column is None and not lacking:
-        column = "completion"
-    elif column is None and lacking < len(records):
-        no_rouge = [f"no ROUGE: {lacking} of {len(records)} records have no text in column 'completion'"]
-    if column:
-        reference_texts(records, column, given.data)
-    return column, no_rouge
-
-
-def _measure(given: argparse.Namespace, inputs: _Inputs, reporter: Reporter) -> dict[str, Measured]:
-    """Every model on the same prompts."""
-    measured: dict[str, Measured] = {}
-    first: tuple[PublicPrompts, list[str]] | None = None
-    column = inputs.reference_column
-    # A baseline that cannot be loaded is said first.
-    for name in sorted(inputs.names, key=lambda n: n != given.baseline):
-        with reporter.status(f"measuring {escape(name)}"):
-            policy = Policy.load(ModelConfig(name_or_path=name), inputs.device)
-            prompts = _prompts(policy, inputs.records, inputs.config, given, first)
-            references = reference_texts(prompts.records, column, given.data) if column else None
-            measured[name] = measure_policy(
-                policy,
-                prompts,
-                inputs.reward,
-                inputs.config,
-                seed=given.seed,
-                reference_reward=inputs.reference_reward,
-                references=references,
-            )
-            first = first or (prompts, measured[name].prompts)
-    return measured
-
-
-def _rows(given: argparse.Namespace, inputs: _Inputs, measured: dict[str, Measured]) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {name: measured[name].evaluation.as_dict() for name in inputs.names}
-    for name, row in rows.items():
-        if inputs.epsilons[name] is not None:
-            row["epsilon"] = inputs.epsilons[name]
-        if given.baseline and name != given.baseline:
-            row |= _against(measured[name], measured[given.baseline], inputs.judge, given.judge)
-    return rows
+def _reward(given: argparse.Namespace, name: str) -> RewardConfig:
+    return RewardConfig(
+        source=getattr(given, name),
+        is_public=getattr(given, f"{name}_is_public"),
+        low=getattr(given, f"{name}_low"),
+        high=getattr(given, f"{name}_high"),
+        columns=given.reward_columns,
+    )
 
 
 def _parser() -> Parser:
@@ -247,22 +151,11 @@ def _parser() -> Parser:
 
 
 def _check(given: argparse.Namespace) -> None:
-    # What can be refused is refused before the first model is loaded.
-    if not given.eval_is_public:
-        raise DPAlignError("evaluation is exact and shows no noise: declare the prompts public with --eval_is_public.")
+    # What `compare` cannot know, or would say without the name of the option.
     for name in ("num_prompts", "prompt_tokens", "max_prompt_length", "max_completion_length"):
         value = getattr(given, name)
         if value is not None and value < 1:
             raise DPAlignError(f"--{name} {value} must be at least 1.")
-    twice = next((name for name in given.models if given.models.count(name) > 1), None)
-    if twice:
-        raise DPAlignError(f"model {twice!r} is given twice: name each model once.")
-    for name in [*given.models, *filter(None, [given.baseline])]:
-        # A hub name is tried when it is loaded; this cannot be one.
-        if not Path(name).exists() and (name.count("/") > 1 or name[:1] in ("", ".", "/", "~")):
-            raise DPAlignError(f"model {name!r} is neither a folder here nor the name of a model on the hub.")
-    if given.judge and not given.baseline:
-        raise DPAlignError("--judge compares two models: name the one to compare with by --baseline.")
     if given.plot and Path(given.plot).suffix not in PLOT_ENDINGS:
         raise DPAlignError(f"--plot {given.plot} must end in {', '.join(PLOT_ENDINGS)}.")
     for name in ("output", "plot"):
@@ -271,100 +164,27 @@ def _check(given: argparse.Namespace) -> None:
             raise DPAlignError(f"the folder of --{name} {path} does not exist: create it first.")
 
 
-def _prompts(
-    policy: Policy,
-    records: list[Record],
-    config: SamplingConfig,
-    given: argparse.Namespace,
-    first: tuple[PublicPrompts, list[str]] | None,
-) -> PublicPrompts:
-    """The model's prompts: those of the first model, also where another tokenizer would cut texts elsewhere."""
-    prompts = public_prompts(policy, records, config, given.num_prompts)
-    if first is not None and "prompt" not in records[0]:
-        earlier, texts = first
-        if policy.tokenizer.batch_decode(prompts.ids, skip_special_tokens=True) != texts:
-            cut = [{**r, "prompt": text} for r, text in zip(earlier.records, texts, strict=True)]
-            prompts = public_prompts(policy, cut, config)
-    check_prompts(policy.tokenizer, prompts.records, config, given.data)
-    if not all(prompts.ids):
-        raise DPAlignError(f"a prompt of {given.data} has no token: give every record text, or --prepend_bos.")
-    needed = max(map(len, prompts.ids)) + config.max_completion_length
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and needed > limit:
-        raise DPAlignError(
-            f"prompt and completion need {needed} positions and a model has {limit}: lower --max_completion_length or "
-            "shorten the prompts."
-        )
-    return prompts
-
-
-def _against(ours: Measured, baseline: Measured, judge: Judge | None, name: str | None) -> dict[str, Any]:
-    if judge is None:
-        won = win_rate(higher_wins(ours.rewards, baseline.rewards))
-    else:
-        won = win_rate(*judged(judge, str(name), baseline.prompts, ours.completions, baseline.completions))
-    return _fields(won)
-
-
-def _fields(won: WinRate) -> dict[str, Any]:
-    fields = {"win_rate": won.win_rate, "win_rate_low": won.low, "win_rate_high": won.high, "win_rate_pairs": won.pairs}
-    return fields if won.position_bias is None else fields | {"judge_position_bias": won.position_bias}
-
-
-# What the guarantee does not cover -----------------------------------------------------------------------------------
-
-
-def _outside(given: argparse.Namespace) -> list[str]:
-    """Columns whose numbers rest on private data without a guarantee, or on something undeclared."""
-    outside = []
-    if is_outside_the_guarantee(given.reward, given.reward_is_public):
-        outside.append("reward")
-    if given.reference_reward and is_outside_the_guarantee(given.reference_reward, given.reference_reward_is_public):
-        outside.append("reference_reward")
-    if given.baseline and (not given.judge_is_public if given.judge else "reward" in outside):
-        outside.append("win_rate")
-    return outside
-
-
-def _result(
-    given: argparse.Namespace, rows: dict[str, dict[str, Any]], outside: list[str], column: str | None
-) -> dict[str, Any]:
-    result: dict[str, Any] = {"data": given.data, "reward": given.reward, "seed": given.seed, "intervals": INTERVALS}
-    if given.reference_reward:
-        result["reference_reward"] = {
-            "source": given.reference_reward,
-            "outside_the_guarantee": "reference_reward" in outside,
-        }
-    if given.baseline:
-        result["baseline"] = given.baseline
-        result["judge"] = {"source": given.judge or given.reward, "outside_the_guarantee": "win_rate" in outside}
-    if column:
-        result["reference_column"] = column
-    models = [name for name, row in rows.items() if row.get("epsilon") == math.inf]
-    return result | {"outside_the_guarantee": {"columns": outside, "models": models}, "models": rows}
-
-
-def _notes(
-    given: argparse.Namespace, rows: dict[str, dict[str, Any]], labels: dict[str, str], outside: list[str]
-) -> list[str]:
+def _notes(comparison: Comparison, labels: dict[str, str]) -> list[str]:
     """What a reader of the table must know."""
-    lines = [f"reward: {given.reward}"]
-    if given.reference_reward:
-        lines.append(f"reference reward: {given.reference_reward}")
-    if given.baseline:
-        how = f"judge {given.judge}, asked in both orders" if given.judge else "the higher reward wins, ties half"
-        lines.append(f"win rate against {given.baseline}: {how}; 95% Wilson interval")
+    lines = [f"reward: {comparison.reward}"]
+    if comparison.reference_reward:
+        lines.append(f"reference reward: {comparison.reference_reward}")
+    if comparison.baseline:
+        judge = comparison.judge
+        how = f"judge {judge}, asked in both orders" if judge else "the higher reward wins, ties half"
+        lines.append(f"win rate against {comparison.baseline}: {how}; 95% Wilson interval")
+    leans = {name: model.won.position_bias or 0.0 for name, model in comparison.models.items() if model.won}
     lines += [
-        f"the judge leans to the first of two completions by {row['judge_position_bias']:+.3f} ({labels[name]})"
-        for name, row in rows.items()
-        if abs(row.get("judge_position_bias", 0.0)) > 0.05
+        f"the judge leans to the first of two completions by {bias:+.3f} ({labels[name]})"
+        for name, bias in leans.items()
+        if abs(bias) > 0.05
     ]
-    unprotected = [c.replace("_", " ") for c in outside]
-    unprotected += [labels[name] for name, row in rows.items() if row.get("epsilon") == math.inf]
+    unprotected = [column.replace("_", " ") for column in comparison.columns_outside]
+    unprotected += [labels[name] for name in comparison.models_outside]
     if unprotected:
         what = ", ".join(unprotected)
         lines.append(f"{OUTSIDE}: {what}. Made from private data without one, or not declared public: not for release.")
-    return lines
+    return lines + ([comparison.no_rouge] if comparison.no_rouge else [])
 
 
 def short_names(names: list[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..models import embedded
+from ..parsing import recipe_from
 from ..plan import Past, Plan, PlannedStage, declared_units, make_plan
 from ..privacy import accountant
 from ..privacy.budget import StageBudget, allocate
@@ -20,7 +21,6 @@ from ..provenance import check_provenance
 from ..recipe import Recipe
 from ..records import count_undeclared
 from ..reporting.numbers import at_most
-from .parsing import recipe_from
 
 DESCRIPTION = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute.
 Draws nothing and writes nothing. Needs the data only where a dataset has no declared_units."""

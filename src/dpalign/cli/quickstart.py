@@ -18,6 +18,7 @@ from ..data.demo import movie_snippets
 from ..errors import DPAlignError
 from ..files import write_json
 from ..models import smollm2
+from ..parsing import recipe_from
 from ..recipe import Recipe
 from ..reporting.html import write_report
 from ..reporting.numbers import all_runs
@@ -26,7 +27,6 @@ from ..reporting.progress import Reporter
 from ..reporting.tables import evaluation_table, guarantee
 from ..run import run_recipe
 from .arguments import Parser
-from .parsing import recipe_from
 
 DESCRIPTION = """Private SFT, then private PPO towards positive sentiment, on 9,605 movie-review snippets that play
 private (1,000 more are declared public, for measuring), at epsilon 4. The demo data comes from PyPI, once; the model

@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 from ..errors import DPAlignError
+from ..parsing import recipe_from
 from ..plan import split_parts
 from ..recipe import Recipe
 from ..reporting.progress import Reporter
 from ..reporting.tables import print_results
 from ..run import run_recipe
 from ..stages import STAGES, kind
-from .parsing import recipe_from
 
 ALL = "Runs all stages of a recipe under one (epsilon, delta). The same command resumes an interrupted run."
 

@@ -1,5 +1,6 @@
 """Measuring models: exactly on public prompts and pairs, or by one noisy release on private units."""
 
+from .compare import Compared, Comparison, compare
 from .guarantee import stated_epsilon
 from .metrics import (
     Evaluation,
@@ -16,12 +17,15 @@ from .text_overlap import reference_texts, rouge
 from .win_rate import WinRate, higher_wins, judged, load_judge, win_rate
 
 __all__ = [
+    "Compared",
+    "Comparison",
     "Evaluation",
     "Measured",
     "PairEvaluation",
     "PublicPrompts",
     "WinRate",
     "agreement_on",
+    "compare",
     "evaluate_pairs",
     "evaluate_policy",
     "evaluate_stages",

@@ -10,6 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from ..files import write_text
+from ..results import PAIRS
+from .numbers import all_runs
 
 SINGLE = "* one run: its interval is over prompts"
 AVERAGED = ("reference_reward", "kl", "perplexity", "distinct_2", "completion_length")
@@ -41,23 +43,11 @@ def summarize_sweep(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if values:
                 row[name] = statistics.mean(values)
                 row[f"{name}_ci95"] = interval(values)
-        models = [r["reward_model"] for r in found if r.get("reward_model")]
-        if models:
-            accuracies = [float(m["accuracy"]) for m in models]
-            row["reward_model_accuracy"], row["reward_model_accuracy_ci95"] = (
-                statistics.mean(accuracies),
-                interval(accuracies),
-            )
-        sft = [float(r["before"]["sft"]["reward"]) for r in found if "sft" in (r.get("before") or {})]
-        if sft:
-            row["reward_sft"] = statistics.mean(sft)
-        reference_sft = [
-            r["before"]["sft"]["reference_reward"]
-            for r in found
-            if "reference_reward" in (r.get("before") or {}).get("sft", {})
-        ]
-        if reference_sft:
-            row["reference_reward_sft"] = statistics.mean(reference_sft)
+        accuracies = [float(r[PAIRS]["accuracy"]) for r in found if r.get(PAIRS)]
+        if accuracies:
+            row["reward_model_accuracy"] = statistics.mean(accuracies)
+            row["reward_model_accuracy_ci95"] = interval(accuracies)
+        row |= _before_the_last(found)
         if found[0].get("noise_multipliers"):
             row["noise_multipliers"] = found[0]["noise_multipliers"]
         seconds = [float(r["seconds"]) for r in found if r.get("seconds") is not None]
@@ -66,6 +56,17 @@ def summarize_sweep(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(row)
     _add_shares(rows)
     return rows
+
+
+def _before_the_last(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean rewards of what the last stage started from, by its name: `reward_sft`, where that is what came before."""
+    earlier = [list(run["before"].items())[-1] for run in runs if run.get("before")]
+    means = {}
+    for name in ("reward", "reference_reward"):
+        values = [float(measured[name]) for _, measured in earlier if measured.get(name) is not None]
+        if values:
+            means[f"{name}_{earlier[0][0]}"] = statistics.mean(values)
+    return means
 
 
 def _add_shares(rows: list[dict[str, Any]]) -> None:
@@ -85,6 +86,21 @@ def _compared(rows: list[dict[str, Any]]) -> tuple[str, str]:
     """The measure that runs are compared by, and its interval: a learned reward has another scale in every run."""
     learned = any("reward_model_accuracy" in r for r in rows)
     return ("reference_reward", "reference_reward_ci95") if learned else ("reward_mean", "reward_ci95")
+
+
+def spent_sentence(entry: dict[str, Any]) -> str:
+    """What choosing by the results of a sweep costs, `entry` as `account` gives it."""
+    exact, cost = entry["runs_without_privacy"], f"{all_runs(entry)} at delta {entry['delta']:.3g}"
+    if entry["demo_data"]:
+        meaning = f"had it been private data, choosing by these results would have cost {cost}"
+        meaning += ", and no bound at all for the runs without privacy" if exact else ""
+    elif exact:
+        meaning = f"the private ones together {cost}, but these results show runs without privacy too: do not publish "
+        meaning += "them, and what was chosen by them has no guarantee"
+    else:
+        meaning = f"choosing by these results costs {cost}: quote it with whatever you release"
+    runs = f"{entry['runs']} runs on {entry['dataset']!r}, {exact} of them without privacy"
+    return f"The ledger has {runs}: {meaning}."
 
 
 def interval(values: list[float]) -> float:

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # type: ignore[attr-defined]
 
-from ..errors import DPAlignError
-from ..recipe import Recipe
-from ..stages import RENAMED
+from .errors import DPAlignError
+from .recipe import Recipe
+from .stages import RENAMED
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
