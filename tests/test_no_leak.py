@@ -22,6 +22,7 @@ from helpers import Called, call, files_below, reviews, write_jsonl, write_recip
 
 MARKER = "zebrafinch"
 SIZES = [167, 173, 179]  # of the drawn samples: numbers that nothing public here has
+KEYED = re.compile(rb'"[0-9a-f]{16}"')  # identities in privacy.json
 NUMBER = re.compile(rb"-?\d+\.?\d*(?:[eE][-+]?\d+)?")
 REWARD = '''
 def exact(prompts, completions, **columns):
@@ -129,7 +130,8 @@ def leaks(folder: Path, called: Called, secrets: Secrets) -> list[str]:
         found += [f"{place}: {v} in binary" for raw, v in binary.items() if raw in content]
         if "tfevents" in place:
             continue
-        shown = np.array([float(n) for n in NUMBER.findall(content)] or [0.0])
+        without_names = KEYED.sub(b'""', content)  # digits of a hash are no number: they may hold a size by chance
+        shown = np.array([float(n) for n in NUMBER.findall(without_names)] or [0.0])
         found += [f"{place}: {v}" for v in telling if (np.abs(shown - v) <= 1e-6 * abs(v)).any()]
         found += [f"{place}: sample size {v}" for v in SIZES if (shown == v).any()]
     return found
