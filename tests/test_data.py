@@ -249,6 +249,7 @@ def test_stages_in_sequential_composition_share_all_units_or_their_ranges():
         ({"sft": [0, 0.5, 1], "ppo": [0, 1]}, "sequential", "a range is"),
         ({"sft": 0.5, "ppo": 0.6}, "parallel", "add up to at most 1"),
         ({"sft": 0.5, "pppo": 0.5}, "parallel", "must give stages"),
+        ({"sft": 0.5, "ppo": "0.5"}, "parallel", "a fraction, or a range"),
     ],
 )
 def test_splits_that_cannot_be(split, composition, says):

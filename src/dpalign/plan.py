@@ -186,7 +186,9 @@ def _checked_split(recipe: Recipe) -> tuple[dict[str, Range], dict[str, float]]:
     """Ranges and fractions of `split`, in the order of the stages."""
     split = dict(recipe.split or {})
     fractions = {name: float(split[name]) for name in STAGES if isinstance(split.get(name), int | float)}  # type: ignore[arg-type]
-    ranges = {name: value for name, value in split.items() if isinstance(value, list)}
+    ranges = {name: value for name, value in split.items() if isinstance(value, list | tuple)}
+    if len(fractions) + len(ranges) < len(split) and set(split) <= set(STAGES):
+        raise DPAlignError(f"split {split}: each stage's value is a fraction, or a range [low, high].")
     if set(split) - set(STAGES) or any(f <= 0 for f in fractions.values()) or sum(fractions.values()) > 1 + 1e-9:
         raise DPAlignError(
             f"split {split} must give stages ({', '.join(STAGES)}) positive fractions that add up to at most 1."

@@ -210,8 +210,9 @@ class Run:
             for entering in stage.kind.entering(stage.config).values():
                 if isinstance(entering, RewardConfig) and (self.reward_function or entering.source != RELEASED):
                     self.reward(entering)
-        if self.plan.recipe.reference_reward is not None:
-            self.reference = load_reward(self.plan.recipe.reference_reward, self.models.of(Policy).device)
+        given = self.plan.recipe.reference_reward
+        if given is not None and self.plan.recipe.rollouts is not None:  # else nothing is sampled that it could score
+            self.reference = load_reward(given, self.models.of(Policy).device)
 
     def reward(self, config: RewardConfig) -> Reward:
         """The reward that a section describes, loaded once."""
