@@ -95,8 +95,8 @@ def test_reference_texts():
 def test_measured_values_and_unscored_completions():
     policy, config = tiny_policy("llama"), PPOConfig(max_completion_length=4)
     prompts = public_prompts(policy, [{"prompt": f"w{i} w2"} for i in range(4)], config)
-    reward = Reward(lambda prompts, completions: [0.0, 1.0, math.nan, 0.5], 0.0, 1.0)
-    other = Reward(lambda prompts, completions: [1.0, 1.0, 1.0, 0.0], 0.0, 1.0)
+    reward = Reward(lambda prompts, completions: [0.0, 1.0, math.nan, 0.5], 0.0, 1.0, rows_at_once=None)
+    other = Reward(lambda prompts, completions: [1.0, 1.0, 1.0, 0.0], 0.0, 1.0, rows_at_once=None)
     measured = measure_policy(policy, prompts, reward, config, reference_reward=other, references=["w1 w2"] * 4)
     row = measured.evaluation.as_dict()
     assert row["reward"] == pytest.approx(0.5) and row["unscored"] == 1 and measured.rewards.isnan().sum() == 1

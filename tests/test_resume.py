@@ -15,6 +15,7 @@ from dpalign.errors import DPAlignError
 from dpalign.privacy.accountant import epsilon
 from dpalign.privacy.ledger import Ledger
 from dpalign.training import Stage
+from dpalign.training.loop import hash_of
 from helpers import call, in_fresh_process, ledger_rows, reviews, start, statement, write_jsonl, write_recipe
 from tiny import dataset, tiny_policy, words
 
@@ -165,6 +166,12 @@ def test_a_run_of_the_version_before_goes_on_with_the_same_settings(tmp_path, ca
     again = call(capsys, "run", recipe, "--json")
     assert "stage sft is already done" in again.err and again.json["epsilon"] == first["epsilon"]
     assert "settings of stage sft have changed" in call(capsys, "run", recipe, "--sft.micro_batch_size", 4).error
+
+
+def test_a_setting_that_came_later_does_not_change_the_hash_of_a_run_without_it():
+    new = {"beta": 0.1, "reward": {"source": "vader", "batched": False}}
+    assert hash_of(new) == hash_of({"beta": 0.1, "reward": {"source": "vader"}})
+    assert hash_of(new) != hash_of({"beta": 0.1, "reward": {"source": "vader", "batched": True}})
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 import sys
+from collections import deque
+from dataclasses import replace
+from functools import partial
+from random import Random
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from dpalign.errors import DPAlignError
 from dpalign.rewards import Reward, RewardConfig, check_reward, load_reward
+from dpalign.rewards.base import BATCH
 from tiny import VOCABULARY, tiny_tokenizer, words
 
 
@@ -83,6 +92,135 @@ def random(prompts, completions, **_):
 def test_a_reward_that_couples_rows_is_refused(coupled):
     with pytest.raises(DPAlignError, match="score every completion by itself"):
         check_reward(coupled)
+
+
+# One row at a time, and nothing remembered ------------------------------------------------------------------------
+
+
+def large_batches(prompts, completions, **_):
+    """Whitens, but not in batches as small as a probe's."""
+    scores = torch.tensor([float(len(c)) for c in completions])
+    return ((scores - scores.mean()) / scores.std() if len(scores) > 16 else scores / 100).tolist()
+
+
+def refunds(prompts, completions, **_):
+    """Whitens a feature that no film review has."""
+    scores = torch.tensor([float(c.count("refund")) for c in completions])
+    return (scores / scores.max().clamp(min=1)).tolist()
+
+
+def graded(prompts, completions, grade):
+    """Whitens a column, where it is filled."""
+    scores = torch.tensor([0.0 if g is None else float(g) for g in grade])
+    return (scores / scores.abs().max().clamp(min=1)).tolist()
+
+
+MATES = ["short", "a refund", "another refund, and a refund again", "x" * 90] * 10
+
+
+@pytest.mark.parametrize(
+    ("function", "columns", "refused_in_batches"),
+    [(large_batches, [], True), (refunds, [], False), (graded, ["grade"], True)],
+)
+def test_rows_are_not_coupled_whatever_a_function_does(function, columns, refused_in_batches):
+    """Three that pass the probe: called one by one they have no mates. In the batched form text of the run finds two."""
+    config = RewardConfig(source="m:f", is_public=True, low=-99.0, high=99.0, columns=columns)
+
+    def score(config, completions):
+        reward = load_reward(config, function=function)
+        return reward([""] * len(completions), completions, {c: list(range(len(completions))) for c in columns})
+
+    if function is not graded:  # with columns of every kind the probe sees that one
+        assert torch.equal(score(config, MATES)[:3], score(config, MATES[:3]))
+    batched = replace(config, batched=True)
+    if refused_in_batches:
+        with pytest.raises(DPAlignError, match="score every completion by itself"):
+            load_reward(batched, function=function)
+    else:  # stated in docs/privacy.md: a feature that neither the probe nor the run's own text has is not found
+        load_reward(batched, function=function)
+        with pytest.raises(DPAlignError, match="half of them swapped"):
+            load_reward(batched, function=function, texts=[("", c) for c in MATES])
+
+
+def test_a_batch_has_always_as_many_rows():
+    sizes = []
+    reward = Reward(lambda p, c: sizes.append(len(c)) or [len(t) for t in c], 0, 99, rows_at_once=BATCH)
+    with patch("dpalign.rewards.base.Memory"):
+        assert reward([""] * 40, MATES).tolist() == [len(c) for c in MATES] and sizes == [BATCH, BATCH]
+    with pytest.raises(DPAlignError, match="batched is for Python functions"):
+        load_reward(RewardConfig(batched=True))
+
+
+CALLS = {"count": 0, "seen": set()}
+COUNT = 0
+
+
+class Object:
+    total = 0
+    __slots__ = ("array", "calls", "log", "tensor")
+
+    def __init__(self):
+        self.calls, self.log, self.array, self.tensor = 0, [], np.zeros(2), torch.zeros(2)
+
+    def __call__(self, prompts, completions, **_):
+        self.calls += 1
+        self.log.append(completions)
+        self.array += 1
+        self.tensor += 1
+        Object.total += 1
+        return [self.calls + len(self.log) + self.array[0] + float(self.tensor[0]) + Object.total]
+
+
+def globally(prompts, completions, **_):
+    global COUNT
+    COUNT += 1
+    CALLS["count"] += 1
+    CALLS["seen"] |= set(completions)
+    globally.calls = getattr(globally, "calls", 0) + 1
+    return [COUNT + CALLS["count"] + len(CALLS["seen"]) + globally.calls]
+
+
+def closed():
+    number, log = 0, deque()
+
+    def function(prompts, completions, **_):
+        nonlocal number
+        number += 1
+        log.append(completions)
+        return [number + len(log)]
+
+    return function
+
+
+@pytest.mark.parametrize("function", [globally, Object(), closed(), partial(Object()), Object().__call__])
+def test_nothing_that_a_function_remembers_reaches_the_next_row_or_phase(function):
+    reward = Reward(function, 0, 99)
+    first = reward(["a"] * 3, ["x", "y", "z"])
+    assert first.unique().numel() == 1 and torch.equal(reward(["a"] * 3, ["x", "y", "z"]), first)
+
+
+def test_what_was_loaded_at_the_first_call_stays_loaded():
+    kept = []
+
+    def lazy(prompts, completions, **_):
+        if not kept:
+            kept.append(object())
+            print("loading", file=sink)
+        return [0.5] * len(completions)
+
+    sink = io.StringIO()
+    reward = load_reward(RewardConfig(source="m:f", is_public=True, low=0, high=1), function=lazy)
+    reward([""] * 4, ["a"] * 4)
+    assert len(kept) == 1 and sink.getvalue().count("loading") == 1
+
+
+@pytest.mark.parametrize("state", [itertools.count(), Random(0), np.random.default_rng(0), (i for i in range(9))])
+def test_what_cannot_be_put_back_is_refused_by_name(state):
+    def function(prompts, completions, **_):
+        return [0.5 if state else 1.0] * len(completions)
+
+    with pytest.raises(DPAlignError, match=f"keeps a .*{type(state).__name__}"):
+        load_reward(RewardConfig(source="m:f", is_public=True, low=0, high=1), function=function)
 
 
 def test_a_reward_that_scores_every_row_by_itself_is_not_refused():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -12,10 +14,11 @@ import torch
 from ..errors import DPAlignError
 from ..models import ModelConfig, Normalization, RewardModel
 from ..models.reward_model import normalization_of
-from .base import PROBES, Reward, RewardConfig, RewardFunction, check_reward
+from .base import BATCH, PROBES, Reward, RewardConfig, RewardFunction, check_reward
 from .classifier import classifier
 from .learned import learned
 from .lexicon import vader
+from .memory import Memory
 
 RELEASED = "reward_model"
 
@@ -25,16 +28,19 @@ def load_reward(
     device: str | torch.device = "cpu",
     function: RewardFunction | None = None,
     trained: tuple[RewardModel, Normalization] | None = None,
+    texts: Sequence[tuple[str, str]] = PROBES,
 ) -> Reward:
     """Builds the reward that `config` names, or wraps `function`, and checks it.
 
     Args:
         trained: the reward model of this run's reward stage, for the source `reward_model`.
+        texts: prompts and completions that no record has touched, to check the batched form on: the run's own kind.
 
     Raises:
         DPAlignError: unknown source, not declared public, no range, or `check_reward` refuses it.
     """
     low, high, scale, shift = config.low, config.high, config.scale, config.shift
+    is_own = function is None  # a person's function is called with care
     if is_reward_model(config) and function is None:
         if config.source == RELEASED:
             if trained is None:
@@ -63,11 +69,11 @@ def load_reward(
             if not config.use_logit:
                 low, high = (0.0 if low is None else low), (1.0 if high is None else high)
         elif function is None:
-            function = _import_function(config.source)
+            function, is_own = _import_function(config.source), False
     if low is None or high is None:
         raise DPAlignError(f"reward {config.source!r} needs its declared range: set reward.low and reward.high.")
-    reward = Reward(function, low, high, scale, shift)
-    check_reward(function, config.source, {c: [None] * len(PROBES) for c in config.columns})
+    reward = Reward(function, low, high, scale, shift, None if is_own else BATCH if config.batched else 1)
+    _check(reward, config, texts)
     return reward
 
 
@@ -92,3 +98,18 @@ def _import_function(source: str) -> RewardFunction:
     if not callable(function):
         raise DPAlignError(f"reward {source!r} is not a function.")
     return function
+
+
+def _check(reward: Reward, config: RewardConfig, texts: Sequence[tuple[str, str]]) -> None:
+    """Raises DPAlignError for a reward whose rows may touch each other."""
+    is_own, name = reward.rows_at_once is None, config.source
+    if config.batched and is_own:
+        raise DPAlignError(f"reward.batched is for Python functions: reward {name!r} is none.")
+    check_reward(reward.function, name, config.columns)
+    if not is_own and (unknown := Memory(reward.function).unknown):
+        raise DPAlignError(
+            f"reward {name!r} keeps a {', a '.join(sorted(unknown))} between its calls, whose state cannot be put back "
+            "after every row: make it inside the function."
+        )
+    if config.batched:
+        check_reward(reward.function, name, config.columns, list(islice(cycle(texts), BATCH)))

@@ -34,6 +34,7 @@ from .plan import StagePlan, plan_stage
 
 # Settings that cost memory or time and change nothing that is released: a run goes on with other ones.
 MACHINE_SETTINGS = frozenset({"micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps"})
+LATER_SETTINGS = {"batched": False}  # that version 0.1.0 did not have, and what they are for a run of that version
 
 
 @dataclass(frozen=True)
@@ -361,4 +362,10 @@ class Stage:
 
 def hash_of(settings: dict[str, Any]) -> str:
     """Short SHA-256 of settings, which hold no data."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    known = _without_later(settings)
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: v for name, v in settings.items() if name not in LATER_SETTINGS or v != LATER_SETTINGS[name]}
+    return {name: _without_later(v) if isinstance(v, dict) else v for name, v in kept.items()}
