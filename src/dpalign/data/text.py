@@ -1,30 +1,234 @@
-"""Text of one record to token ids; every record by itself."""
+"""Text of one record to token ids; every record by itself.
+
+A chat is written by the tokenizer's own template, special tokens included: nothing is put together by hand, so what a
+model is trained on is what `apply_chat_template(tokenize=True)` gives. A completion is what the template writes for the
+whole conversation and not for its prompt alone: the turn's end belongs to it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DPAlignError
 
+Message = dict[str, Any]
+Text = str | list[Message]  # plain, or the messages of a chat
+ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}  # ShareGPT's names
 
-def render(tokenizer: PreTrainedTokenizerBase, value: Any, *, is_prompt: bool = False) -> str:
-    """A string as it is; a list of chat messages through the tokenizer's chat template."""
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a text, and which of them are learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the first that is learned."""
+        return self.learned.index(True) if True in self.learned else len(self.ids)
+
+
+# What is encoded --------------------------------------------------------------------------------------
+
+
+def read_text(value: Any) -> Text:
+    """A string as it is; a list of messages in the form that templates read.
+
+    ShareGPT's `from` and `value` become `role` and `content`, parts of text become one string, and no content (beside
+    tool calls, say) is the empty string: templates would write Python's list, or the word None.
+
+    Raises:
+        DPAlignError: not a text, or a message that is none.
+    """
     if isinstance(value, str):
         return value
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        raise DPAlignError("expected a string or a list of chat messages")
+    return [_read_message(message) for message in value]
+
+
+def _read_message(message: Mapping[str, Any]) -> Message:
+    read = {key: value for key, value in message.items() if value is not None}  # Arrow fills columns up with nulls
+    if "from" in read and "role" not in read:
+        read["role"] = read.pop("from")
+        if "content" not in read:
+            read["content"] = read.pop("value", "")
+    role, content = read.get("role"), read.get("content", "")
+    if not isinstance(role, str) or not role:
+        raise DPAlignError("a chat message has no role: expected {'role': ..., 'content': ...}")
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        for part in parts:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise DPAlignError("a chat message has a part that is no text: images and sounds cannot be learned here")
+        content = "".join(part["text"] for part in parts)
+    if not isinstance(content, str):
+        raise DPAlignError("the content of a chat message is neither text nor a list of text parts")
+    return read | {"role": ROLES.get(role, role), "content": content}
+
+
+def joined(prompt: Any, completion: Any) -> Text:
+    """The text that a prompt and its completion make; both strings, or both chats (a string answers a chat as assistant).
+
+    A completion that repeats the prompt's messages is the whole conversation. An assistant's turn that the prompt has
+    begun is gone on with.
+
+    Raises:
+        DPAlignError: a string prompt beside chat messages.
+    """
+    prompt, completion = read_text("" if prompt is None else prompt), read_text(completion)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    if isinstance(prompt, str):
+        if prompt:
+            raise DPAlignError("the prompt is a string and the answer is chat messages: give two of a kind")
+        return completion
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not completion:
+        raise DPAlignError("the answer has no chat message")
+    if prompt and completion[: len(prompt)] == prompt and len(completion) > len(prompt):
+        completion = completion[len(prompt) :]
+    if prompt and prompt[-1]["role"] == completion[0]["role"] == "assistant":
+        begun = completion[0] | {"content": prompt[-1]["content"] + completion[0]["content"]}
+        return [*prompt[:-1], begun, *completion[1:]]
+    return [*prompt, *completion]
+
+
+def shared_prompt(chosen: Text, rejected: Text) -> Text:
+    """The messages that two conversations begin with (all but the last of the shorter one, at most); none of strings."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return ""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    return chosen[:shared]
+
+
+def template_options(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record hands to its chat template: `tools` (a list, or its JSON) and `chat_template_kwargs`."""
+    options: dict[str, Any] = dict(record.get("chat_template_kwargs") or {})
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise DPAlignError("column 'tools' is a string that is not JSON") from None
+    return options | {"tools": tools} if tools else options
+
+
+# Ids --------------------------------------------------------------------------------------------------
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    *,
+    prepend_bos: bool = False,
+    append_eos: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a whole text: of a chat what its template writes, of a string what the tokenizer does.
+
+    Args:
+        prepend_bos, append_eos: of strings; never a second one where the text or the tokenizer has it.
+    """
+    if not isinstance(text, str):
+        return _template_ids(tokenizer, text, options or {})
+    front, ids, back = _with_specials(tokenizer, text)
+    return _begin(tokenizer, front, ids, prepend_bos) + _end(tokenizer, ids, back, append_eos)
+
+
+def encode_prompt_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    *,
+    prepend_bos: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids that a completion follows: the assistant's turn is opened, or the one that is begun stays open."""
+    if not isinstance(prompt, str):
+        return _template_ids(tokenizer, prompt, options or {}, is_prompt=True)
+    front, ids, _ = _with_specials(tokenizer, prompt)  # an EOS that the tokenizer adds would end the prompt
+    return _begin(tokenizer, front, ids, prepend_bos) + ids
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    completion: Any,
+    *,
+    prepend_bos: bool = False,
+    append_eos: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """Token ids of a prompt and its completion, of which the completion's are learned.
+
+    Strings are encoded apart, as a policy that completes the prompt sees them. Of chats it is the conversation as the
+    template writes it, learned from where it goes on after the prompt.
+
+    Raises:
+        DPAlignError: a template whose prompt is not the beginning of its conversation, or what `joined` refuses.
+    """
+    whole, prompt = joined(prompt, completion), read_text("" if prompt is None else prompt)
+    if isinstance(whole, str):
+        front = encode_prompt_text(tokenizer, str(prompt), prepend_bos=prepend_bos)
+        _, ids, back = _with_specials(tokenizer, str(completion))
+        ids = ids + _end(tokenizer, ids, back, append_eos)[len(ids) :]
+        return Encoded(front + ids, [False] * len(front) + [True] * len(ids))
+    options = options or {}
+    ids = _template_ids(tokenizer, whole, options)
+    if not prompt:
+        return Encoded(ids, [True] * len(ids))
+    if not _write(tokenizer, whole, options).startswith(_write(tokenizer, prompt, options, is_prompt=True)):
+        raise DPAlignError("the chat template writes the prompt otherwise alone than before an answer")
+    front = _template_ids(tokenizer, prompt, options, is_prompt=True)
+    shared = next((i for i, (a, b) in enumerate(zip(ids, front, strict=False)) if a != b), min(len(ids), len(front)))
+    return Encoded(ids, [False] * shared + [True] * (len(ids) - shared))
+
+
+def assistant_tokens(
+    tokenizer: PreTrainedTokenizerBase, chat: Text, options: Mapping[str, Any] | None = None
+) -> list[bool]:
+    """Which of a chat's tokens the assistant wrote, as the template marks them.
+
+    Raises:
+        DPAlignError: not a chat, or a template without `{% generation %}`.
+    """
+    if isinstance(chat, str):
+        raise DPAlignError("assistant_only_loss needs chat messages, and this text is a string")
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    if not re.search(r"{%-?\s*generation\s*-?%}", template):
+        raise DPAlignError(
+            "assistant_only_loss needs a chat template that marks the assistant's words with {% generation %}: use one, "
+            "or prompts and completions"
+        )
+    out = _apply(
+        tokenizer, chat, options or {}, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return [bool(mark) for mark in out["assistant_masks"]]
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends the assistant's turn; None without a template or such a token."""
     if not getattr(tokenizer, "chat_template", None):
-        raise DPAlignError("the data holds chat messages, but the tokenizer has no chat template: give plain strings.")
-    return str(tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=is_prompt))
-
-
-def tokens(tokenizer: PreTrainedTokenizerBase, text: str, *, prepend_bos: bool) -> list[int]:
-    """Token ids, with BOS in front if asked for and not already there."""
-    ids: list[int] = tokenizer(text, add_special_tokens=not prepend_bos).input_ids
-    if prepend_bos and tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        ids = [tokenizer.bos_token_id, *ids]
-    return ids
+        return None
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Goodbye"}]
+    try:
+        rest = _write(tokenizer, chat, {}).rpartition("Goodbye")[2]
+    except DPAlignError:  # a template that wants something else than a plain chat
+        return None
+    ids: list[int] = tokenizer(rest, add_special_tokens=False).input_ids
+    return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
 
 
 def cut_length(text: str, low: int, high: int) -> int:
@@ -33,3 +237,96 @@ def cut_length(text: str, low: int, high: int) -> int:
         return low
     digest = hashlib.sha256(text.encode()).digest()
     return low + int.from_bytes(digest[:4], "big") % (high - low + 1)
+
+
+# Strings: the tokenizer's special tokens --------------------------------------------------------------
+
+
+def _with_specials(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
+    """What the tokenizer puts in front of a text, the text's own ids, and what it puts behind."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    full: list[int] = tokenizer(text).input_ids
+    if not ids:
+        return [t for t in full if t == tokenizer.bos_token_id], [], [t for t in full if t != tokenizer.bos_token_id]
+    for start in range(len(full) - len(ids) + 1):
+        if full[start : start + len(ids)] == ids:
+            return full[:start], ids, full[start + len(ids) :]
+    raise DPAlignError("the tokenizer changes a text when it adds its special tokens: it cannot be used here")
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase, front: list[int], ids: list[int], prepend_bos: bool) -> list[int]:
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return front
+    if prepend_bos and bos not in front:
+        front = [bos, *front]
+    return [token for token in front if token != bos] if ids[:1] == [bos] else front  # the text has its own
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int], back: list[int], append_eos: bool) -> list[int]:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return ids + back
+    own = ids[-1:] == [eos]  # the text has its own
+    back = [token for token in back if token != eos or not own]
+    return ids + back + [eos] * (append_eos and not own and eos not in back)
+
+
+# Chats: the tokenizer's template ----------------------------------------------------------------------
+
+
+def _template_ids(
+    tokenizer: PreTrainedTokenizerBase, chat: list[Message], options: Mapping[str, Any], *, is_prompt: bool = False
+) -> list[int]:
+    ids: list[int] = _apply(tokenizer, chat, options, is_prompt=is_prompt, tokenize=True, return_dict=True)["input_ids"]
+    return ids
+
+
+def _write(
+    tokenizer: PreTrainedTokenizerBase, chat: list[Message], options: Mapping[str, Any], *, is_prompt: bool = False
+) -> str:
+    return str(_apply(tokenizer, chat, options, is_prompt=is_prompt, tokenize=False))
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: list[Message],
+    options: Mapping[str, Any],
+    *,
+    is_prompt: bool = False,
+    **how: Any,
+) -> Any:
+    """`apply_chat_template`, whose refusals become one sentence that quotes nobody."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise DPAlignError("the data holds chat messages, but the tokenizer has no chat template: give plain strings.")
+    if not chat:
+        raise DPAlignError("a chat has no message")
+    if is_prompt:  # a turn that the assistant has begun stays open
+        how["add_generation_prompt"] = chat[-1]["role"] != "assistant"
+        how["continue_final_message"] = not how["add_generation_prompt"]
+    try:
+        written = tokenizer.apply_chat_template(chat, **options, **how)
+        for name, without, rest in _dropped(chat, options):
+            if tokenizer.apply_chat_template(without, **rest, **how) == written:
+                raise DPAlignError(f"the chat template does not write {name}: use one that does, or leave them out")
+    except DPAlignError:
+        raise
+    except TemplateError as error:  # its words are shown if they are the template's own
+        said = f": {error.message}" if error.message and error.message in str(template) else ""
+        raise DPAlignError(f"the chat template refuses these messages{said}") from None
+    except Exception as error:
+        raise DPAlignError(f"the chat template fails on these messages ({type(error).__name__})") from None
+    return written
+
+
+def _dropped(chat: list[Message], options: Mapping[str, Any]) -> list[tuple[str, list[Message], dict[str, Any]]]:
+    """The chat without its tool calls, and without tools: a template that writes the same passes over them."""
+    found = []
+    if any(message.get("tool_calls") for message in chat):
+        found.append(
+            ("tool calls", [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat], dict(options))
+        )
+    if options.get("tools"):
+        found.append(("tools", chat, {k: v for k, v in options.items() if k != "tools"}))
+    return found
