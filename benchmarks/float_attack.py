@@ -30,7 +30,9 @@ METRICS = (MetricRange("a", -1.0, 1.0), MetricRange("b", 0.0, 3.0))
 class FloatMechanism:
     """The release of version 0.1.0: float sums, float noise."""
 
-    def __init__(self, shapes: list[torch.Size], *, max_grad_norm, noise_multiplier, divisor, entropy, dtype=torch.float32, **_):
+    def __init__(
+        self, shapes: list[torch.Size], *, max_grad_norm, noise_multiplier, divisor, entropy, dtype=torch.float32, **_
+    ):
         self.scale, self.divisor, self.entropy = noise_multiplier * max_grad_norm, divisor, entropy
         self.max_grad_norm = max_grad_norm
         self._sums = [torch.zeros(shape, dtype=dtype) for shape in shapes]

@@ -118,7 +118,11 @@ def test_metrics_are_noised_and_no_text_leaves(finished):
 
 def test_a_second_call_draws_nothing_and_changes_nothing(finished, capsys):
     folder = finished[0]
-    assert {s: ledger_rows(folder, stage=s) for s in ("sft", "reward_model", "ppo")} == {"sft": 3, "reward_model": 2, "ppo": 2}
+    assert {s: ledger_rows(folder, stage=s) for s in ("sft", "reward_model", "ppo")} == {
+        "sft": 3,
+        "reward_model": 2,
+        "ppo": 2,
+    }
     files = files_below(folder / "run" / "release") + files_below(folder / "run" / "reward_model")
     before = {f: f.read_bytes() for f in files if f.suffix == ".safetensors" or f.name == "reward.json"}
     again = call(capsys, "run", folder / "recipe.yaml", "--json")
@@ -132,7 +136,9 @@ def test_other_pairs_are_refused(finished, capsys, tmp_path):
     folder = finished[0]
     data = write_jsonl(tmp_path / "pairs.jsonl", judged(41, start=100))
     refused = call(capsys, "run", folder / "recipe.yaml", "--reward_model_data.path", data)
-    assert "data of stage reward_model has changed" in refused.error or "settings of stage reward_model" in refused.error
+    assert (
+        "data of stage reward_model has changed" in refused.error or "settings of stage reward_model" in refused.error
+    )
     assert ledger_rows(folder) == 7
 
 
@@ -152,7 +158,9 @@ def one_name(folder: Path, **changes: Any) -> Path:
 
 
 def test_separate_names_that_share_people_are_an_error_that_counts_them(tmp_path, capsys):
-    recipe = one_name(tmp_path, reward_model_data={"name": "judges", "path": str(tmp_path / "pairs.jsonl"), "unit": "id"})
+    recipe = one_name(
+        tmp_path, reward_model_data={"name": "judges", "path": str(tmp_path / "pairs.jsonl"), "unit": "id"}
+    )
     for composition in ("parallel", "sequential"):
         error = call(capsys, "run", recipe, "--composition", composition).error
         assert "40 units are in both 'people' (sft) and 'judges' (reward_model)" in error
@@ -162,7 +170,9 @@ def test_separate_names_that_share_people_are_an_error_that_counts_them(tmp_path
 def test_one_name_in_sequential_composition_charges_both_stages(tmp_path, capsys):
     done = call(capsys, "run", one_name(tmp_path), "--json").json
     value = statement(tmp_path / "run")
-    assert [s["stage"] for s in value["stages"]] == ["sft", "reward_model"] and {s["part"][1] for s in value["stages"]} == {1}
+    assert [s["stage"] for s in value["stages"]] == ["sft", "reward_model"] and {
+        s["part"][1] for s in value["stages"]
+    } == {1}
     together = recomputed(value["stages"], value["delta"])
     assert 1.95 < together <= 2.0005 and done["epsilon"] == pytest.approx(together, rel=2e-3) and done["epsilon"] <= 2
     alone = [recomputed([s], value["delta"]) for s in value["stages"]]
@@ -221,7 +231,13 @@ def test_ppo_against_an_earlier_reward_model_composes_its_stages(reward_model, t
     """Same people: all three stages add up, and the SFT stage below both releases counts once."""
     run = reward_model / "run"
     source = {"reward": {"source": f"reward_model:{run / 'reward_model'}"}, "max_steps": 2, "noise_multiplier": 2}
-    changes = NOISY | {"sft": None, "reward_model": None, "reward_model_data": None, "ppo": source, "composition": "parallel"}
+    changes = NOISY | {
+        "sft": None,
+        "reward_model": None,
+        "reward_model_data": None,
+        "ppo": source,
+        "composition": "parallel",
+    }
     recipe = one_name(
         tmp_path, **changes, ledger=str(reward_model / "ledger.sqlite"), model={"name_or_path": str(run / "release")}
     )
@@ -241,7 +257,13 @@ def test_ppo_against_an_earlier_reward_model_composes_its_stages(reward_model, t
 def test_a_budget_that_the_reward_models_past_exceeds_is_refused(reward_model, tmp_path, capsys):
     past = release_of(reward_model / "run" / "reward_model")["epsilon"]
     source = {"reward": {"source": f"reward_model:{reward_model / 'run' / 'reward_model'}"}, "noise_multiplier": 50}
-    changes = NOISY | {"sft": None, "reward_model": None, "reward_model_data": None, "ppo": source, "composition": "parallel"}
+    changes = NOISY | {
+        "sft": None,
+        "reward_model": None,
+        "reward_model_data": None,
+        "ppo": source,
+        "composition": "parallel",
+    }
     recipe = one_name(tmp_path, **changes, ledger=str(reward_model / "ledger.sqlite"))
     draws = ledger_rows(reward_model)
     refused = call(capsys, "run", recipe, "--target_epsilon", past)

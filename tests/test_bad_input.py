@@ -108,7 +108,7 @@ DATA = {
     "cut gzip": (text(gzip.compress("\n".join(LINES).encode())[:-40], ".jsonl.gz"), "cannot be read"),
     "ragged CSV": (text(f"id,text\n1,{MARKER}\n2,{MARKER},more\n", ".csv"), "fields than its header"),
     "not Parquet": (text(f"PAR1{MARKER}", ".parquet"), "not a Parquet file"),
-    "missing column": (records([{"body": r["text"]} for r in RECORDS]), "expected 'text' or 'prompt' + 'completion'"),
+    "missing column": (records([{"body": r["text"]} for r in RECORDS]), "'text' or 'prompt' + 'completion'"),
     "one record without text": (records([*RECORDS, {"id": "x", "text": ""}]), "record 65 of"),
     "numbers for text": (records([*RECORDS, {"id": "x", "text": 3}]), "record 65 of"),
     "chat without a template": (records([{"text": CHAT} for _ in RECORDS]), "no chat template"),
@@ -215,7 +215,10 @@ SETTINGS = {
     "no such clipping": ({"sft": {"clipping": "soft"}}, "clipping"),
     "unknown field": ({"colour": "red"}, "unknown field colour"),
     "unknown nested field": ({"sft": {"learning_rat": 1}}, "unknown field sft.learning_rat"),
-    "a stage under its old name": ({"reward": {"max_steps": 1}}, "that stage is called reward_model now, and its data reward_model_data"),
+    "a stage under its old name": (
+        {"reward": {"max_steps": 1}},
+        "that stage is called reward_model now, and its data reward_model_data",
+    ),
     "its data under the old name": ({"evaluation_data": {"name": "x"}}, "and its data measurement_data"),
     "data of a stage that is not there": ({"dpo_data": {"name": "x"}}, "the recipe has no stage dpo"),
     "unknown field two levels down": ({"ppo": {"reward": {"sauce": 1}}}, "unknown field ppo.reward.sauce"),
@@ -282,7 +285,7 @@ def test_bad_calls(arguments, says, tmp_path, capsys, monkeypatch):
 def test_a_fresh_process_says_it_too(tmp_path):
     write_jsonl(tmp_path / "data.jsonl", [{"body": r["text"]} for r in RECORDS])
     status, out, err = in_fresh_process(tmp_path, "run", write_recipe(tmp_path), "--json")
-    check(tmp_path, Called(status, out, err), "expected 'text'")
+    check(tmp_path, Called(status, out, err), "'text' or 'prompt'")
 
 
 def test_a_librarys_error_quotes_nothing(tmp_path, capsys, monkeypatch):

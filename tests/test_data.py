@@ -81,16 +81,18 @@ def encoded(policy, record, **settings):
 def test_text_is_learned_from_its_second_token_on(policy):
     bos, eos = policy.tokenizer.bos_token_id, policy.tokenizer.eos_token_id
     ids = policy.tokenizer("A fine film.", add_special_tokens=False).input_ids
-    assert encoded(policy, {"text": "A fine film."}, prepend_bos=True) == ([bos, *ids, eos], 1)
-    assert encoded(policy, {"text": "A fine film."}, prepend_bos=True, append_eos=False, max_length=3) == (
-        [bos, *ids[:2]],
-        1,
-    )
+    whole = encoded(policy, {"text": "A fine film."}, prepend_bos=True)
+    assert whole.ids == [bos, *ids, eos] and all(whole.learned)
+    cut = encoded(policy, {"text": "A fine film."}, prepend_bos=True, append_eos=False, max_length=3)
+    assert cut.ids == [bos, *ids[:2]]
+    rows = SFT(SFTConfig(max_length=3)).rows(policy, [[cut]], None)
+    assert rows.tensors["learned"].tolist() == [[0, 1, 1]]
 
 
 def test_a_completion_is_learned_and_its_prompt_is_not(policy):
     record = {"prompt": "This film", "completion": " was fine."}
-    ids, learn_from = encoded(policy, record, prepend_bos=True)
+    text = encoded(policy, record, prepend_bos=True)
+    ids, learn_from = text.ids, text.prompt_tokens
     assert policy.tokenizer.decode(ids[1:learn_from]) == "This film"
     assert policy.tokenizer.decode(ids[learn_from:-1]) == " was fine."
     algorithm = SFT(SFTConfig(prepend_bos=True, max_length=16))
@@ -110,8 +112,13 @@ def test_chat_messages_go_through_the_template():
     def words(*numbers):
         return [n + 2 for n in numbers]  # after padding and end of text
 
-    assert encoded(policy, {"text": [user, answer]}, append_eos=False)[0] == words(1, 7, 8, 2, 9)
-    assert encoded(policy, {"prompt": [user], "completion": [answer]}, append_eos=False) == (words(1, 7, 8, 2, 9), 4)
+    assert encoded(policy, {"text": [user, answer]}, append_eos=False).ids == words(1, 7, 8, 2, 9)
+    found = encoded(policy, {"prompt": [user], "completion": [answer]}, append_eos=False)
+    assert (found.ids, found.prompt_tokens) == (words(1, 7, 8, 2, 9), 4)
+    both = encoded(policy, {"prompt": [user], "completion": [answer]}, completion_only_loss=False)
+    assert both.ids == found.ids and all(both.learned)
+    with pytest.raises(DPAlignError, match="completion_only_loss needs"):
+        encoded(policy, {"text": "w1"}, completion_only_loss=True)
     assert encode_prompt(policy.tokenizer, {"prompt": [user]}, PPOConfig()) == words(1, 7, 8, 2)
 
 

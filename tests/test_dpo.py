@@ -88,15 +88,19 @@ def test_the_loss_begins_at_log_2_and_pulls_the_answers_apart():
 def test_answers_of_a_record():
     tokenizer, config = tiny_tokenizer(), DPOConfig(max_length=5)
     found = encode_answers(tokenizer, PAIR, config)
-    assert (found.chosen, found.rejected, found.prompt_tokens) == ([3, 4, 5, 6, EOS], [3, 4, 7, EOS], 2)
+    assert (found.chosen.ids, found.rejected.ids) == ([3, 4, 5, 6, EOS], [3, 4, 7, EOS])
+    assert found.chosen.prompt_tokens == found.rejected.prompt_tokens == 2
     assert (found.margin, found.preference) == (0.3, 0.8)
     alone = encode_answers(tokenizer, {"chosen": "w3 w4 w5 w6 w7 w8", "rejected": "w1"}, config)
-    assert alone.prompt_tokens == 0 and alone.chosen == [5, 6, 7, 8, 9] and alone.preference == 1.0  # cut: no EOS
+    assert (
+        alone.chosen.prompt_tokens == 0 and alone.chosen.cut(5).ids == [5, 6, 7, 8, 9] and alone.preference == 1.0
+    )  # cut: no EOS
     tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] + '> ' + m.content + ' <eos> ' }}{% endfor %}{% if add_generation_prompt %}a> {% endif %}"
     ask, yes, no = ({"role": r, "content": c} for r, c in (("user", "w1"), ("assistant", "w2"), ("assistant", "w3")))
     whole = encode_answers(tokenizer, {"chosen": [ask, yes], "rejected": [ask, no]}, DPOConfig(max_length=20))
     apart = encode_answers(tokenizer, {"prompt": [ask], "chosen": [yes], "rejected": [no]}, DPOConfig(max_length=20))
-    assert whole == apart and whole.chosen[-2:] == [4, EOS] and whole.prompt_tokens == len(whole.chosen) - 2
+    assert whole == apart and whole.chosen.ids[-2:] == [4, EOS]
+    assert whole.chosen.prompt_tokens == len(whole.chosen.ids) - 2
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,13 @@ def test_settings_that_cannot_be():
             DPOConfig(**changes).validate()
 
 
-STAGE: dict[str, Any] = {"expected_batch_size": 8, "max_steps": 3, "max_length": 20, "prepend_bos": True, "adapter": {"r": 2}}
+STAGE: dict[str, Any] = {
+    "expected_batch_size": 8,
+    "max_steps": 3,
+    "max_length": 20,
+    "prepend_bos": True,
+    "adapter": {"r": 2},
+}
 
 
 def test_dpalign_dpo(tmp_path, capsys):
@@ -133,7 +143,11 @@ def test_dpalign_dpo(tmp_path, capsys):
     assert done["dpo"]["pairs"] == 6 and 0 <= done["dpo"]["accuracy"] <= 1 and done["dpo"]["margin"] != 0
     assert {s["stage"] for s in statement(tmp_path / "run")["stages"]} == {"sft", "dpo"}
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert {m for line in lines if line["stage"] == "dpo" for m in line["noised_metrics"]} == {"loss", "accuracy", "margin"}
+    assert {m for line in lines if line["stage"] == "dpo" for m in line["noised_metrics"]} == {
+        "loss",
+        "accuracy",
+        "margin",
+    }
     again = call(capsys, "run", recipe, "--json")
     assert again.json["dpo"] == pytest.approx(done["dpo"]) and ledger_rows(tmp_path, stage="dpo") == 3
     assert "stage dpo is already done" in again.err
@@ -144,13 +158,20 @@ def test_dpalign_dpo(tmp_path, capsys):
     alone = call(capsys, "dpo", recipe, "--output_dir", tmp_path / "alone", "--json").json
     assert [s["stage"] for s in alone["stages"]] == ["dpo"]
     assert "accuracy" in call(capsys, "dpo", recipe, "--output_dir", tmp_path / "alone").out
-    text = "\n".join(f.read_text(errors="ignore") for f in files_below(tmp_path / "run", lambda f: "private" not in f.parts))
+    text = "\n".join(
+        f.read_text(errors="ignore") for f in files_below(tmp_path / "run", lambda f: "private" not in f.parts)
+    )
     assert "evening" not in text
 
 
 def test_the_trainer_reports_public_pairs(tmp_path):
-    rows = [{"prompt": words(2, s), "chosen": " " + words(3, 100 + s), "rejected": " " + words(3, 200 + s)} for s in range(32)]
-    config = DPOConfig(target_epsilon=8.0, expected_batch_size=8, max_steps=2, max_length=10, adapter=AdapterConfig(r=2))
+    rows = [
+        {"prompt": words(2, s), "chosen": " " + words(3, 100 + s), "rejected": " " + words(3, 200 + s)}
+        for s in range(32)
+    ]
+    config = DPOConfig(
+        target_epsilon=8.0, expected_batch_size=8, max_steps=2, max_length=10, adapter=AdapterConfig(r=2)
+    )
     options = {"dataset_name": "toy", "output_dir": str(tmp_path / "run"), "model_is_public": True, "quiet": True}
     trainer = DPDPOTrainer(
         tiny_base("llama"), config, rows, rows[:5], tiny_tokenizer(), eval_is_public=True, **options,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from dpalign.algorithms import RewardModelConfig, RewardModelling
 from dpalign.algorithms.base import check_records, encode_units
 from dpalign.algorithms.pairs import check_pair, preference_loss
-from dpalign.algorithms.reward import encode_pair, pair_texts
-from dpalign.data.text import tokens
+from dpalign.algorithms.reward import encode_pair
+from dpalign.data.text import encode_text
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat
 from dpalign.models.reward_model import normalization_of
@@ -133,8 +133,7 @@ GOOD = {"chosen": "yes", "rejected": "no"}
 
 
 def check_pairs(records: list, path: str) -> None:
-    check_records(records, path, RewardModelling.columns, lambda record: check_pair(tiny_tokenizer(), record))
-
+    check_records(records, path, RewardModelling.columns, check_pair)
 
 
 @pytest.mark.parametrize(
@@ -181,18 +180,20 @@ TEMPLATE = (
 def test_chat_messages_go_through_the_template():
     model = reward_model()
     user, answer = {"role": "user", "content": "w7 w8"}, {"role": "assistant", "content": "w9"}
-    with pytest.raises(DPAlignError, match="no chat template"):
-        pair_texts(model, {"chosen": [user, answer], "rejected": [user]})
-    model.tokenizer.chat_template = TEMPLATE
     other = answer | {"content": "w3"}
-    expected = ("w1 w7 w8 w2 w9 ", "w1 w7 w8 w2 w3 ")
-    assert pair_texts(model, {"prompt": [user], "chosen": [answer], "rejected": [other]}) == expected
-    assert pair_texts(model, {"chosen": [user, answer], "rejected": [user, other]}) == expected
-    # Datasets that repeat the prompt as a string beside whole conversations: it is not read twice.
-    assert pair_texts(model, {"prompt": "w7 w8", "chosen": [user, answer], "rejected": [user, other]}) == expected
-    assert pair_texts(model, {"prompt": [user], "chosen": "w9", "rejected": "w3"}) == (
-        "w1 w7 w8 w2 w9", "w1 w7 w8 w2 w3"
-    )  # fmt: skip
+    with pytest.raises(DPAlignError, match="no chat template"):
+        encode_pair(model, {"chosen": [user, answer], "rejected": [user]})
+    model.tokenizer.chat_template = TEMPLATE
+    expected = tuple(encode_text(model.tokenizer, text) for text in ("w1 w7 w8 w2 w9", "w1 w7 w8 w2 w3"))
+    for pair in (
+        {"prompt": [user], "chosen": [answer], "rejected": [other]},
+        {"chosen": [user, answer], "rejected": [user, other]},
+        {"prompt": "w7 w8", "chosen": [user, answer], "rejected": [user, other]},  # the prompt stands there twice
+        {"prompt": [user], "chosen": [user, answer], "rejected": [user, other]},
+        {"prompt": [user], "chosen": "w9", "rejected": "w3"},
+    ):
+        found = encode_pair(model, pair)
+        assert (found.chosen, found.rejected) == expected, pair
 
 
 def test_of_a_long_text_the_end_is_read():
@@ -435,7 +436,7 @@ def test_a_reward_model_reads_text_with_its_own_tokenizer():
     assert len(policy.tokenizer) != VOCABULARY
     algorithm = RewardModelling(RewardModelConfig(max_length=12))
     pair = algorithm.encode(model, {"prompt": "w5 ", "chosen": "w6", "rejected": "w7"})
-    assert pair is not None and pair.chosen == [*tokens(model.tokenizer, "w5 w6", prepend_bos=False), EOS]
+    assert pair is not None and pair.chosen == [*encode_text(model.tokenizer, "w5 w6"), EOS]
     normalization = normalize(model, policy, rows=16, prompt_tokens=3, max_new_tokens=4, seed=0)
     assert normalization.scale > 0
     with pytest.raises(DPAlignError, match="gives all texts the same score"):
@@ -449,9 +450,9 @@ def test_normalisation_gives_the_policys_own_text_mean_0_and_deviation_1():
     seen: list[str] = []
 
     class Watching(RewardModel):
-        def score(self, texts, rows_at_once=64):
+        def score(self, texts, *others):
             seen.extend(texts)
-            return super().score(texts, rows_at_once)
+            return super().score(texts, *others)
 
     model.__class__ = Watching
     again = normalize(model, policy, rows=64, prompt_tokens=3, max_new_tokens=5, seed=1)

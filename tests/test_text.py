@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from chats import ADDS, TEMPLATES, TURN_ENDS, byte_tokenizer
 
+from chats import ADDS, TEMPLATES, TURN_ENDS, byte_tokenizer
 from dpalign.data.text import (
+    apart,
     assistant_tokens,
     encode_completion,
     encode_prompt_text,
@@ -133,7 +134,10 @@ class TestMessages:
             encode_completion(byte_tokenizer("smol"), [USER], completion, options=options)
 
     def test_tools_may_be_json(self):
-        assert template_options({"tools": '[{"a": 1}]', "chat_template_kwargs": {"x": 2}}) == {"tools": [{"a": 1}], "x": 2}
+        assert template_options({"tools": '[{"a": 1}]', "chat_template_kwargs": {"x": 2}}) == {
+            "tools": [{"a": 1}],
+            "x": 2,
+        }
         with pytest.raises(DPAlignError, match="not JSON"):
             template_options({"tools": "look"})
 
@@ -148,9 +152,18 @@ class TestMessages:
         with pytest.raises(DPAlignError, match="no chat template"):
             encode_text(byte_tokenizer(), [USER])
 
-    def test_a_string_prompt_beside_messages_is_refused(self):
+    def test_a_string_prompt_beside_messages_must_be_one_of_them(self):
         with pytest.raises(DPAlignError, match="two of a kind"):
             joined("Is the film good?", [ANSWER])
+        with pytest.raises(DPAlignError, match="two of a kind"):
+            joined("Is the play good?", [USER, ANSWER])
+        assert apart(USER["content"], [USER, ANSWER]) == ([USER], [ANSWER])
+        assert apart(MORE[0]["content"], [USER, ANSWER, *MORE]) == ([USER, ANSWER, MORE[0]], [MORE[1]])
+        assert apart("", [USER, ANSWER]) == apart(None, [USER, ANSWER]) == ([], [USER, ANSWER])
+
+    def test_an_answer_must_be_there(self):
+        with pytest.raises(DPAlignError, match="no chat message of its own"):
+            joined([USER], [USER])
 
     def test_a_template_that_writes_the_prompt_otherwise_alone(self):
         tokenizer = byte_tokenizer()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..data.load import Record
-from ..data.text import cut_length, render, tokens
+from ..data.text import Text, cut_length, encode_prompt_text, read_text, template_options
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.policy import Rollouts
@@ -15,12 +15,16 @@ from ..privacy.entropy import SystemEntropy
 from ..rewards import RewardConfig
 from .base import Tokenizer, check_records
 
-PROMPT_COLUMNS = (("prompt",), ("text",))
+CHATS = ("messages", "conversations", "text")  # columns whose chat is asked for its last answer
+PROMPT_COLUMNS = (("prompt",), *((name,) for name in CHATS))
 
 
 @dataclass(kw_only=True)
 class SamplingConfig:
-    """How prompts are cut, completed and scored. Records have `prompt`, or `text` whose first tokens become it.
+    """How prompts are cut, completed and scored.
+
+    Records have `prompt`, or `messages` whose last answer is left out, or `text` whose first tokens become the prompt.
+    A chat's prompt is what the tokenizer's chat template writes, with the assistant's turn opened.
 
     Args:
         max_prompt_length: most tokens of a prompt; a longer one is an error.
@@ -68,10 +72,10 @@ def sample(
 
 def encode_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -> list[int] | None:
     """Token ids of a record's prompt; None for a text with too few tokens (the unit then adds nothing)."""
-    if "prompt" in record:
-        prompt = render(tokenizer, record["prompt"], is_prompt=True)
-        return tokens(tokenizer, prompt, prepend_bos=config.prepend_bos)
-    text = render(tokenizer, record["text"])
+    prompt = prompt_of(record)
+    if prompt is not None:
+        return encode_prompt_text(tokenizer, prompt, prepend_bos=config.prepend_bos, options=template_options(record))
+    text = str(record["text"])
     low, high = config.prompt_min_tokens, config.prompt_max_tokens
     length = cut_length(text, low or high or 8, high or low or 8)
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
@@ -79,6 +83,23 @@ def encode_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) 
         return None
     front = [tokenizer.bos_token_id] if config.prepend_bos and tokenizer.bos_token_id is not None else []
     return front + ids[:length]
+
+
+def prompt_of(record: Record) -> Text | None:
+    """What is asked: a record's `prompt`, or its chat without the answer that ends it; None for a text to be cut.
+
+    Raises:
+        DPAlignError: not a text, or a chat in which nothing is asked.
+    """
+    if "prompt" in record:
+        return read_text(record["prompt"])
+    chat = read_text(record[next(name for name in CHATS if name in record)])
+    if isinstance(chat, str):
+        return None
+    asked = chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat
+    if not asked:
+        raise DPAlignError("the chat has no message before its answer: there is no prompt")
+    return asked
 
 
 def check_prompts(tokenizer: Tokenizer, records: list[Record], config: SamplingConfig, path: str) -> None:

@@ -6,7 +6,7 @@ stage started from. A pair is two rows of one unit; its loss is that of the Brad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.load import Record
-from ..data.text import render, tokens
+from ..data.text import Encoded, encode_completion, read_text, shared_prompt, template_options
 from ..errors import DPAlignError
 from ..models import Policy
 from ..privacy.entropy import SystemEntropy
@@ -35,7 +35,7 @@ class DPOConfig(TrainingConfig):
             whose gradient is bounded however wrong the policy is (Square-chi-PO, arXiv 2505.21395, without its link).
         label_smoothing: probability that a judge meant the other text.
         max_length: most tokens of prompt and answer together; what is longer is cut at its end.
-        prepend_bos: put the tokenizer's BOS in front.
+        prepend_bos: put the tokenizer's BOS in front of strings; a chat template writes its own.
         append_eos: end every answer that is a string and is not cut with EOS; a chat template ends its own.
         margin_range: declared upper end of the noised loss and margin metrics, which are clipped to it.
     """
@@ -62,11 +62,10 @@ class DPOConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class Answers:
-    """Token ids of two answers with the prompt before them, and how many of each are the prompt's."""
+    """Two answers behind their prompt, the answers' own tokens learned."""
 
-    chosen: list[int]
-    rejected: list[int]
-    prompt_tokens: int
+    chosen: Encoded
+    rejected: Encoded
     margin: float
     preference: float
 
@@ -92,8 +91,9 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
 
     @classmethod
     def check(cls, config: DPOConfig, tokenizer: Tokenizer, record: Record) -> None:
-        check_pair(tokenizer, record)
-        length = encode_answers(tokenizer, record, config).prompt_tokens
+        check_pair(record)
+        answers = encode_answers(tokenizer, record, config)
+        length = max(answers.chosen.prompt_tokens, answers.rejected.prompt_tokens)
         if length >= config.max_length:
             raise DPAlignError(f"the prompt alone has {length} tokens, and max_length is {config.max_length}: raise it")
 
@@ -105,7 +105,8 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
         policy.add_adapter(self.name, self.config.adapter)
 
     def encode(self, policy: Policy, record: Record) -> Answers:
-        return encode_answers(policy.tokenizer, record, self.config)
+        answers, length = encode_answers(policy.tokenizer, record, self.config), self.config.max_length
+        return replace(answers, chosen=answers.chosen.cut(length), rejected=answers.rejected.cut(length))
 
     def rows(self, policy: Policy, units: list[list[Answers]], coins: SystemEntropy | None) -> Rows:
         """Both answers of every pair, and their log-probability under the reference."""
@@ -113,10 +114,11 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
         texts = [row for _, pair in pairs[::2] for row in (pair.chosen, pair.rejected)]
         ids = torch.full((len(texts), self.config.max_length), policy.tokenizer.pad_token_id)
         attention, answer = torch.zeros_like(ids), torch.zeros(ids.shape)
-        for i, (text, (_, pair)) in enumerate(zip(texts, pairs, strict=True)):
-            ids[i, : len(text)] = torch.tensor(text)
-            attention[i, : len(text)] = 1
-            answer[i, max(1, pair.prompt_tokens) : len(text)] = 1
+        for i, text in enumerate(texts):
+            length = len(text.ids)
+            ids[i, :length] = torch.tensor(text.ids)
+            attention[i, :length] = 1
+            answer[i, :length] = torch.tensor(text.learned, dtype=torch.float32)
         tensors = {
             "ids": ids,
             "attention": attention,
@@ -169,37 +171,16 @@ def answer_logprobs(policy: Policy, rows: Rows) -> Tensor:
 
 
 def encode_answers(tokenizer: Tokenizer, record: Record, config: DPOConfig) -> Answers:
-    """Tokens of both answers behind the prompt; a missing margin is 0 and a missing preference 1."""
-    prompt, answers = _prompt_and_answers(tokenizer, record)
-    front = tokens(tokenizer, prompt, prepend_bos=config.prepend_bos)
-    ids = []
-    for answer in answers:
-        row = front + tokenizer(answer, add_special_tokens=False).input_ids
-        is_chat = isinstance(record["chosen"], list)
-        if config.append_eos and not is_chat and tokenizer.eos_token_id is not None:
-            row = [*row, tokenizer.eos_token_id]
-        ids.append(row[: config.max_length])
-    return Answers(ids[0], ids[1], len(front), number_in(record, "margin", 0.0), preference_of(record))
+    """Both answers behind the prompt, not yet cut; a missing margin is 0 and a missing preference 1.
 
-
-def _prompt_and_answers(tokenizer: Tokenizer, record: Record) -> tuple[str, list[str]]:
-    """Strings as they are; of chats what the template writes, and the prompt is what the two conversations share.
-
-    Raises:
-        DPAlignError: a string beside chat messages, or a template whose prompt is not the beginning of its chats.
+    Two conversations without a `prompt` have the messages that they share as theirs.
     """
-    prompt, chats = record.get("prompt"), [record["chosen"], record["rejected"]]
-    if isinstance(chats[0], str):
-        return ("" if prompt is None else render(tokenizer, prompt, is_prompt=True)), chats
-    if isinstance(prompt, str):
-        raise DPAlignError("the prompt is a string and the answers are chat messages: give two of a kind")
-    if prompt is None:
-        shared = 0
-        while shared < min(map(len, chats)) - 1 and chats[0][shared] == chats[1][shared]:
-            shared += 1
-        prompt, chats = chats[0][:shared], [chat[shared:] for chat in chats]
-    front = render(tokenizer, prompt, is_prompt=True) if prompt else ""
-    whole = [render(tokenizer, [*prompt, *chat]) for chat in chats]
-    if not all(text.startswith(front) for text in whole):
-        raise DPAlignError("the chat template writes the prompt otherwise alone than before an answer")
-    return front, [text[len(front) :] for text in whole]
+    chosen, rejected = read_text(record["chosen"]), read_text(record["rejected"])
+    prompt = record.get("prompt")
+    prompt = shared_prompt(chosen, rejected) if prompt is None else prompt
+    ends = {"prepend_bos": config.prepend_bos, "append_eos": config.append_eos}
+    options = template_options(record)
+    first, second = (
+        encode_completion(tokenizer, prompt, answer, **ends, options=options) for answer in (chosen, rejected)
+    )
+    return Answers(first, second, number_in(record, "margin", 0.0), preference_of(record))

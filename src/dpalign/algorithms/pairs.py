@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..data.load import Record
-from ..data.text import render
 from ..errors import DPAlignError
 from ..privacy.mechanism import MetricRange
-from .base import Algorithm, Example, Model, T, Tokenizer
+from .base import Algorithm, Example, Model, T
 
 
 class PairAlgorithm(Algorithm[T, Model, Example], Generic[T, Model, Example], is_base=True):
@@ -26,16 +25,12 @@ class PairAlgorithm(Algorithm[T, Model, Example], Generic[T, Model, Example], is
 
     columns = (("chosen", "rejected"),)
 
-    @classmethod
-    def check(cls, config: T, tokenizer: Tokenizer, record: Record) -> None:
-        check_pair(tokenizer, record)
-
     @abstractmethod
     def differences(self, model: Model, records: list[Record]) -> Tensor:
         """`(pairs,)` float32: by how much the model prefers `chosen` of public pairs, as a difference of scores."""
 
 
-def check_pair(tokenizer: Tokenizer, record: Record) -> None:
+def check_pair(record: Record) -> None:
     """Raises DPAlignError unless a pair is two texts of one kind, with a valid margin and preference if there are."""
     for name, high in (("margin", math.inf), ("preference", 1.0)):
         try:
@@ -45,13 +40,8 @@ def check_pair(tokenizer: Tokenizer, record: Record) -> None:
         if not (0 <= value <= high and math.isfinite(value)):
             expected = "a number in [0, 1]" if high == 1 else "a number of at least 0"
             raise DPAlignError(f"no valid {name}: expected {expected}")
-    prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
-    if prompt is not None and not isinstance(prompt, str | list):
-        raise DPAlignError("the prompt is neither text nor a list of chat messages")
-    if type(chosen) is not type(rejected):
+    if type(record["chosen"]) is not type(record["rejected"]):
         raise DPAlignError("one text and one list of chat messages: give two of a kind")
-    if isinstance(chosen, list) or isinstance(prompt, list):
-        render(tokenizer, chosen if isinstance(chosen, list) else prompt)
 
 
 def number_in(record: Record, name: str, default: float) -> float:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..data.load import Record
-from ..data.text import render
+from ..data.text import Text, joined, template_options
 from ..errors import DPAlignError
 from ..models import ModelConfig, RewardModel, TextFormat
 from ..privacy.entropy import SystemEntropy
-from .base import Entering, Rows, Tokens, TrainingConfig
-from .pairs import PairAlgorithm, measured, number_in, pair_metrics, preference_loss, preference_of
+from .base import Entering, Rows, Tokenizer, Tokens, TrainingConfig
+from .pairs import PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_loss, preference_of
 
 
 @dataclass(kw_only=True)
@@ -88,6 +88,12 @@ class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
     def tokens(cls, config: RewardModelConfig) -> Tokens:
         return Tokens(trained=2 * config.max_length)
 
+    @classmethod
+    def check(cls, config: RewardModelConfig, tokenizer: Tokenizer, record: Record) -> None:
+        check_pair(record)
+        for text in pair_texts(record):
+            config.text.encode(tokenizer, text, template_options(record))
+
     def __init__(self, config: RewardModelConfig) -> None:
         super().__init__(config)
         self.metrics = pair_metrics(config.margin_range)
@@ -128,27 +134,23 @@ class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
         return score_differences(model, records)
 
 
-def pair_texts(model: RewardModel, record: Record) -> tuple[str, str]:
-    """The two texts of a pair: prompt and answer, as strings or chat messages."""
-    texts = []
-    for name in ("chosen", "rejected"):
-        prompt, answer = record.get("prompt") or "", record[name]
-        if isinstance(answer, list):
-            prompt = prompt if isinstance(prompt, list) else []
-            texts.append(render(model.tokenizer, [*prompt, *answer]))
-        else:
-            texts.append(render(model.tokenizer, prompt, is_prompt=True) + answer if prompt else answer)
-    return texts[0], texts[1]
+def pair_texts(record: Record) -> tuple[Text, Text]:
+    """The two texts of a pair: prompt and answer, as strings or chat messages.
+
+    Raises:
+        DPAlignError: a string prompt beside chat messages.
+    """
+    return joined(record.get("prompt"), record["chosen"]), joined(record.get("prompt"), record["rejected"])
 
 
 def encode_pair(model: RewardModel, record: Record) -> Pair:
     """Tokens of a pair; a missing margin is 0 and a missing preference 1."""
-    chosen, rejected = pair_texts(model, record)
-    margin = number_in(record, "margin", 0.0)
-    return Pair(model.encode(chosen), model.encode(rejected), margin, preference_of(record))
+    chosen, rejected = (model.encode(text, template_options(record)) for text in pair_texts(record))
+    return Pair(chosen, rejected, number_in(record, "margin", 0.0), preference_of(record))
 
 
 def score_differences(model: RewardModel, records: list[Record]) -> Tensor:
     """`(pairs,)` score of `chosen` minus that of `rejected`."""
-    scores = model.score([text for record in records for text in pair_texts(model, record)])
+    options = [template_options(record) for record in records for _ in range(2)]
+    scores = model.score([text for record in records for text in pair_texts(record)], options)
     return scores[0::2] - scores[1::2]

@@ -9,27 +9,43 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.load import Record
-from ..data.text import render, tokens
+from ..data.text import (
+    Encoded,
+    Text,
+    assistant_tokens,
+    encode_completion,
+    encode_text,
+    joined,
+    read_text,
+    template_options,
+)
 from ..errors import DPAlignError
 from ..models import Policy
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from .base import Algorithm, Entering, Rows, Tokenizer, Tokens, TrainingConfig
 
-Example = tuple[list[int], int]  # token ids, and the index of the first one that is learned
+WHOLE = ("messages", "conversations", "text")  # columns that hold a whole text
 
 
 @dataclass(kw_only=True)
 class SFTConfig(TrainingConfig):
-    """Settings of DP-SFT. Records have `text`, or `prompt` and `completion` (loss on the completion).
+    """Settings of DP-SFT.
+
+    Records have `messages` (or ShareGPT's `conversations`), `text`, or `prompt` and `completion`. A chat
+    is what the tokenizer's chat template writes; a record's `tools` and `chat_template_kwargs` go to it.
 
     Args:
-        prepend_bos: put the tokenizer's BOS in front of every text.
-        append_eos: end every text that is not cut with EOS.
+        completion_only_loss: learn the completion and not the prompt; default: where there is a prompt.
+        assistant_only_loss: learn what the assistant says in a chat, by the template's `{% generation %}` marks.
+        prepend_bos: put the tokenizer's BOS in front of every string; a chat template writes its own.
+        append_eos: end every string that is not cut with EOS; a chat template ends its own.
         loss_range: declared upper end of the noised loss metric, in nats per token.
     """
 
     learning_rate: float = 3e-4
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
     prepend_bos: bool = False
     append_eos: bool = True
     loss_range: float = 10.0
@@ -40,13 +56,13 @@ class SFTConfig(TrainingConfig):
             raise DPAlignError(f"max_length {self.max_length} must be at least 2: one token predicts nothing.")
 
 
-class SFT(Algorithm[SFTConfig, Policy, Example]):
+class SFT(Algorithm[SFTConfig, Policy, Encoded]):
     """Mean negative log-likelihood per token, the mean taken inside the record."""
 
     name = "sft"
     Config = SFTConfig
     model_kind = Policy
-    columns = (("text",), ("prompt", "completion"))
+    columns = (*((name,) for name in WHOLE), ("prompt", "completion"))
 
     @classmethod
     def entering(cls, config: SFTConfig) -> Entering:
@@ -62,10 +78,8 @@ class SFT(Algorithm[SFTConfig, Policy, Example]):
 
     @classmethod
     def check(cls, config: SFTConfig, tokenizer: Tokenizer, record: Record) -> None:
-        """Any text will do (what is too long is cut); chat messages need a template."""
-        for column in ("text", "prompt"):
-            if isinstance(record.get(column), list):
-                render(tokenizer, record[column])
+        """Any text will do (what is too long is cut); a chat must please its template."""
+        encode_record(tokenizer, record, config)
 
     def __init__(self, config: SFTConfig) -> None:
         super().__init__(config)
@@ -74,33 +88,21 @@ class SFT(Algorithm[SFTConfig, Policy, Example]):
     def setup(self, policy: Policy) -> None:
         policy.add_adapter(self.name, self.config.adapter)
 
-    def encode(self, policy: Policy, record: Record) -> Example:
-        """Token ids, and the index of the first one that is learned."""
-        tokenizer, config = policy.tokenizer, self.config
-        learn_from = 1
-        if "text" in record:
-            ids = tokens(tokenizer, render(tokenizer, record["text"]), prepend_bos=config.prepend_bos)
-        else:
-            ids = tokens(tokenizer, render(tokenizer, record["prompt"], is_prompt=True), prepend_bos=config.prepend_bos)
-            learn_from = max(1, len(ids))
-            completion = record["completion"]
-            if isinstance(completion, list):
-                completion = "".join(str(message.get("content", "")) for message in completion)
-            ids = ids + tokenizer(completion, add_special_tokens=False).input_ids
-        if config.append_eos and tokenizer.eos_token_id is not None:
-            ids = [*ids, tokenizer.eos_token_id]
-        return ids[: config.max_length], learn_from
+    def encode(self, policy: Policy, record: Record) -> Encoded:
+        return encode_record(policy.tokenizer, record, self.config).cut(self.config.max_length)
 
-    def rows(self, policy: Policy, units: list[list[Example]], coins: SystemEntropy | None) -> Rows:
-        rows = [(unit, *example) for unit, examples in enumerate(units) for example in examples]
+    def rows(self, policy: Policy, units: list[list[Encoded]], coins: SystemEntropy | None) -> Rows:
+        rows = [(unit, text) for unit, texts in enumerate(units) for text in texts]
         ids = torch.full((len(rows), self.config.max_length), policy.tokenizer.pad_token_id)
         attention = torch.zeros_like(ids)
         learned = torch.zeros(ids.shape)
-        for i, (_, row, learn_from) in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            attention[i, : len(row)] = 1
-            learned[i, learn_from : len(row)] = 1
-        unit = torch.tensor([unit for unit, _, _ in rows], dtype=torch.int64)
+        for i, (_, text) in enumerate(rows):
+            length = len(text.ids)
+            ids[i, :length] = torch.tensor(text.ids)
+            attention[i, :length] = 1
+            learned[i, :length] = torch.tensor(text.learned, dtype=torch.float32)
+        learned[:, 0] = 0  # nothing comes before it that could predict it
+        unit = torch.tensor([unit for unit, _ in rows], dtype=torch.int64)
         tensors = {"ids": ids, "attention": attention, "learned": learned}
         return Rows(unit.to(policy.device), {name: t.to(policy.device) for name, t in tensors.items()})
 
@@ -112,3 +114,29 @@ class SFT(Algorithm[SFTConfig, Policy, Example]):
         nll = nll * learned[:, 1:]
         loss = nll.sum(1) / learned[:, 1:].sum(1).clamp(min=1)  # the mean stays inside the record
         return loss, loss.detach().unsqueeze(1)
+
+
+def encode_record(tokenizer: Tokenizer, record: Record, config: SFTConfig) -> Encoded:
+    """A record's token ids, not yet cut, and which of them are learned.
+
+    Raises:
+        DPAlignError: what the chat template refuses, or a setting that does not fit the record.
+    """
+    ends = {"prepend_bos": config.prepend_bos, "append_eos": config.append_eos}
+    options = template_options(record)
+    whole: Text
+    column = next((name for name in WHOLE if name in record), None)
+    if column is None:
+        whole = joined(record["prompt"], record["completion"])
+        text = encode_completion(tokenizer, record["prompt"], record["completion"], **ends, options=options)
+        learned = [True] * len(text.ids) if config.completion_only_loss is False else text.learned
+    elif config.completion_only_loss:
+        raise DPAlignError(f"completion_only_loss needs the columns prompt and completion, and the text is {column!r}")
+    else:
+        whole = read_text(record[column])
+        text = Encoded(ids := encode_text(tokenizer, whole, **ends, options=options), [True] * len(ids))
+        learned = text.learned
+    if config.assistant_only_loss:
+        said = assistant_tokens(tokenizer, whole, options)
+        learned = [a and b for a, b in zip(learned, said, strict=True)]
+    return Encoded(text.ids, learned)

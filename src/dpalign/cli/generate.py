@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from ..data.load import read_records, require_columns
-from ..data.text import render, tokens
+from ..data.load import Record, read_records, require_columns
+from ..data.text import encode_prompt_text, read_text, template_options
 from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
 from .arguments import Parser
@@ -31,16 +31,20 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("--prepend_bos", action="store_true", help="put BOS in front, as the recipes here do")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    prompts = list(given.prompt)
+    asked: list[Record] = [{"prompt": prompt} for prompt in given.prompt]
     if given.prompts:
         records = read_records(given.prompts)
         require_columns(records, [("prompt",)], given.prompts)
-        prompts += [r["prompt"] for r in records]
-    if not prompts:
+        asked += records
+    if not asked:
         raise DPAlignError("give at least one --prompt, or a file with --prompts.")
     policy = Policy.load(ModelConfig(name_or_path=given.model))
-    texts = [render(policy.tokenizer, p, is_prompt=True) for p in prompts for _ in range(given.num_generations)]
-    encoded = [tokens(policy.tokenizer, t, prepend_bos=given.prepend_bos) for t in texts]
+    prompts = [(read_text(record["prompt"]), template_options(record)) for record in asked]
+    encoded = [
+        encode_prompt_text(policy.tokenizer, prompt, prepend_bos=given.prepend_bos, options=options)
+        for prompt, options in prompts
+        for _ in range(given.num_generations)
+    ]
     if not all(encoded):
         raise DPAlignError("an empty prompt needs --prepend_bos.")
     torch.manual_seed(given.seed)
@@ -51,6 +55,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
             temperature=given.temperature,
             top_p=given.top_p,
         )
+    texts = [
+        p if isinstance(p, str) else str(policy.tokenizer.decode(ids))
+        for (p, _), ids in zip([p for p in prompts for _ in range(given.num_generations)], encoded, strict=True)
+    ]
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts, policy.decode(rollouts), strict=True)]
     if not as_json:
         for row in rows:

@@ -36,6 +36,10 @@ class Encoded:
         """Tokens before the first that is learned."""
         return self.learned.index(True) if True in self.learned else len(self.ids)
 
+    def cut(self, length: int) -> Encoded:
+        """The first `length` tokens."""
+        return Encoded(self.ids[:length], self.learned[:length])
+
 
 # What is encoded --------------------------------------------------------------------------------------
 
@@ -69,35 +73,51 @@ def _read_message(message: Mapping[str, Any]) -> Message:
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
         for part in parts:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise DPAlignError("a chat message has a part that is no text: images and sounds cannot be learned here")
+                raise DPAlignError(
+                    "a chat message has a part that is no text: images and sounds cannot be learned here"
+                )
         content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise DPAlignError("the content of a chat message is neither text nor a list of text parts")
     return read | {"role": ROLES.get(role, role), "content": content}
 
 
-def joined(prompt: Any, completion: Any) -> Text:
-    """The text that a prompt and its completion make; both strings, or both chats (a string answers a chat as assistant).
+def apart(asked: Any, answer: Any) -> tuple[Text, Text]:
+    """A prompt and its completion: two strings, or two lists of messages (the prompt's may be empty).
 
-    A completion that repeats the prompt's messages is the whole conversation. An assistant's turn that the prompt has
-    begun is gone on with.
+    A string answers a chat as its assistant. A completion that repeats the prompt (its messages, or a string that one
+    of them says) is a whole conversation, and is split behind it.
 
     Raises:
-        DPAlignError: a string prompt beside chat messages.
+        DPAlignError: a string prompt beside chat messages that do not hold it, or no answer.
     """
-    prompt, completion = read_text("" if prompt is None else prompt), read_text(completion)
+    prompt, completion = read_text("" if asked is None else asked), read_text(answer)
     if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt + completion
-    if isinstance(prompt, str):
-        if prompt:
-            raise DPAlignError("the prompt is a string and the answer is chat messages: give two of a kind")
-        return completion
+        return prompt, completion
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    if not completion:
-        raise DPAlignError("the answer has no chat message")
-    if prompt and completion[: len(prompt)] == prompt and len(completion) > len(prompt):
+    if isinstance(prompt, str):
+        said = [message["content"].strip() for message in completion[:-1]]
+        if prompt.strip() and prompt.strip() not in said:
+            raise DPAlignError("the prompt is a string and the answer is chat messages without it: give two of a kind")
+        place = len(said) - said[::-1].index(prompt.strip()) if prompt.strip() else 0
+        prompt, completion = completion[:place], completion[place:]
+    elif prompt and completion[: len(prompt)] == prompt:
         completion = completion[len(prompt) :]
+    if not completion:
+        raise DPAlignError("the answer has no chat message of its own")
+    return prompt, completion
+
+
+def joined(asked: Any, answer: Any) -> Text:
+    """The text that a prompt and its completion make; an assistant's turn that the prompt has begun is gone on with.
+
+    Raises:
+        DPAlignError: what `apart` refuses.
+    """
+    prompt, completion = apart(asked, answer)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        return f"{prompt}{completion}"
     if prompt and prompt[-1]["role"] == completion[0]["role"] == "assistant":
         begun = completion[0] | {"content": prompt[-1]["content"] + completion[0]["content"]}
         return [*prompt[:-1], begun, *completion[1:]]
@@ -105,7 +125,7 @@ def joined(prompt: Any, completion: Any) -> Text:
 
 
 def shared_prompt(chosen: Text, rejected: Text) -> Text:
-    """The messages that two conversations begin with (all but the last of the shorter one, at most); none of strings."""
+    """The messages that two conversations begin with, at most all but the last of the shorter one; none of strings."""
     if isinstance(chosen, str) or isinstance(rejected, str):
         return ""
     shared = 0
@@ -177,9 +197,9 @@ def encode_completion(
     template writes it, learned from where it goes on after the prompt.
 
     Raises:
-        DPAlignError: a template whose prompt is not the beginning of its conversation, or what `joined` refuses.
+        DPAlignError: a template whose prompt is not the beginning of its conversation, or what `apart` refuses.
     """
-    whole, prompt = joined(prompt, completion), read_text("" if prompt is None else prompt)
+    whole, (prompt, completion) = joined(prompt, completion), apart(prompt, completion)
     if isinstance(whole, str):
         front = encode_prompt_text(tokenizer, str(prompt), prepend_bos=prepend_bos)
         _, ids, back = _with_specials(tokenizer, str(completion))
@@ -209,12 +229,10 @@ def assistant_tokens(
     template = str(getattr(tokenizer, "chat_template", None) or "")
     if not re.search(r"{%-?\s*generation\s*-?%}", template):
         raise DPAlignError(
-            "assistant_only_loss needs a chat template that marks the assistant's words with {% generation %}: use one, "
+            "assistant_only_loss needs a chat template that marks the assistant's words with {% generation %}: use one "
             "or prompts and completions"
         )
-    out = _apply(
-        tokenizer, chat, options or {}, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    out = _apply(tokenizer, chat, options or {}, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     return [bool(mark) for mark in out["assistant_masks"]]
 
 
@@ -324,9 +342,7 @@ def _dropped(chat: list[Message], options: Mapping[str, Any]) -> list[tuple[str,
     """The chat without its tool calls, and without tools: a template that writes the same passes over them."""
     found = []
     if any(message.get("tool_calls") for message in chat):
-        found.append(
-            ("tool calls", [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat], dict(options))
-        )
+        found.append(("tool calls", [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat], dict(options)))
     if options.get("tools"):
         found.append(("tools", chat, {k: v for k, v in options.items() if k != "tools"}))
     return found

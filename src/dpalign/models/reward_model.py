@@ -8,6 +8,7 @@ It reads text and has its own tokenizer, which need not be the policy's.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.text import tokens
+from ..data.text import Text, encode_text
 from ..errors import DPAlignError
 from ..files import write_json
 from . import embedded
@@ -33,6 +34,7 @@ class TextFormat:
     """How a reward model reads a text; fixed when it is trained.
 
     max_length: longest sequence in tokens; of a longer text the last tokens are read, because answers end texts.
+    prepend_bos, append_eos: of strings; a chat is what the tokenizer's template writes.
     pooling: the score of a text is that of its last token, or the mean of all its tokens' scores.
     """
 
@@ -40,6 +42,11 @@ class TextFormat:
     prepend_bos: bool = False
     append_eos: bool = False
     pooling: str = "last"
+
+    def encode(self, tokenizer: Any, text: Text, options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of one text, the same wherever it comes from: a record, or a completion of the policy's."""
+        ids = encode_text(tokenizer, text, prepend_bos=self.prepend_bos, append_eos=self.append_eos, options=options)
+        return ids[-self.max_length :]
 
 
 @dataclass(frozen=True)
@@ -170,12 +177,13 @@ class RewardModel(AdapterStack):
         scores: Tensor = self.head(hidden).squeeze(2)  # (rows, length)
         return (scores * attention_mask).sum(1) / attention_mask.sum(1)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one text, at most `text.max_length` (its last ones)."""
-        ids = tokens(self.tokenizer, text, prepend_bos=self.text.prepend_bos)
-        if self.text.append_eos and self.tokenizer.eos_token_id is not None:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return ids[-self.text.max_length :]
+    def encode(self, text: Text, options: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of one text, at most `text.max_length` (its last ones).
+
+        Args:
+            options: a record's `template_options`.
+        """
+        return self.text.encode(self.tokenizer, text, options)
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Right-pads token lists to `(rows, max_length)` ids and mask: a length taken from the data would show."""
@@ -187,9 +195,11 @@ class RewardModel(AdapterStack):
         return ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
-    def score(self, texts: list[str], rows_at_once: int = 64) -> Tensor:
-        """Scores `(rows,)` of texts, each by itself."""
-        encoded = [self.encode(text) for text in texts]
+    def score(
+        self, texts: Sequence[Text], options: Sequence[Mapping[str, Any]] | None = None, rows_at_once: int = 64
+    ) -> Tensor:
+        """Scores `(rows,)` of texts, each by itself; `options` as in `encode`, one a text."""
+        encoded = [self.encode(text, o) for text, o in zip(texts, options or [{}] * len(texts), strict=True)]
         parts = [
             self(*self.pad([encoded[i] for i in chunk]))[:count].cpu()
             for chunk, count in self.chunks(len(texts), rows_at_once)
