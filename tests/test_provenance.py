@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig
 from dpalign.privacy.accountant import SampledGaussian, epsilon
 from dpalign.privacy.ledger import Intent, Ledger
-from dpalign.privacy.statement import StageStatement, account
+from dpalign.privacy.statement import StageStatement, account, epsilon_of, merge_stages, read_statement
 from dpalign.provenance import Origin
 from dpalign.reporting.numbers import at_most
 from dpalign.training import Stage
@@ -185,6 +186,74 @@ def test_a_copy_of_a_run_cannot_go_on_once_another_has(tmp_path):
     ledger.write([replace(INTENT, step=2, attempt=1), replace(INTENT, step=3, attempt=1)])
     ledger.write([replace(INTENT, step=2, stage="ppo"), replace(INTENT, step=2, run="another")])
     assert len(ledger.intents()) == 7
+
+
+def copied(folder, name):
+    """A copy of a run's folder with its ledger and recipe, as `cp -r` makes one; the recipe's arguments for it."""
+    shutil.copytree(folder / "here", folder / name)
+    where = folder / name
+    return ("run", where / "recipe.yaml", "--output_dir", where / "run", "--ledger", where / "ledger.sqlite")
+
+
+def stages_of(folder):
+    return read_statement(folder / "run" / "release")[1]
+
+
+def steps_in(stages):
+    return sum(m.steps for stage in stages for m in stage.mechanisms)
+
+
+@pytest.mark.parametrize("stopped_at", [0, 2])
+def test_what_two_copies_of_a_folder_draw_adds_up(stopped_at, tmp_path, capsys, monkeypatch):
+    """Folder and ledger are copied before the stage begins, or in its midst; both copies go on to the end."""
+    here = tmp_path / "here"
+    here.mkdir()
+    sft = {"max_steps": 4, "save_steps": 1, "noise_multiplier": 2}
+    recipe = write_recipe(here, split=None, target_epsilon=100, sft=sft, ppo=None)
+    step = Stage._step
+
+    def dies(self, rows, positions, sample, number):
+        if number == stopped_at:
+            raise KeyboardInterrupt
+        return step(self, rows, positions, sample, number)
+
+    monkeypatch.setattr(Stage, "_step", dies)
+    assert call(capsys, "run", recipe).status == 130
+    lost = ledger_rows(here)
+    assert lost == stopped_at + 1
+    monkeypatch.setattr(Stage, "_step", step)
+    for name in "ab":
+        call(capsys, *copied(tmp_path, name))
+    a, b = stages_of(tmp_path / "a"), stages_of(tmp_path / "b")
+    rest = 4 - stopped_at
+    assert steps_in(a) == steps_in(b) == lost + rest
+    together = merge_stages([*a, *b])
+    assert steps_in(together) == lost + 2 * rest  # what was drawn before the copy is drawn once
+    assert steps_in(merge_stages([*b, *a, *a, *together])) == steps_in(together)
+    intents = {name: Ledger(tmp_path / name / "ledger.sqlite").intents() for name in "ab"}
+    truth = epsilon([i.mechanism for i in [*intents["a"], *(i for i in intents["b"] if i.attempt == 1)]], 1e-5)
+    assert epsilon_of(together, 1e-5) == pytest.approx(truth, rel=1e-3) and truth > 1.02 * epsilon_of(a, 1e-5)
+    assert not {s.id for s in a} & {s.id for s in b}  # older readers add them up
+    again = call(capsys, "run", tmp_path / "a" / "recipe.yaml", "--output_dir", tmp_path / "a" / "run",
+                 "--ledger", tmp_path / "a" / "ledger.sqlite")  # fmt: skip
+    assert again.status == 0 and stages_of(tmp_path / "a") == a
+
+
+def test_an_attempt_that_another_copy_began_is_never_taken_for_a_known_one():
+    """One ledger, two folders: what the other folder's process drew has no name here, and is counted whenever stated."""
+    known = replace(SPENT, attempts={"a1": [2]})
+    assert steps_in(merge_stages([known, known])) == 2 + 1 + 1
+    assert steps_in(merge_stages([replace(SPENT, attempts={"a1": [3]})] * 2)) == 3
+    assert steps_in(merge_stages([SPENT, SPENT])) == 3  # of an older release: by its id
+    assert steps_in(merge_stages([replace(SPENT, id="")] * 2)) == 6
+
+
+@pytest.mark.parametrize("attempts", [{"a": [4]}, {"a": [-1], "b": [1]}, {"a": [1, 1]}, {"unnamed 0": [3]}, {"a": 3}])
+def test_attempts_that_cannot_be_are_no_statement(attempts, tmp_path):
+    value = {"private": True, "epsilon": 1, "assumptions": [], "stages": [asdict(replace(SPENT, attempts=attempts))]}
+    (tmp_path / "privacy.json").write_text(json.dumps(value))
+    with pytest.raises(DPAlignError, match="not a privacy statement"):
+        read_statement(tmp_path)
 
 
 def test_runs_that_protect_different_units_have_no_epsilon_together(tmp_path, capsys):

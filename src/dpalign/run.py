@@ -201,7 +201,13 @@ class Run:
         plan, workspace = self.plan, self.workspace
         earlier = past_stages(plan.origins)
         return state_privacy(
-            workspace.identity, workspace.ledger, plan.delta, earlier, list(plan.assumptions), plan.demo
+            workspace.identity,
+            workspace.ledger,
+            plan.delta,
+            earlier,
+            list(plan.assumptions),
+            plan.demo,
+            workspace.name_of,
         )
 
     def load_rewards(self) -> None:

@@ -14,7 +14,7 @@ from .errors import DPAlignError
 from .files import private_folder, write_json
 from .plan import Past
 from .privacy.ledger import Intent, Ledger
-from .privacy.statement import state_privacy
+from .privacy.statement import state_privacy, unnamed_attempt
 from .provenance import Origin, check_provenance
 from .recipe import Recipe
 
@@ -42,7 +42,8 @@ class Workspace:
         folder = Path(recipe.output_dir)
         if recipe.ledger == ":memory:":
             raise DPAlignError("a ledger in memory forgets what was spent: give --ledger a file.")
-        with _locked(private_folder(folder / "private")), closing(Ledger(recipe.ledger)) as ledger:
+        private = private_folder(folder / "private")
+        with _locked(private), closing(Ledger(recipe.ledger, AttemptNames(private).begin)) as ledger:
             yield Workspace(folder, ledger, _identity(folder, ledger))
 
     def origins(self, recipe: Recipe) -> dict[str, Origin]:
@@ -55,8 +56,12 @@ class Workspace:
 
     def past(self, recipe: Recipe, origins: Mapping[str, Origin], delta: float) -> Past:
         """These, and what the run has drawn in stages that the recipe no longer has."""
-        stated = state_privacy(self.identity, self.ledger, delta, [], [], set()).stages
+        stated = state_privacy(self.identity, self.ledger, delta, [], [], set(), self.name_of).stages
         return Past(origins, tuple(s for s in stated if s.stage not in recipe.stages))
+
+    def name_of(self, intent: Intent) -> str:
+        """The random name of the attempt that drew."""
+        return AttemptNames(self.private).name_of(intent)
 
     def remember(self, origins: Mapping[str, Origin]) -> None:
         """From here on the run rests on them."""
@@ -65,11 +70,40 @@ class Workspace:
         write_json(self.private / "run.json", value)
 
 
+class AttemptNames:
+    """A random name for every attempt of the run in this folder, durable before the attempt's first draw.
+
+    What two attempts drew is never taken for the same, also where folder and ledger were copied and both copies went
+    on. Runs that an older version began have no names for what it drew: there the run and stage stand for them.
+    """
+
+    def __init__(self, private: Path) -> None:
+        self.file = private / "run.json"
+        self._begun: set[tuple[str, int]] = set()
+
+    def begin(self, stage: str, attempt: int) -> None:
+        """A new name, but for an attempt that this object has begun."""
+        if (stage, attempt) in self._begun:
+            return
+        value = json.loads(self.file.read_text(encoding="utf-8"))
+        names = value.setdefault("later_attempts" if "attempts" not in value else "attempts", {})
+        names.setdefault(stage, {})[str(attempt)] = secrets.token_hex(8)
+        write_json(self.file, value)
+        self._begun.add((stage, attempt))
+
+    def name_of(self, intent: Intent) -> str:
+        """Of the attempt that drew; "" if another copy of the folder began it."""
+        value = json.loads(self.file.read_text(encoding="utf-8"))
+        unknown = "" if "attempts" in value else unnamed_attempt(intent)
+        names = value.get("attempts", value.get("later_attempts", {}))
+        return str(names.get(intent.stage, {}).get(str(intent.attempt), unknown))
+
+
 def _identity(folder: Path, ledger: Ledger) -> str:
     """The run's name in the ledger: readable, and new whenever the folder is made anew."""
     file = folder / "private" / "run.json"
     if not file.exists():
-        write_json(file, {"run": f"{folder.name}-{secrets.token_hex(4)}", "ledger": ledger.identity})
+        write_json(file, {"run": f"{folder.name}-{secrets.token_hex(4)}", "ledger": ledger.identity, "attempts": {}})
     value = json.loads(file.read_text(encoding="utf-8"))
     if value["ledger"] != ledger.identity:
         raise DPAlignError(

@@ -16,6 +16,7 @@ import hmac
 import os
 import secrets
 import sqlite3
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,10 +101,14 @@ class Intent:
 
 
 class Ledger:
-    """SQLite file, synchronous, mode 0600. `path` may be ':memory:' for a run without a record (tests)."""
+    """SQLite file, synchronous, mode 0600. `path` may be ':memory:' for a run without a record (tests).
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    begins: told of stage and attempt before anything of theirs is written.
+    """
+
+    def __init__(self, path: str | Path | None = None, begins: Callable[[str, int], None] | None = None) -> None:
         self.path = Path(path) if path is not None else default_path()
+        self._begins = begins
         try:
             if str(self.path) != ":memory:":
                 self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -163,6 +168,9 @@ class Ledger:
 
     def write(self, intents: list[Intent]) -> None:
         """Puts the intents on disk, all or none; returns only when they are durable."""
+        if self._begins is not None:
+            for stage, attempt in dict.fromkeys((intent.stage, intent.attempt) for intent in intents):
+                self._begins(stage, attempt)
         names, marks = ", ".join(COLUMNS), ", ".join("?" for _ in COLUMNS)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         newer = "SELECT 1 FROM intents WHERE dataset = ? AND run = ? AND stage = ? AND attempt > ?"

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from .ledger import Intent, Ledger
 from .parts import Part, Spending
 
 FORMAT = 1
+UNNAMED = "unnamed "
 
 NOT_COVERED = [
     "facts about a unit that other units, the public model or the public reward also reveal",
@@ -38,8 +41,13 @@ class StageStatement:
     """One stage's mechanism.
 
     `part` is the range of a secret keyed hash that its units come from; `split` names key and identity, so that
-    parts are compared only under one split. `id` is the same wherever the same training of a stage is stated, so that
-    a stage which a policy and its reward model both rest on is counted once.
+    parts are compared only under one split.
+
+    `attempts` says which attempt at the stage drew what: how many steps of each of `mechanisms`, by a random name that
+    the attempt was given when it began. Whatever one attempt drew is counted once, wherever it is stated (a policy and
+    its reward model may rest on one stage); what two attempts drew adds up, also where both go on from one folder's
+    copies. `id` is the same only for the same attempts; in statements without attempts, of older releases, it names
+    the training.
     """
 
     stage: str
@@ -53,6 +61,7 @@ class StageStatement:
     mechanisms: list[SampledGaussian]
     private: bool
     id: str = ""
+    attempts: dict[str, list[int]] = field(default_factory=dict)
 
     def spendings(self) -> list[Spending]:
         """One spending for each mechanism."""
@@ -64,7 +73,44 @@ class StageStatement:
         """From one of the `stages` of a privacy.json."""
         stage = _known(StageStatement, value)
         mechanisms = [SampledGaussian(**_known(SampledGaussian, m)) for m in value["mechanisms"]]
-        return StageStatement(**stage | {"part": tuple(value["part"]), "mechanisms": mechanisms})
+        stated = StageStatement(**stage | {"part": tuple(value["part"]), "mechanisms": mechanisms})
+        stated.drawn("")
+        if any(name.startswith(UNNAMED) for name in stated.attempts):
+            raise ValueError("no name of an attempt")
+        return stated
+
+    def drawn(self, unnamed: str) -> dict[str, list[int]]:
+        """Steps of each mechanism by attempt; those that no attempt accounts for are `unnamed`.
+
+        Raises:
+            ValueError: the attempts drew more than was spent.
+        """
+        named = dict(self.attempts)
+        if not named and self.id:  # of a release of before there were attempts
+            return {self.id: [m.steps for m in self.mechanisms]}
+        rest = [m.steps for m in self.mechanisms]
+        for steps in named.values():
+            if min(steps, default=0) < 0:
+                raise ValueError("negative steps")
+            rest = [left - drawn for left, drawn in zip(rest, steps, strict=True)]
+        if min(rest, default=0) < 0:
+            raise ValueError("attempts beyond the mechanisms")
+        return named | {unnamed: rest} if any(rest) or not named else named
+
+    def only(self, names: set[str], unnamed: str) -> StageStatement:
+        """What these attempts drew; itself if they are all. `epsilon_alone` stays that of the whole stage."""
+        drawn = self.drawn(unnamed)
+        if names == set(drawn):
+            return self
+        kept = {name: steps for name, steps in drawn.items() if name in names}
+        counts = [sum(steps) for steps in zip(*kept.values(), strict=True)]
+        mechanisms = [replace(m, steps=n) for m, n in zip(self.mechanisms, counts, strict=True) if n]
+        named = {
+            name: [n for n, total in zip(steps, counts, strict=True) if total]
+            for name, steps in kept.items()
+            if name != unnamed
+        }
+        return replace(self, mechanisms=mechanisms, attempts=named, id=_id_of(named, mechanisms))
 
 
 @dataclass
@@ -112,16 +158,22 @@ def read_statement(folder: str | Path) -> tuple[dict[str, Any], list[StageStatem
 
 
 def merge_stages(stages: list[StageStatement]) -> list[StageStatement]:
-    """Statements of the same training of a stage become one: the one that spent most, if a later draw added to it.
+    """What one attempt drew is counted once, in the statement that knows most of it; nothing else is left out.
 
     Statements without an id, of older releases, are all kept, and so counted again.
     """
-    merged: dict[str, StageStatement] = {}
-    for number, stage in enumerate(stages):
-        key = stage.id or f"unnamed {number}"
-        if key not in merged or _steps(stage) > _steps(merged[key]):
-            merged[key] = stage
-    return list(merged.values())
+    drawn = [stage.drawn(f"{UNNAMED}{number}") for number, stage in enumerate(stages)]
+    owner: dict[str, int] = {}
+    for number, attempts in enumerate(drawn):
+        for name, steps in attempts.items():
+            other = owner.setdefault(name, number)
+            # An attempt only ever adds to what it drew; of equal ones the longer statement keeps it, so that one
+            # which holds all of another takes its place.
+            mine = (sum(steps), _steps(stages[number].mechanisms))
+            if mine > (sum(drawn[other][name]), _steps(stages[other].mechanisms)):
+                owner[name] = number
+    owned = [{name for name in attempts if owner[name] == number} for number, attempts in enumerate(drawn)]
+    return [stage.only(owned[n], f"{UNNAMED}{n}") for n, stage in enumerate(stages) if owned[n]]
 
 
 def epsilon_of(stages: list[StageStatement], delta: float) -> float:
@@ -134,10 +186,24 @@ def epsilon_of(stages: list[StageStatement], delta: float) -> float:
     return parts.epsilon_of([spending for stage in stages for spending in stage.spendings()], delta)
 
 
+def unnamed_attempt(intent: Intent) -> str:
+    """The name that all attempts at a stage of a run have where none was given to each."""
+    return hashlib.sha256(json.dumps([intent.run, intent.dataset, intent.stage]).encode()).hexdigest()[:16]
+
+
 def state_privacy(
-    run: str, ledger: Ledger, delta: float, earlier: list[StageStatement], assumptions: list[str], demo: set[str]
+    run: str,
+    ledger: Ledger,
+    delta: float,
+    earlier: list[StageStatement],
+    assumptions: list[str],
+    demo: set[str],
+    name_of: Callable[[Intent], str] = unnamed_attempt,
 ) -> PrivacyStatement:
-    """Replays the ledger's intents of `run`, with those of an earlier release, into one statement."""
+    """Replays the ledger's intents of `run`, with those of an earlier release, into one statement.
+
+    name_of: the random name of the attempt that an intent belongs to; "" for one that nobody knows.
+    """
     stages = []
     by_stage: dict[tuple[str, str], list[Intent]] = {}
     for intent in ledger.intents(run=run):
@@ -145,6 +211,7 @@ def state_privacy(
     for (dataset, stage), intents in by_stage.items():
         first = intents[0]
         mechanisms = [s.mechanism for s in ledger.spendings(run=run, dataset=dataset, stage=stage)]
+        attempts = _attempts(intents, mechanisms, name_of)
         stages.append(
             StageStatement(
                 stage=stage,
@@ -157,7 +224,8 @@ def state_privacy(
                 epsilon_alone=epsilon(mechanisms, delta),
                 mechanisms=mechanisms,
                 private=all(i.private for i in intents),
-                id=hashlib.sha256(json.dumps([run, dataset, stage]).encode()).hexdigest()[:16],
+                id=_id_of(attempts, mechanisms),
+                attempts=attempts,
             )
         )
     stages = merge_stages([*earlier, *stages])
@@ -192,8 +260,24 @@ def account(ledger: Ledger, dataset: str, delta: float, *, demo: bool = False) -
     }
 
 
-def _steps(stage: StageStatement) -> int:
-    return sum(mechanism.steps for mechanism in stage.mechanisms)
+def _attempts(
+    intents: list[Intent], mechanisms: list[SampledGaussian], name_of: Callable[[Intent], str]
+) -> dict[str, list[int]]:
+    names = {number: name_of(intent) for number, intent in {i.attempt: i for i in intents}.items()}
+    counted = Counter((names[intent.attempt], intent.mechanism) for intent in intents)
+    return {name: [counted[name, replace(m, steps=1)] for m in mechanisms] for name in names.values() if name}
+
+
+def _id_of(attempts: dict[str, list[int]], mechanisms: list[SampledGaussian]) -> str:
+    """Older readers take statements of one id for the same: equal only for the same attempts, and "" if not all are."""
+    names = sorted(attempts)
+    if sum(map(sum, attempts.values())) < _steps(mechanisms):
+        return ""
+    return names[0] if len(names) == 1 else hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16] if names else ""
+
+
+def _steps(mechanisms: list[SampledGaussian]) -> int:
+    return sum(mechanism.steps for mechanism in mechanisms)
 
 
 def _known(kind: type, value: dict[str, Any]) -> dict[str, Any]:
