@@ -40,14 +40,14 @@ def run(epsilon: str, seed: int, overrides: list[str], folder: Path) -> dict:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epsilons", nargs="+", default=["4", "inf"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--all", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides of every run")
     parser.add_argument("--at", nargs="+", action="append", default=[], metavar=("EPSILON", "FIELD=VALUE"))
     parser.add_argument("--output", type=Path, default=Path("runs/dpo_pairs.jsonl"))
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     lines = given.output.read_text().splitlines() if given.output.exists() else []
     rows = [json.loads(line) for line in lines]

@@ -4,11 +4,14 @@
 
 The attacker knows every gradient but one unit's membership: the sum under both hypotheses, bit for bit, sigma, C and the
 divisor. From the exact output it works out which noise each hypothesis needs. A float32 sum plus float32 noise leaves
-outputs that no float32 noise can give under the wrong hypothesis: one such coordinate decides. `before` is the mechanism
-of version 0.1.0, kept here; `ours` is `dpalign.privacy.mechanism`, whose outputs are integers on a public grid, and every
-integer is possible under both. The last line holds the counts: in how many trials the attack is right about `before`,
-how many of its coordinates were impossible, and the same for ours (gradients, the metrics block, and a measurement,
-which is a metrics block alone).
+outputs that no float32 noise can give under the wrong hypothesis: one such coordinate decides.
+
+`before` is the mechanism of version 0.1.0, kept here. `ours` are the releases that `dpalign.privacy.gate` hands out: the
+gradients and the metrics block of a training step, and a private evaluation. What they show must be an integer on their
+public grid, bit for bit, and the noise that a hypothesis needs must be a multiple of what their noise comes in; the
+attacker learns that from releases on no data at all. The last line holds the counts: in how many trials the attack is
+right about `before`, how many coordinates were impossible there under the wrong hypothesis, and how many of ours under
+either, of all three kinds and of the last two alone.
 """
 
 from __future__ import annotations
@@ -16,15 +19,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpalign.privacy.accountant import SampledGaussian
 from dpalign.privacy.entropy import SystemEntropy
+from dpalign.privacy.gate import PrivateStep, Sample
 from dpalign.privacy.mechanism import GaussianMechanism, MetricRange
 
-METRICS = (MetricRange("a", -1.0, 1.0), MetricRange("b", 0.0, 3.0))
+METRICS = (MetricRange("reward", -1.0, 1.0), MetricRange("kl", -5.0, 20.0), MetricRange("length", 0.0, 24.0))
+MEASURED = (
+    MetricRange("reward", 0.0, 1.0),
+    MetricRange("reward_reference", 0.0, 1.0),
+    MetricRange("win_rate", 0.0, 1.0),
+)
+DIVISOR = 64.0  # a power of two: dividing a float by it is exact
+CALIBRATION = 1_000  # coordinates released on no data
 
 
 class FloatMechanism:
@@ -52,9 +67,31 @@ class FloatMechanism:
         return released, None
 
 
-def impossible_floats(output: Tensor, total: Tensor, divisor: float) -> int:
-    """Coordinates that `total` plus no float32 noise gives; the divisor is a power of two, so its division is exact."""
-    reached = (output.double() * divisor).numpy().astype(np.float32)
+def gradients_of(units: int, size: int) -> Tensor:
+    """`(units, size)` of norm about 1, so that clipping at 1 moves some."""
+    return torch.randn(units, size) / size**0.5
+
+
+# Before --------------------------------------------------------------------------------------------------------------
+
+
+def attack_floats(units: int, size: int, sigma: float, inside: bool) -> tuple[int, int]:
+    """Impossible coordinates under the right hypothesis and under the wrong one."""
+    grads, sums, outputs = gradients_of(units + 1, size), [], []
+    for count in (units + inside, units + (not inside)):
+        mechanism = FloatMechanism(
+            [torch.Size([size])], max_grad_norm=1.0, noise_multiplier=sigma, divisor=DIVISOR, entropy=SystemEntropy()
+        )
+        mechanism.add([grads[:count]])
+        sums.append(mechanism._sums[0].clone())
+        outputs.append(mechanism.release()[0][0])
+    right, wrong = (impossible_floats(outputs[0], total) for total in sums)
+    return right, wrong
+
+
+def impossible_floats(output: Tensor, total: Tensor) -> int:
+    """Coordinates that `total` plus no float32 noise gives."""
+    reached = (output.double() * DIVISOR).numpy().astype(np.float32)
     known = total.numpy()
     needed = (reached.astype(np.float64) - known.astype(np.float64)).astype(np.float32)
     possible = np.zeros(len(reached), dtype=bool)
@@ -63,41 +100,109 @@ def impossible_floats(output: Tensor, total: Tensor, divisor: float) -> int:
     return int((~possible).sum())
 
 
-def impossible_integers(output: np.ndarray, total: np.ndarray, grid: float, divisor: float, cast: type) -> int:
-    """Coordinates that integer `total` plus no integer noise gives, on the grid and as `cast` shows them."""
-    reached = np.rint(output.astype(np.float64) * divisor / grid)
-    needed = reached - total  # an integer: every one of them may be the noise
-    shown = ((total + needed) * (grid / divisor)).astype(cast)
-    return int((shown != output).sum() + (needed != np.rint(needed)).sum())
+# Ours ----------------------------------------------------------------------------------------------------------------
 
 
-def trial(mechanism_class: type, units: int, size: int, sigma: float, divisor: float, inside: bool) -> tuple[int, int]:
-    """Impossible coordinates under the right hypothesis and under the wrong one."""
-    grads = torch.randn(units + 1, size) / size**0.5
-    metrics = torch.rand(units + 1, len(METRICS)) * 2 - 1
-    settings = {"max_grad_norm": 1.0, "noise_multiplier": sigma, "divisor": divisor, "clipping": "flat"}
-    settings |= {"entropy": SystemEntropy(), "metrics": METRICS, "metrics_noise_multiplier": sigma}
-    sums, outputs = [], []
-    for count in (units + inside, units + (not inside)):
-        mechanism = mechanism_class([torch.Size([size])], **settings)
-        mechanism.add([grads[:count]], metrics[:count])
-        sums.append((mechanism._sums[0].clone(), getattr(mechanism, "_metrics_sum", torch.zeros(0)).clone()))
-        outputs.append(mechanism.release())
-    (output,), noised = outputs[0]
-    if mechanism_class is FloatMechanism:
-        right, wrong = (impossible_floats(output, total, divisor) for total, _ in sums)
-        return right, wrong
-    found = []
-    for total, block in sums:
-        count = impossible_integers(output.numpy(), total.double().numpy(), mechanism.grid, divisor, np.float32)
-        half = np.array([(m.high - m.low) / 2 for m in METRICS])
-        middle = np.array([(m.high + m.low) / 2 for m in METRICS])
-        shown = (np.array([noised[m.name] for m in METRICS]) - middle) / half / math.sqrt(len(METRICS))
-        reached = np.rint(shown * divisor / mechanism.metrics_grid)
-        count += int((np.abs(shown * divisor / mechanism.metrics_grid - reached) > 1e-3).sum())  # off the grid
-        count += int((reached - block.double().numpy() != np.rint(reached - block.double().numpy())).sum())
-        found.append(count)
-    return found[0], found[1]
+@dataclass(frozen=True)
+class Block:
+    """Some numbers of one release: the integer sum behind them, and what was shown."""
+
+    total: np.ndarray
+    shown: np.ndarray
+    shows: Callable[[np.ndarray], np.ndarray]  # integers as the mechanism shows them
+    hides: Callable[[np.ndarray], np.ndarray]  # the other way round, as floats
+
+    @property
+    def reached(self) -> np.ndarray:
+        return np.rint(self.hides(self.shown))
+
+    def impossible(self, total: np.ndarray, noise_step: int) -> int:
+        """Coordinates that `total` plus no noise gives: off the grid, or a noise that does not occur."""
+        off = self.shows(self.reached) != self.shown
+        return int((off | ((self.reached - total) % noise_step != 0)).sum())
+
+
+def gradient_block(mechanism: GaussianMechanism, total: Tensor, output: Tensor) -> Block:
+    scale = mechanism.grid / DIVISOR
+    return Block(
+        total.double().numpy(),
+        output.numpy(),
+        lambda integers: (integers * scale).astype(np.float32),
+        lambda values: values.astype(np.float64) / scale,
+    )
+
+
+def metrics_block(mechanism: GaussianMechanism, total: Tensor, released: dict[str, float]) -> Block:
+    ranges = mechanism.metrics
+    scale = mechanism.metrics_grid / DIVISOR * math.sqrt(len(ranges))
+    middle = np.array([(m.low + m.high) / 2 for m in ranges])
+    width = np.array([m.high - m.low for m in ranges])
+    return Block(
+        total.double().numpy(),
+        np.array([released[m.name] for m in ranges]),
+        lambda integers: middle + integers * scale * width / 2,
+        lambda values: (values - middle) / (width / 2) / scale,
+    )
+
+
+def training_step(sigma: float, size: int, grads: Tensor, metrics: Tensor) -> tuple[Block, Block]:
+    """Gradients and metrics block of one pass, as the loop gets them."""
+    counted = SampledGaussian(1.0, sigma, 1, metrics_noise_multiplier=sigma)
+    step = PrivateStep(counted, max_grad_norm=1.0, divisor=DIVISOR, clipping="flat", metrics=METRICS)
+    mechanism = Sample(step, [], SystemEntropy()).mechanism([torch.Size([size])])
+    mechanism.add([grads], metrics)
+    total, block = mechanism._sums[0].clone(), mechanism._metrics_sum.clone()
+    (output,), released = mechanism.release()
+    assert released is not None
+    return gradient_block(mechanism, total, output), metrics_block(mechanism, block, released)
+
+
+def measurement(sigma: float, metrics: Tensor) -> tuple[Block]:
+    """A private evaluation."""
+    step = PrivateStep(SampledGaussian(1.0, sigma, 1), max_grad_norm=1.0, divisor=DIVISOR, metrics=MEASURED)
+    mechanism = Sample(step, [], SystemEntropy()).measurement()
+    mechanism.add_metrics(metrics)
+    block = mechanism._metrics_sum.clone()
+    released = mechanism.release()[1]
+    assert released is not None
+    return (metrics_block(mechanism, block, released),)
+
+
+def noise_steps(release: Callable[[], tuple[Block, ...]]) -> list[int]:
+    """What the noise of each block comes in multiples of, counted in its grid: from releases on no data."""
+    found: list[int] = []
+    seen = 0
+    while seen < CALIBRATION:
+        blocks = release()
+        found = found or [0] * len(blocks)
+        found = [math.gcd(step, *map(int, block.reached)) for step, block in zip(found, blocks, strict=True)]
+        if all(step == 1 for step in found):
+            break
+        seen += min(len(block.shown) for block in blocks)
+    return found
+
+
+def impossible_integers(release: Callable[[bool], tuple[Block, ...]], steps: list[int], inside: bool) -> list[int]:
+    """For each block, impossible coordinates under either hypothesis."""
+    seen, other = release(inside), release(not inside)
+    return [
+        block.impossible(block.total, step) + block.impossible(wrong.total, step)
+        for block, wrong, step in zip(seen, other, steps, strict=True)
+    ]
+
+
+def attack_integers(units: int, size: int, sigma: float, inside: bool, steps: dict[str, list[int]]) -> list[int]:
+    """Impossible coordinates of the gradients, the metrics block and the evaluation."""
+    grads, metrics = gradients_of(units + 1, size), torch.rand(units + 1, len(METRICS), dtype=torch.float64) * 2 - 1
+
+    def trained(joined: bool) -> tuple[Block, Block]:
+        return training_step(sigma, size, grads[: units + joined], metrics[: units + joined])
+
+    def measured(joined: bool) -> tuple[Block]:
+        return measurement(sigma, metrics[: units + joined].abs())
+
+    found = impossible_integers(trained, steps["training"], inside)
+    return [*found, *impossible_integers(measured, steps["evaluation"], inside)]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, int]:
@@ -109,18 +214,24 @@ def main(arguments: list[str] | None = None) -> dict[str, int]:
     parser.add_argument("--json", action="store_true", help="the last line alone")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
-    result = {"before_right": 0, "before_impossible": 0, "ours_impossible": 0, "trials": given.trials}
+    nothing, none = torch.zeros(0, given.size), torch.zeros(0, len(METRICS))
+    steps = {
+        "training": noise_steps(partial(training_step, given.sigma, given.size, nothing, none)),
+        "evaluation": noise_steps(partial(measurement, given.sigma, none)),
+    }
+    before_right, before, ours = 0, 0, [0, 0, 0]
     for number in range(given.trials):
-        inside = number % 2 == 0
-        right, wrong = trial(FloatMechanism, given.units, given.size, given.sigma, 64.0, inside)
-        result["before_right"] += right < wrong
-        result["before_impossible"] += wrong
-        result["ours_impossible"] += sum(trial(GaussianMechanism, given.units, given.size, given.sigma, 64.0, inside))
+        sizes = (given.units, given.size, given.sigma, number % 2 == 0)
+        right, wrong = attack_floats(*sizes)
+        before_right, before = before_right + (right < wrong), before + wrong
+        ours = [old + new for old, new in zip(ours, attack_integers(*sizes, steps), strict=True)]
+    result = {"before_right": before_right, "before_impossible": before, "ours_impossible": sum(ours)}
+    result |= {"ours_impossible_metrics": ours[1], "ours_impossible_evaluation": ours[2], "trials": given.trials}
     if not given.json:
         print(
-            f"float sums: the attack is right in {result['before_right']} of {given.trials} trials "
-            f"({result['before_impossible'] / given.trials:.0f} impossible coordinates each); integer sums: "
-            f"{result['ours_impossible']} impossible coordinates in all of them."
+            f"float sums: the attack is right in {before_right} of {given.trials} trials "
+            f"({before / given.trials:.0f} impossible coordinates each); integer sums: {sum(ours)} impossible "
+            f"coordinates in all of them ({ours[0]} of gradients, {ours[1]} of metrics, {ours[2]} of evaluations)."
         )
     print(json.dumps(result))
     return result

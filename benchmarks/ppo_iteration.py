@@ -27,11 +27,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from models import gpt2, word_tokenizer
 
-from dpalign.algorithms import ppo
+from dpalign.algorithms import rollouts
 from dpalign.algorithms.base import Rows, encode_units, unit_means
 from dpalign.algorithms.ppo import PPO, PPOConfig
 from dpalign.gradients import PerUnitGradients
@@ -58,25 +59,21 @@ class DPPPO:
         self.algorithm = PPO(config, Reward(length_reward, 0.0, 1.0))
         self.algorithm.setup(policy)
         self.examples = encode_units(self.algorithm, policy, [[{"prompt": prompt}] for prompt in prompts])
-        self.units = list(range(len(prompts)))  # what Poisson sampling would have drawn
         self.gradients = PerUnitGradients(policy)
         self.optimizer = torch.optim.AdamW(self.gradients.parameters, lr=config.learning_rate)
 
     def iterate(self) -> dict[str, float]:
         """Seconds of each phase; `reference` includes decoding and scoring."""
         clock = [self._now()]  # start, generated, collected, end
-        sample = ppo.sample
+        sample = rollouts.sample
 
         def timed_sample(*args):
-            rollouts = sample(*args)
+            sampled = sample(*args)
             clock.append(self._now())
-            return rollouts
+            return sampled
 
-        ppo.sample = timed_sample
-        try:
+        with patch.object(rollouts, "sample", timed_sample):
             phase = self.algorithm.rows(self.policy, self.examples, SystemEntropy())
-        finally:
-            ppo.sample = sample
         clock.append(self._now())
         self._train(phase)
         clock.append(self._now())
@@ -89,20 +86,20 @@ class DPPPO:
             [p.shape for p in self.gradients.parameters],
             max_grad_norm=config.max_grad_norm,
             noise_multiplier=1.0,
-            divisor=len(self.units),
+            divisor=len(self.examples),  # all of them: what Poisson sampling would have drawn
             entropy=SystemEntropy(),
             metrics=self.algorithm.metrics,
             metrics_noise_multiplier=10.0,
             device=self.policy.device,
         )
-        for start in range(0, len(self.units), config.micro_batch_size):
-            positions = self.units[start : start + config.micro_batch_size]
-            batch = phase.of(positions)
-            with self.gradients.collect(batch.unit, len(positions)):
+        for units, count in self.policy.chunks(len(self.examples), config.micro_batch_size):
+            batch = phase.of(units)
+            with self.gradients.collect(batch.unit, len(units)):
                 losses, metrics = self.algorithm.row_losses(self.policy, batch)
-                unit_means(losses, batch.unit, len(positions)).sum().backward()
+                unit_means(losses, batch.unit, len(units)).sum().backward()
             with torch.no_grad():
-                mechanism.add(self.gradients.grads(), unit_means(metrics, batch.unit, len(positions)))
+                means = unit_means(metrics, batch.unit, len(units))
+                mechanism.add([g[:count] for g in self.gradients.grads()], means[:count])
         noisy, _ = mechanism.release()
         for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
             p.grad = gradient.to(p.dtype)
@@ -118,10 +115,10 @@ class DPPPO:
 class TRL:
     """The child process; `iterate` has it run one iteration."""
 
-    def __init__(self, settings: dict) -> None:
+    def __init__(self, python: Path, settings: dict) -> None:
         worker = Path(__file__).with_name("trl_ppo_worker.py")
         self.process = subprocess.Popen(
-            [str(TRL_PYTHON), str(worker), json.dumps(settings)],
+            [str(python), str(worker), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if settings["quiet"] else None,
@@ -142,7 +139,7 @@ class TRL:
         self.process.wait()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--layers", type=int, default=6)
@@ -156,14 +153,17 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=PPOConfig.micro_batch_size, help="ours")
     parser.add_argument("--trl-mini-batch-size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=4, help="measured pairs of iterations")
+    parser.add_argument("--trl-python", type=Path, default=TRL_PYTHON, help="of an environment with TRL 0.11.4")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    args = parser.parse_args()
-    if not TRL_PYTHON.exists():
-        sys.exit(f"{TRL_PYTHON} is missing: run make bench-setup.")
+    args = parser.parse_args(arguments)
+    settings = vars(args)
+    python = settings.pop("trl_python")
+    if not python.exists():
+        sys.exit(f"{python} is missing: run make bench-setup.")
     torch.set_num_threads(args.threads)
     chance = random.Random(0)
     prompts = [[chance.randrange(1, args.vocab) for _ in range(args.prompt_tokens)] for _ in range(args.prompts)]
-    trl = TRL(vars(args) | {"prompts": prompts, "quiet": args.json})
+    trl = TRL(python, settings | {"prompts": prompts, "quiet": args.json})
 
     torch.manual_seed(0)
     policy = Policy(gpt2(args.vocab, args.layers, args.hidden, args.heads), word_tokenizer(args.vocab))

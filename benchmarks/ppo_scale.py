@@ -28,6 +28,7 @@ from dpalign.algorithms.ppo import PPOConfig
 from dpalign.models import AdapterConfig, Policy
 
 SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}  # layers, hidden, heads
+SIZES |= {"tiny": (1, 32, 2)}  # to try the script
 PHASES = ("generate", "reference", "train")
 
 
@@ -61,9 +62,9 @@ def measure(size: str, args: argparse.Namespace) -> dict:
     return result
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="small", help="of small, medium, large, separated by commas")
+    parser.add_argument("--sizes", default="small", help=f"of {', '.join(SIZES)}, separated by commas")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=24)
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=PPOConfig.micro_batch_size)
     parser.add_argument("--iterations", type=int, default=3, help="measured iterations")
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     sizes = args.sizes.split(",")
     if unknown := [size for size in sizes if size not in SIZES]:
         parser.error(f"unknown size {unknown[0]!r}: choose from {', '.join(SIZES)}.")

@@ -32,11 +32,11 @@ def gains(rows: list[dict], generator: np.random.Generator | None = None) -> np.
     return (value[picked] + error[picked] * generator.standard_normal(picked.shape)).mean(1)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     rows = [json.loads(line) for line in given.runs.read_text(encoding="utf-8").splitlines()]
     by_epsilon = {e: [r for r in rows if r["epsilon"] == e] for e in {r["epsilon"] for r in rows} - {"0"}}
     without = by_epsilon["inf"]

@@ -116,14 +116,15 @@ def peak_of_steps(step: Step, ids: Tensor) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def peak_in_child(kind: str) -> float:
+def peak_in_child(kind: str, arguments: list[str]) -> float:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", kind]
+    command = [sys.executable, __file__, *arguments, "--child", kind]
     child = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return float(child.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--layers", type=int, default=6)
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="measured pairs of steps")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--child", choices=["private", "plain"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     torch.set_num_threads(args.threads)
     ids = torch.randint(args.vocab, (args.rows, args.tokens), generator=torch.Generator().manual_seed(1))
     build = {"private": private_step, "plain": plain_step}
@@ -144,7 +145,7 @@ def main() -> None:
         print(peak_of_steps(build[args.child](args), ids))
         return
 
-    memory = {kind: peak_in_child(kind) for kind in build}
+    memory = {kind: peak_in_child(kind, given) for kind in build}
     steps = {kind: make(args) for kind, make in build.items()}
     for step in steps.values():
         seconds(step, ids)  # warm-up

@@ -42,12 +42,12 @@ def interval(values: list[float]) -> float:
     return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart_seeds.jsonl"))
     parser.add_argument("overrides", nargs="*", help="recipe fields after --, such as --ppo.max_steps 8")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     done = {}
     if given.output.exists():

@@ -60,18 +60,21 @@ def train(x: Tensor, epsilon: float, batch: int, steps: int, rate: float, gamma:
     return weight
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[1.0, 4.0, math.inf])
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     trained, held_out = features("pairs"), features("public_pairs")
     print("epsilon  read at     clipping        accuracy  nats")
-    for epsilon, where, gamma in itertools.product((1.0, 4.0, math.inf), trained, (0.01, 2.0, 5.0, None)):
+    for epsilon, where, gamma in itertools.product(given.epsilons, trained, (0.01, 2.0, 5.0, None)):
         margins = torch.stack(
             [
-                held_out[where] @ train(trained[where], epsilon, 256, 40, 3e-2, gamma, seed)
+                held_out[where] @ train(trained[where], epsilon, given.batch_size, given.steps, 3e-2, gamma, seed)
                 for seed in range(given.seeds)
             ]
         )

@@ -39,14 +39,14 @@ def rewards(runs: list[dict], generator: np.random.Generator | None = None) -> n
     return value + error * generator.standard_normal((DRAWS, len(runs)))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="runs.jsonl of the sweep")
     parser.add_argument(
         "--beside", type=Path, nargs="*", default=[], help="runs.jsonl of other sweeps, to print beside it"
     )
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     first = read(given.runs)
     base = [r for r in first if r["epsilon"] == "0"]
 

@@ -258,7 +258,7 @@ def settings_of(unit: str, epsilon: float, seed: int, args: argparse.Namespace) 
     )  # fmt: skip
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="ukpconvarg1_full.jsonl(.gz)")
     parser.add_argument("--output", type=Path, default=Path("runs/ukp_convincingness.jsonl"))
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="two small steps, to see that it works; own output file")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
         args.output = args.output.with_stem(f"{args.output.stem}_quick")
         args.pair_batch_size, args.pair_steps = 64, 2

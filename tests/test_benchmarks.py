@@ -1,0 +1,314 @@
+"""Every benchmark runs, at its smallest size: a few records and random models; nothing is fetched."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpalign.privacy import gate
+from dpalign.privacy.mechanism import GaussianMechanism
+from reader import ROOT, at_home, run_here, small_model, write_gzip
+
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = ROOT / "docs" / "results"
+
+
+# What stands in for what is not here ---------------------------------------------------------------------------------
+
+
+def fixed_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The children's peaks, which need processes of their own: 200 KiB for the private one and 100 for the other."""
+    highest = iter([500, 700, 700, 800])
+    module = importlib.import_module("private_step")
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=next(highest)))
+
+
+TRL = '''
+"""The few calls of TRL 0.11.4 that the worker makes."""
+from dataclasses import dataclass
+import torch
+from peft import get_peft_model
+
+class AutoModelForCausalLMWithValueHead:
+    @staticmethod
+    def from_pretrained(model, peft_config):
+        return get_peft_model(model, peft_config)
+
+@dataclass
+class PPOConfig:
+    batch_size: int
+    mini_batch_size: int
+    gradient_accumulation_steps: int
+    ppo_epochs: int
+    init_kl_coef: float
+    adap_kl_ctrl: bool
+
+class PPOTrainer:
+    def __init__(self, config, model, tokenizer):
+        assert config.mini_batch_size * config.gradient_accumulation_steps == config.batch_size
+        self.model = model
+
+    def generate(self, prompts, batch_size, return_prompt, **options):
+        assert len(prompts) == batch_size and not return_prompt
+        return [self.model.generate(input_ids=p[None], attention_mask=torch.ones_like(p[None]), **options)[0, len(p):] for p in prompts]
+
+    def step(self, prompts, responses, scores):
+        assert len(prompts) == len(responses) == len(scores)
+        return {"time/ppo/forward_pass": 0.25, "time/ppo/optimize_step": 0.5}
+'''
+
+
+def small_trl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `trl` for the worker's process."""
+    (folder / "trl.py").write_text(TRL, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+
+
+def argued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight topics of four pairs, each judged by five people; and a small model."""
+    small_model(folder / "small")
+    rows = [
+        {
+            "topic": f"topic {t}",
+            "arg1": f"Topic {t} is right, argument {i}, for {'a very good ' * (i % 3)}reason.",
+            "arg2": f"Topic {t} is wrong, because {i} of us said so.",
+            "votes": [[f"person {(t + i + k) % 9}", ("a1", "a2", "equal")[(i + k) % 3]] for k in range(5)],
+            "gold": ("a1", "a2", "a1", "equal")[i],
+        }
+        for t, i in itertools.product(range(8), range(4))
+    ]
+    write_gzip(folder / "ukpconvarg1_full.jsonl.gz", rows)
+
+
+def demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_home(folder, monkeypatch)
+    small_model(folder / "small")
+    monkeypatch.setattr(subprocess, "run", run_here)
+
+
+# What each must print ------------------------------------------------------------------------------------------------
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+def one_line(out: str) -> dict:
+    (line,) = out.splitlines()
+    return json.loads(line)
+
+
+def check_private_step(out: str, folder: Path) -> None:
+    found = one_line(out)
+    assert set(found) == {"time_ratio", "memory_ratio"} and found["time_ratio"] > 0 and found["memory_ratio"] == 2
+
+
+def check_ppo_iteration(out: str, folder: Path) -> None:
+    found = one_line(out)
+    assert set(found) == {"ratio", "ours_s", "trl_s"} and min(found.values()) > 0
+
+
+def check_ppo_scale(out: str, folder: Path) -> None:
+    found = last_json(out)
+    assert found["size"] == "tiny" and found["prompts"] == 3
+    assert min(found[f"{phase}_s"] for phase in ("generate", "reference", "train")) >= 0 < found["iteration_s"]
+
+
+def check_float_attack(out: str, folder: Path) -> None:
+    found = one_line(out)
+    assert found["before_right"] == found["trials"] == 4 and found["before_impossible"] > 400
+    assert {v for k, v in found.items() if k.startswith("ours_impossible")} == {0}
+
+
+def check_sentiment_bars(out: str, folder: Path) -> None:
+    """The shares that docs/results has: computed again from the same rows."""
+    published = json.loads((RESULTS / "quickstart_sentiment.bars.json").read_text(encoding="utf-8"))["rows"]
+    lines = [line.split(": ", 1) for line in out.splitlines() if line.startswith("epsilon ")]
+    assert {name.removeprefix("epsilon "): json.loads(row) for name, row in lines} == published
+
+
+def check_preferences_bars(out: str, folder: Path) -> None:
+    published = json.loads((RESULTS / "quickstart_preferences.bars.json").read_text(encoding="utf-8"))
+    lines = [line.split(": ", 1) for line in out.splitlines()]
+    assert {name.removeprefix("epsilon "): json.loads(row) for name, row in lines} == published
+
+
+def check_beside(out: str, folder: Path) -> None:
+    check_sentiment_bars(out, folder)
+    assert "quickstart_sentiment_rloo" in out
+
+
+def check_reward_head(out: str, folder: Path) -> None:
+    title, *rows = out.splitlines()
+    assert title.startswith("epsilon") and len(rows) == 3 * 4
+    assert all(0 <= float(row.split()[-2]) <= 1 and math.isfinite(float(row.split()[-1])) for row in rows)
+
+
+def check_quickstart_seeds(out: str, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "seeds.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [0] and rows[0]["epsilon"] <= 4 and rows[0]["seconds"] > 0
+    assert rows[0]["gain"] == rows[0]["reward_private"] - rows[0]["reward_sft"]
+
+
+def check_dpo_pairs(out: str, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert [(row["epsilon"], row["overrides"][2:]) for row in rows] == [("4", []), ("inf", ["dpo.learning_rate=1e-2"])]
+    assert rows[0]["spent"] <= 4 and rows[0]["noise_multiplier"] > 0 == rows[1]["noise_multiplier"]
+    assert out.count(" of the best without privacy") == 2
+
+
+def check_ukp(out: str, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "ukp.jsonl").read_text().splitlines()]
+    assert [row["unit"] for row in rows] == ["pair", "annotator"] and rows[0]["units"] == 18 and rows[1]["units"] == 9
+    assert all(0 <= row["accuracy"] <= 1 and row["epsilon_spent"] <= 4 and row["sigma"] > 0 for row in rows)
+    assert "18 pairs with a better argument, 120 votes of 9 annotators; 6 test pairs of 2 topics" in out
+
+
+def check_shown(out: str, folder: Path) -> None:
+    assert "gpt2-medium" in out
+
+
+def check_profile(out: str, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "FILE").read_text().splitlines()]
+    assert [row["variant"] for row in rows] == ["private", "nonprivate", "plain"]
+
+
+# The commands as documents and benchmarks give them ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """What makes a command small, what it needs, and what must come of it."""
+
+    small: str
+    check: Callable[[str, Path], None]
+    prepare: Callable[[Path, pytest.MonkeyPatch], None] = lambda folder, monkeypatch: None
+
+
+GPT2 = "--layers 1 --hidden 32 --heads 2 --vocab 64 --threads 1"
+STAGES = "--sft.expected_batch_size 4 --sft.max_steps 1 --ppo.expected_batch_size 4 --ppo.max_steps 1"
+SMOKE = {
+    "private_step.py --json": Smoke(f"{GPT2} --rows 3 --tokens 6 --pairs 2", check_private_step, fixed_memory),
+    "ppo_iteration.py --json": Smoke(
+        f"{GPT2} --prompts 4 --prompt-tokens 3 --new-tokens 3 --trl-mini-batch-size 2 --pairs 2 "
+        f"--micro-batch-size 3 --trl-python {shlex.quote(sys.executable)}",
+        check_ppo_iteration, small_trl,
+    ),
+    "ppo_scale.py --sizes small --prompts 8 --device cpu": Smoke(
+        "--sizes tiny --prompts 3 --prompt-tokens 3 --new-tokens 3 --vocab 64 --iterations 1 --micro-batch-size 2",
+        check_ppo_scale,
+    ),
+    "float_attack.py --json": Smoke("--trials 4", check_float_attack),
+    "sentiment_bars.py docs/results/quickstart_sentiment.runs.jsonl": Smoke("", check_sentiment_bars),
+    "sentiment_bars.py docs/results/quickstart_sentiment.runs.jsonl --beside docs/results/rloo.runs.jsonl": Smoke(
+        "", check_beside
+    ),
+    "preferences_bars.py docs/results/quickstart_preferences.runs.jsonl": Smoke("", check_preferences_bars),
+    "reward_head.py": Smoke("--seeds 1 --epsilons 4 --batch-size 8 --steps 2", check_reward_head, demo),
+    "quickstart_seeds.py --seeds 3": Smoke(
+        f"--seeds 1 --output seeds.jsonl -- {STAGES} --model.name_or_path small --model.is_public true --ppo.adapter.init_rows 8 --eval_prompts 8",
+        check_quickstart_seeds, demo,
+    ),
+    "dpo_pairs.py --epsilons 4 inf --seeds 3 --at inf dpo.learning_rate=1e-2": Smoke(
+        "--seeds 1 --all dpo.max_steps=1 dpo.expected_batch_size=4 --output pairs.jsonl", check_dpo_pairs, demo
+    ),
+    "ukp_convincingness.py --data ukpconvarg1_full.jsonl.gz --threads 1 --max-votes 4": Smoke(
+        "--epsilons 4 --pair-batch-size 4 --pair-steps 1 --annotator-batch-size 2 --annotator-steps 1 --max-length 16 "
+        "--device cpu --model small --output ukp.jsonl",
+        check_ukp, argued,
+    ),
+    "profile_iteration.py --show docs/results/profile_h200_first.jsonl": Smoke("", check_shown),
+    "profile_iteration.py --show docs/results/profile_h200.jsonl": Smoke("", check_shown),
+    "profile_iteration.py --device cuda --dtype bfloat16 --model gpt2 --micro_batch_size 512 --output FILE": Smoke(
+        "--device cpu --model tiny --micro_batch_size 2 --prompts 2 --prompt_tokens 2 --completion_tokens 2 --repeats 1 "
+        "--algorithms ppo",
+        check_profile,
+    ),
+}  # fmt: skip
+USED_BY_OTHERS = {"models": "word_tokenizer", "trl_ppo_worker": "trl_ppo_worker.py"}  # what ppo_iteration.py names
+
+
+@pytest.mark.parametrize("command", SMOKE)
+def test_smoke(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    smoke, (file, *words) = SMOKE[command], shlex.split(command)
+    smoke.prepare(tmp_path, monkeypatch)
+    threads = torch.get_num_threads()
+    try:
+        importlib.import_module(Path(file).stem).main([*words, *shlex.split(smoke.small)])
+    finally:
+        torch.set_num_threads(threads)
+    smoke.check(capsys.readouterr().out, tmp_path)
+
+
+def test_every_benchmark_has_one():
+    names = {file.stem for file in BENCHMARKS.glob("*.py")}
+    assert names == {Path(command.split()[0]).stem for command in SMOKE} | set(USED_BY_OTHERS)
+    source = (BENCHMARKS / "ppo_iteration.py").read_text(encoding="utf-8")
+    assert all(used in source for used in USED_BY_OTHERS.values())
+
+
+# The attack on low bits can find something ---------------------------------------------------------------------------
+
+
+class NotRounded(GaussianMechanism):
+    """The metrics' noise is added as it comes."""
+
+    def _release_metrics(self):
+        noise = self._noise(len(self.metrics), self.metrics_noise_multiplier) / self.metrics_grid
+        noisy = (self._metrics_sum + noise) * (self.metrics_grid / self.divisor * math.sqrt(len(self.metrics)))
+        pairs = zip(self.metrics, noisy.tolist(), strict=True)
+        return {m.name: (m.low + m.high) / 2 + value * (m.high - m.low) / 2 for m, value in pairs}
+
+
+class CoarseNoise(GaussianMechanism):
+    """Noise in steps twice as large as those of the sum, whose lowest bit then shows through."""
+
+    def _noise(self, count, standard_deviation):
+        step = 2 * self.metrics_grid  # with C and sigma 1 that of the gradients, too
+        return torch.round(super()._noise(count, standard_deviation) / step) * step
+
+
+@pytest.mark.parametrize(("mutant", "gradients_too"), [(NotRounded, False), (CoarseNoise, True)])
+def test_the_attack_sees_low_bits(mutant, gradients_too, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    attack = importlib.import_module("float_attack")
+    small = ["--trials", "60", "--size", "100", "--units", "8"]
+    assert attack.main(small)["ours_impossible"] == 0
+    monkeypatch.setattr(gate, "GaussianMechanism", mutant)
+    found = attack.main(small)
+    assert found["ours_impossible_metrics"] > 30 and found["ours_impossible_evaluation"] > 30
+    gradients = found["ours_impossible"] - found["ours_impossible_metrics"] - found["ours_impossible_evaluation"]
+    assert (gradients > 2000) == gradients_too
+
+
+def test_a_benchmark_without_trl_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    with pytest.raises(SystemExit, match="make bench-setup"):
+        importlib.import_module("ppo_iteration").main(["--trl-python", str(tmp_path / "python")])
+
+
+def test_models_are_small_and_quiet(monkeypatch):
+    """Without dropout, and a tokenizer whose tokens are its words' numbers."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    models = importlib.import_module("models")
+    torch.manual_seed(0)
+    model, tokenizer = models.gpt2(16, 1, 8, 2), models.word_tokenizer(16)
+    ids = torch.tensor([tokenizer("w3 w15 w1")["input_ids"]])
+    assert ids.tolist() == [[3, 15, 1]] and tokenizer.decode(ids[0]) == "w3 w15 w1"
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
