@@ -26,6 +26,7 @@ ROOMS = [
     ["data", "gradients"],
     ["privacy"],
     ["files"],
+    ["domains"],
     ["errors", "stages", "version"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

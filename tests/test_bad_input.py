@@ -182,7 +182,7 @@ REWARD_MODEL = {
         {"composition": "sequential", "split": {"sft": 0.5, "ppo": 0.5}}, "fractions make disjoint parts",
     ),
     "no such composition": ({"composition": "optimistic"}, "composition"),
-    "a weight of nothing": ({"composition": "sequential", "allocation": {"sft": 0.0}}, "must be positive"),
+    "a weight of nothing": ({"composition": "sequential", "allocation": {"sft": 0.0}}, "allocation 0.0 must be above 0"),
     "no budget left": (
         {"composition": "sequential", "sft": {"noise_multiplier": 0.3}}, "leaves them nothing of epsilon 2",
     ),
@@ -205,7 +205,7 @@ REWARD = {
 SETTINGS = {
     "epsilon 0": ({"target_epsilon": 0}, "epsilon 0"),
     "negative epsilon": ({"target_epsilon": -2}, "epsilon -2"),
-    "negative noise": ({"sft": {"noise_multiplier": -1.0}}, "noise multiplier -1"),
+    "negative noise": ({"sft": {"noise_multiplier": -1.0}}, "sft.noise_multiplier -1.0 must be at least 0"),
     "stage above the run": ({"sft": {"target_epsilon": 9}}, "more than the target 2"),
     "delta 1": ({"target_delta": 1}, "delta 1"),
     "batch above N": ({"sft": {"expected_batch_size": 33}}, "expected_batch_size 33 is larger than the 32 units"),
@@ -231,7 +231,7 @@ SETTINGS = {
     "no such layers": ({"sft": {"adapter": {"target_modules": ["nothing"]}}}, "adapter cannot be added"),
     "undeclared model": (undeclared_model, "must be declared public"),
     "empty model folder": (lambda folder: {"model": {"name_or_path": str(folder), "is_public": True}}, "cannot load"),
-    "no such dtype": ({"model": {"dtype": "int8"}}, "dtype 'int8'"),
+    "no such dtype": ({"model": {"dtype": "int8"}}, "field model.dtype: expected"),
     "output below a file": (below_a_file, "choose a writable output folder"),
     "ledger is a folder": (ledger_is_a_folder, "give another path with --ledger"),
 }

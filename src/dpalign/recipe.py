@@ -8,6 +8,7 @@ from typing import Literal
 from .algorithms import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, RolloutConfig, SFTConfig
 from .algorithms.base import StageConfig
 from .data.load import DataConfig
+from .domains import COUNT, SEEDS, check_settings, within
 from .errors import DPAlignError
 from .evaluation.private import MeasurementConfig
 from .models import ModelConfig
@@ -63,17 +64,17 @@ class Recipe:
     output_dir: str = "runs/run"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    target_epsilon: float = 4.0
-    target_delta: float | None = None
+    target_epsilon: float = within(4.0, "(0, 1000]", or_inf=True)
+    target_delta: float | None = within(None, "(0, 1)")
     composition: Literal["parallel", "sequential"] = "parallel"
-    allocation: Literal["equal", "minimal"] | dict[str, float] = "equal"
+    allocation: Literal["equal", "minimal"] | dict[str, float] = within("equal", "(0, 1e6]")
     sft: SFTConfig | None = None
     reward_model: RewardModelConfig | None = None
     dpo: DPOConfig | None = None
     ppo: PPOConfig | None = None
     rloo: RLOOConfig | None = None
     measurement: MeasurementConfig | None = None
-    split: dict[str, float | list[float]] | None = None
+    split: dict[str, float | list[float]] | None = within(None, "[0, 1]")
     sft_data: DataConfig | None = None
     reward_model_data: DataConfig | None = None
     dpo_data: DataConfig | None = None
@@ -81,13 +82,13 @@ class Recipe:
     rloo_data: DataConfig | None = None
     measurement_data: DataConfig | None = None
     units_disjoint: Literal["checked", "declared"] = "checked"
-    eval_prompts: int | None = None
-    eval_seed: int = 0
+    eval_prompts: int | None = within(None, COUNT)
+    eval_seed: int = within(0, SEEDS)
     reference_reward: RewardConfig | None = None
     ledger: str | None = None
     report_to: Literal["none", "tensorboard"] = "none"
     device: str = "auto"
-    num_threads: int | None = None
+    num_threads: int | None = within(None, "[1, 4096]")
 
     @property
     def stages(self) -> dict[str, StageConfig]:
@@ -106,7 +107,9 @@ class Recipe:
         return own or self.data
 
     def check(self) -> None:
-        """Raises DPAlignError for stages that cannot be together, and for a section that nothing would read."""
+        """Raises DPAlignError for a value that cannot be, stages that cannot be together, and a section that nothing
+        would read."""
+        check_settings(self)
         commands = [name for name, listed in STAGES.items() if listed.is_command]
         if not self.stages:
             raise DPAlignError(f"the recipe has no stage: give it a section {', '.join(commands)}.")

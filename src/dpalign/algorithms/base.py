@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.load import Record, require_columns
+from ..domains import COUNT, LENGTH, SEEDS, STEPS, within
 from ..errors import DPAlignError
 from ..models import AdapterConfig, AdapterStack, ModelConfig
 from ..privacy.entropy import SystemEntropy
@@ -41,9 +42,9 @@ class Schedule:
 class StageConfig(ABC):
     """The budget of one stage."""
 
-    target_epsilon: float | None = None
-    target_delta: float | None = None
-    noise_multiplier: float | None = None
+    target_epsilon: float | None = within(None, "(0, 1000]", or_inf=True)
+    target_delta: float | None = within(None, "(0, 1)")
+    noise_multiplier: float | None = within(None, "[0, 100000]")
 
     def validate(self) -> None:
         """Raises DPAlignError for a setting that cannot be."""
@@ -99,29 +100,29 @@ class TrainingConfig(StageConfig):
 
     has_synthetic_gradient: ClassVar[bool] = False  # whether text that the model writes itself has one
 
-    expected_batch_size: int = 512
-    max_steps: int | None = None
-    num_train_epochs: float = 1.0
-    micro_batch_size: int = 32
-    learning_rate: float = 3e-4
-    lr_scheduler_type: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
+    expected_batch_size: int = within(512, COUNT)
+    max_steps: int | None = within(None, STEPS)
+    num_train_epochs: float = within(1.0, "(0, 10000]")
+    micro_batch_size: int = within(32, "[1, 65536]")
+    learning_rate: float = within(3e-4, "[0, 1000]")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = within(0, "[0, 1000000]")
+    weight_decay: float = within(0.0, "[0, 1000]")
+    adam_beta1: float = within(0.9, "[0, 1)")
+    adam_beta2: float = within(0.999, "[0, 1)")
+    adam_epsilon: float = within(1e-8, "(0, 1]")
     adam_noise_correction: bool = False
-    adam_noise_floor: float = 0.1
-    max_grad_norm: float = 1.0
+    adam_noise_floor: float = within(0.1, "(0, 1000]")
+    max_grad_norm: float = within(1.0, "[1e-9, 1e9]")
     clipping: Clipping = "automatic"
-    clipping_gamma: float = 0.01
-    metrics_noise_ratio: float = 10.0
-    max_length: int = 128
+    clipping_gamma: float = within(0.01, "[0, 1e9]")
+    metrics_noise_ratio: float = within(10.0, "[0, 1e6]")
+    max_length: int = within(128, LENGTH)
     gradient_checkpointing: bool = False
-    save_steps: int = 1
-    logging_steps: int = 1
-    seed: int = 0
-    insecure_seed: int | None = None
+    save_steps: int = within(1, STEPS)
+    logging_steps: int = within(1, STEPS)
+    seed: int = within(0, SEEDS)
+    insecure_seed: int | None = within(None, SEEDS)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     @property
@@ -140,20 +141,11 @@ class TrainingConfig(StageConfig):
 
     def validate(self) -> None:
         """Raises DPAlignError for a setting that cannot be."""
-        for name in ("expected_batch_size", "micro_batch_size", "max_length", "save_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise DPAlignError(f"{name} {getattr(self, name)} must be at least 1.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise DPAlignError(f"max_steps {self.max_steps} must be at least 1.")
-        if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
-            raise DPAlignError(f"lr_scheduler_type {self.lr_scheduler_type!r} is not constant, linear or cosine.")
         if self.adapter.init_a != "random" and not self.has_synthetic_gradient:
             raise DPAlignError(
                 "init_a synthetic_gradient is for stages that sample completions: what people wrote has no gradient "
                 "before it is read."
             )
-        if self.clipping not in ("automatic", "flat", "none"):
-            raise DPAlignError(f"clipping {self.clipping!r} is not automatic, flat or none.")
 
     def schedule(self, stage: str, units: float) -> Schedule:
         if self.expected_batch_size > units:

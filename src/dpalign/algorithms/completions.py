@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..data.load import Record
 from ..data.text import Text, cut_length, encode_prompt_text, read_text, template_options
+from ..domains import LENGTH, within
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.policy import Rollouts
@@ -36,14 +37,30 @@ class SamplingConfig:
         reward: the reward function.
     """
 
-    max_prompt_length: int = 64
-    prompt_min_tokens: int | None = None
-    prompt_max_tokens: int | None = None
+    max_prompt_length: int = within(64, LENGTH)
+    prompt_min_tokens: int | None = within(None, LENGTH)
+    prompt_max_tokens: int | None = within(None, LENGTH)
     prepend_bos: bool = False
-    max_completion_length: int = 16
-    min_completion_length: int = 0
-    micro_batch_size: int = 32
+    max_completion_length: int = within(16, LENGTH)
+    min_completion_length: int = within(0, "[0, 1000000]")
+    micro_batch_size: int = within(32, "[1, 65536]")
     reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def validate(self) -> None:
+        """Raises DPAlignError for lengths that cannot be together."""
+        low, high = self.prompt_min_tokens, self.prompt_max_tokens
+        if low is not None and high is not None and low > high:
+            raise DPAlignError(f"prompt_min_tokens {low} is more than prompt_max_tokens {high}.")
+        longest = high or low
+        if longest is not None and longest > self.max_prompt_length:
+            raise DPAlignError(
+                f"prompts of {longest} tokens are longer than max_prompt_length {self.max_prompt_length}."
+            )
+        if self.min_completion_length > self.max_completion_length:
+            raise DPAlignError(
+                f"min_completion_length {self.min_completion_length} is more than max_completion_length "
+                f"{self.max_completion_length}."
+            )
 
     @property
     def prompt_tokens(self) -> int:

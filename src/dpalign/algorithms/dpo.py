@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.load import Record
 from ..data.text import Encoded, encode_completion, read_text, shared_prompt, template_options
+from ..domains import within
 from ..errors import DPAlignError
 from ..models import Policy
 from ..privacy.entropy import SystemEntropy
@@ -40,22 +41,16 @@ class DPOConfig(TrainingConfig):
         margin_range: declared upper end of the noised loss and margin metrics, which are clipped to it.
     """
 
-    learning_rate: float = 1e-3
-    beta: float = 0.1
+    learning_rate: float = within(1e-3, "[0, 1000]")
+    beta: float = within(0.1, "(0, 1e6]")
     loss: Literal["sigmoid", "square"] = "sigmoid"
-    label_smoothing: float = 0.0
+    label_smoothing: float = within(0.0, "[0, 0.5)")
     prepend_bos: bool = False
     append_eos: bool = True
-    margin_range: float = 5.0
+    margin_range: float = within(5.0, "(0, 1e6]")
 
     def validate(self) -> None:
         super().validate()
-        if not self.beta > 0:
-            raise DPAlignError(f"beta {self.beta} must be positive.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise DPAlignError(f"label_smoothing {self.label_smoothing} is not in [0, 0.5).")
-        if self.loss not in ("sigmoid", "square"):
-            raise DPAlignError(f"loss {self.loss!r} is not sigmoid or square.")
         if self.adapter.r < 1:
             raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
 

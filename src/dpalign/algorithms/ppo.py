@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..domains import within
 from ..errors import DPAlignError
 from ..models import Policy
 from ..rewards import Reward
@@ -34,13 +35,13 @@ class PPOConfig(RolloutConfig):
         noised_baseline: subtract the noised mean reward of earlier steps from the reward (needs metrics).
     """
 
-    num_ppo_epochs: int = 1
-    num_mini_batches: int = 1
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float = 0.1
+    num_ppo_epochs: int = within(1, "[1, 1000]")
+    num_mini_batches: int = within(1, "[1, 1000]")
+    gamma: float = within(1.0, "[0, 1]")
+    lam: float = within(0.95, "[0, 1]")
+    cliprange: float = within(0.2, "(0, 1000]")
+    cliprange_value: float = within(0.2, "(0, 1e6]")
+    vf_coef: float = within(0.1, "[0, 1e6]")
     noised_baseline: bool = False
 
     @property
@@ -53,9 +54,6 @@ class PPOConfig(RolloutConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("num_ppo_epochs", "num_mini_batches"):
-            if getattr(self, name) < 1:
-                raise DPAlignError(f"{name} {getattr(self, name)} must be at least 1.")
         if self.noised_baseline and self.metrics_noise_ratio == 0:
             raise DPAlignError("noised_baseline needs the noised metrics: metrics_noise_ratio > 0.")
 

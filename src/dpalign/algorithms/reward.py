@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.load import Record
 from ..data.text import Text, joined, template_options
+from ..domains import within
 from ..errors import DPAlignError
 from ..models import ModelConfig, RewardModel, TextFormat
 from ..privacy.entropy import SystemEntropy
@@ -38,25 +39,20 @@ class RewardModelConfig(TrainingConfig):
         margin_range: declared upper end of the noised margin metric; it is clipped to +- this.
     """
 
-    learning_rate: float = 2e-4
+    learning_rate: float = within(2e-4, "[0, 1000]")
     model: ModelConfig | None = None
     prepend_bos: bool = False
     append_eos: bool = False
     pooling: Literal["last", "mean"] = "last"
-    label_smoothing: float = 0.0
+    label_smoothing: float = within(0.0, "[0, 0.5)")
     ties: Literal["half", "skip"] = "half"
-    center_rewards_coefficient: float = 0.0
-    margin_range: float = 5.0
+    center_rewards_coefficient: float = within(0.0, "[0, 1e6]")
+    margin_range: float = within(5.0, "(0, 1e6]")
 
     @property
     def text(self) -> TextFormat:
         """How the model reads a text."""
         return TextFormat(self.max_length, self.prepend_bos, self.append_eos, self.pooling)
-
-    def validate(self) -> None:
-        super().validate()
-        if not 0 <= self.label_smoothing < 0.5:
-            raise DPAlignError(f"label_smoothing {self.label_smoothing} is not in [0, 0.5).")
 
 
 @dataclass(frozen=True)

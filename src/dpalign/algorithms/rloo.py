@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import DPAlignError
+from ..domains import within
 from ..models import Policy
 from .base import Rows
 from .rollouts import RolloutAlgorithm, RolloutConfig, rollouts_of
@@ -25,14 +25,7 @@ class RLOOConfig(RolloutConfig):
         num_generations: rollouts per prompt, at least 2; the baseline of one is the mean of the others.
     """
 
-    num_generations: int = 2
-
-    def validate(self) -> None:
-        super().validate()
-        if self.num_generations < 2:
-            raise DPAlignError(
-                f"num_generations {self.num_generations} must be at least 2: one rollout has no baseline."
-            )
+    num_generations: int = within(2, "[2, 1024]")
 
 
 class RLOO(RolloutAlgorithm[RLOOConfig]):

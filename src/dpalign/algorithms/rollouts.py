@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.load import Record
+from ..domains import SCALE, within
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.generation import write_prompts
@@ -44,22 +45,20 @@ class RolloutConfig(TrainingConfig, SamplingConfig):
 
     has_synthetic_gradient = True
 
-    learning_rate: float = 3e-3
-    num_generations: int = 1
-    beta: float = 0.2
-    adaptive_kl_target: float | None = None
-    adaptive_kl_horizon: float = 10000.0
-    missing_eos_penalty: float = 0.0
-    kl_range: tuple[float, float] = (-5.0, 15.0)
-    synthetic_steps: int = 0
-    synthetic_batch_size: int = 256
-    synthetic_learning_rate: float = 4e-3
+    learning_rate: float = within(3e-3, "[0, 1000]")
+    num_generations: int = within(1, "[1, 1024]")
+    beta: float = within(0.2, "[0, 1e6]")
+    adaptive_kl_target: float | None = within(None, "(0, 1e6]")
+    adaptive_kl_horizon: float = within(10000.0, "(0, 1e12]")
+    missing_eos_penalty: float = within(0.0, "[0, 1e6]")
+    kl_range: tuple[float, float] = within((-5.0, 15.0), SCALE, ordered=True)
+    synthetic_steps: int = within(0, "[0, 100000]")
+    synthetic_batch_size: int = within(256, "[1, 65536]")
+    synthetic_learning_rate: float = within(4e-3, "[0, 1000]")
 
     def validate(self) -> None:
         super().validate()
-        for name in ("num_generations", "max_completion_length", "synthetic_batch_size"):
-            if getattr(self, name) < 1:
-                raise DPAlignError(f"{name} {getattr(self, name)} must be at least 1.")
+        SamplingConfig.validate(self)
         if self.adapter.r < 1:
             raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
         if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:

@@ -19,6 +19,7 @@ from ..data.text import (
     read_text,
     template_options,
 )
+from ..domains import within
 from ..errors import DPAlignError
 from ..models import Policy
 from ..privacy.entropy import SystemEntropy
@@ -43,12 +44,12 @@ class SFTConfig(TrainingConfig):
         loss_range: declared upper end of the noised loss metric, in nats per token.
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: float = within(3e-4, "[0, 1000]")
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     prepend_bos: bool = False
     append_eos: bool = True
-    loss_range: float = 10.0
+    loss_range: float = within(10.0, "(0, 1e6]")
 
     def validate(self) -> None:
         super().validate()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..domains import within
 from ..errors import DPAlignError
 from . import demo
 
@@ -38,8 +39,8 @@ class DataConfig:
     path: str = ""
     split: str = "train"
     unit: str | None = None
-    max_records_per_unit: int = 1
-    declared_units: int | None = None
+    max_records_per_unit: int = within(1, "[1, 1000000]")
+    declared_units: int | None = within(None, "[1, 1000000000000]")
     eval_path: str | None = None
     eval_split: str = "test"
     eval_is_public: bool = False

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..domains import within
 from ..errors import DPAlignError
 from . import embedded
 
@@ -41,7 +42,7 @@ class ModelConfig:
 
     name_or_path: str = embedded.TINY_REVIEW_LM
     is_public: bool = False
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
 
 
@@ -62,13 +63,13 @@ class AdapterConfig:
         init_rows: synthetic rollouts for `synthetic_gradient`.
     """
 
-    r: int = 4
-    lora_alpha: int | None = None
+    r: int = within(4, "[0, 65536]")
+    lora_alpha: int | None = within(None, "[1, 1000000]")
     target_modules: list[str] | str | None = None
-    layers: list[int] | None = None
+    layers: list[int] | None = within(None, "[0, 10000]")
     freeze_a: bool = False
     init_a: Literal["random", "synthetic_gradient"] = "random"
-    init_rows: int = 1024
+    init_rows: int = within(1024, "[1, 1000000]")
 
 
 class AdapterStack(nn.Module):

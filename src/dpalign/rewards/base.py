@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..domains import LENGTH, SCALE, within
 from ..errors import DPAlignError
 from .memory import Memory
 
@@ -62,16 +63,23 @@ class RewardConfig:
     text: Literal["completion", "prompt+completion"] | None = None
     label: str | None = None
     use_logit: bool = False
-    max_length: int = 128
-    scale: float = 1.0
-    shift: float = 0.0
-    low: float | None = None
-    high: float | None = None
+    max_length: int = within(128, LENGTH)
+    scale: float = within(1.0, SCALE)
+    shift: float = within(0.0, SCALE)
+    low: float | None = within(None, SCALE)
+    high: float | None = within(None, SCALE)
     columns: list[str] = field(default_factory=list)
     batched: bool = False
 
 
 Row = tuple[str, str, dict[str, Any]]  # prompt, completion, columns
+
+    def validate(self) -> None:
+        """Raises DPAlignError for a range that is empty, and a scale that makes all texts alike."""
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise DPAlignError(f"the reward's range [{self.low}, {self.high}] must be finite and not empty.")
+        if self.scale == 0:
+            raise DPAlignError("a reward of scale 0 is the same for all texts.")
 
 
 class Reward:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..algorithms.base import StageConfig
+from ..domains import check_settings
 from ..errors import DPAlignError
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian, with_metrics
@@ -79,7 +80,7 @@ def plan_stage(name: str, config: StageConfig, units: float) -> StagePlan:
     Raises:
         DPAlignError: settings that cannot be, or a target that cannot be reached.
     """
-    config.validate()
+    check_settings(config, name)
     schedule = config.schedule(name, units)
     delta = config.target_delta if config.target_delta is not None else accountant.default_delta(math.ceil(units))
     if (config.target_epsilon is None) == (config.noise_multiplier is None):
