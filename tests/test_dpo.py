@@ -14,6 +14,7 @@ from dpalign import DPDPOTrainer, DPOConfig
 from dpalign.algorithms import DPO
 from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.dpo import encode_answers
+from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, Policy
 from helpers import call, files_below, judged, ledger_rows, statement, write_jsonl, write_recipe
@@ -119,7 +120,7 @@ def test_records_that_are_refused(record, says):
 def test_settings_that_cannot_be():
     for changes in ({"beta": 0.0}, {"label_smoothing": 0.5}, {"loss": "hinge"}, {"adapter": AdapterConfig(r=0)}):
         with pytest.raises(DPAlignError):
-            DPOConfig(**changes).validate()
+            check_settings(DPOConfig(**changes))
 
 
 STAGE: dict[str, Any] = {

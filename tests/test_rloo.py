@@ -11,6 +11,7 @@ from torch import Tensor
 from dpalign.algorithms import RLOO, RLOOConfig
 from dpalign.algorithms.base import Rows, encode_units
 from dpalign.algorithms.rloo import leave_one_out
+from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
 from dpalign.models.policy import Rollouts
 from dpalign.rewards import Reward
@@ -87,5 +88,5 @@ def test_rollouts_are_grouped_by_prompt_within_their_units():
 
 
 def test_one_rollout_has_no_baseline():
-    with pytest.raises(DPAlignError, match="at least 2"):
-        RLOOConfig(num_generations=1).validate()
+    with pytest.raises(DPAlignError, match="num_generations 1 must be at least 2"):
+        check_settings(RLOOConfig(num_generations=1))

@@ -18,7 +18,7 @@ from .errors import DPAlignError
 SEEDS = "[0, 9223372036854775807]"  # what torch takes
 COUNT = "[1, 100000000]"  # of rows, units or tokens: beyond it somebody has mistyped
 LENGTH = "[1, 1000000]"  # in tokens
-STEPS = "[1, 1000000]"  # the accountant composes that many in seconds
+STEPS = "[1, 200000]"  # the accountant composes that many in seconds
 SCALE = "[-1e9, 1e9]"
 LONGEST_TEXT = 4096  # of a name or path
 

@@ -6,31 +6,91 @@ import argparse
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # type: ignore[attr-defined]
 
+from .domains import shown
 from .errors import DPAlignError
 from .recipe import Recipe
 from .stages import RENAMED
 
+LARGEST_RECIPE = 1_000_000  # bytes
+LARGEST_TREE = 10_000  # values, each as often as it is named
+DEEPEST = 50
+
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Safe YAML in which 1e-3 is a number."""
+    """Safe YAML in which 1e-3 is a number, and 1:30 is none; a key stands once in its section."""
+
+    def get_single_node(self) -> Any:
+        """The tree, if it is no larger than a recipe may be once every alias is written out."""
+        try:
+            node = super().get_single_node()
+        except RecursionError:
+            node = None
+            raise _refused("sections are nested too deeply") from None
+        if node is not None and _size(node, {}, DEEPEST) > LARGEST_TREE:
+            raise _refused(f"with its aliases it has more than {LARGEST_TREE} values")
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise _refused(f"the key {shown(key.value)} stands twice in one section", key)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        if len(node.value) > 40:
+            raise _refused("a whole number has more than 40 digits", node)
+        return super().construct_yaml_int(node)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+def _refused(why: str, node: Any = None) -> yaml.YAMLError:
+    line = "" if node is None else f"line {node.start_mark.line + 1}: "
+    return yaml.constructor.ConstructorError(None, None, f"{line}{why}")
+
+
+def _size(node: Any, known: dict[int, int], depth: int) -> int:
+    """Values below a node, each as often as it is reached."""
+    if depth == 0:
+        raise _refused(f"sections are nested more than {DEEPEST} deep, or an alias is inside itself")
+    if id(node) not in known:
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        below = [one for pair in inner for one in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_size(one, known, depth - 1) for one in below)
+    return known[id(node)]
+
+
+# YAML 1.1 takes 1:30 for 90, 010 for 8 and 2001-01-01 for a date.
+_OTHERWISE = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OTHERWISE]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^([-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
     list("-+.0123456789"),
 )
 
 
 def load_yaml(stream: Any) -> Any:
-    """Safe YAML; the string `inf` is infinity, as in our JSON."""
-    return _with_infinity(yaml.load(stream, _Loader))
+    """Safe YAML; the string `inf` is infinity, as in our JSON.
+
+    Raises:
+        YAMLError: no YAML, a key that stands twice, or more than a recipe may be.
+    """
+    try:
+        return _with_infinity(yaml.load(stream, _Loader))
+    except (ValueError, IndexError, TypeError) as error:
+        raise _refused(f"a value is not what its tag says ({type(error).__name__})") from None
 
 
 def recipe_from(command: str, arguments: list[str], description: str) -> Recipe:
@@ -51,12 +111,30 @@ def recipe_from(command: str, arguments: list[str], description: str) -> Recipe:
     parser.add_class_arguments(Recipe)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
+    _check_files(arguments)
     arguments = [re.sub(r"^(--[\w.]+=)?(-?)inf$", r"\1\2.inf", a) for a in arguments]
     try:
         fields = vars(parser.instantiate(parser.parse_args(arguments)))
     except argparse.ArgumentError as error:
         raise DPAlignError(_in_one_sentence(" ".join(str(error).split()))) from None
     return Recipe(**{f.name: fields[f.name] for f in dataclasses.fields(Recipe)})
+
+
+def _check_files(arguments: list[str]) -> None:
+    """Refuses a recipe that is no readable text of a recipe's size; `--config FILE` and `--config=FILE`."""
+    for number, argument in enumerate(arguments):
+        name, equals, path = argument.partition("=")
+        if name not in ("--config", "--recipe"):
+            continue
+        path = path if equals else "".join(arguments[number + 1 : number + 2])
+        try:
+            if not Path(path).is_file():
+                raise DPAlignError(f"there is no recipe {shown(path)}: give the path of a YAML file.")
+            if Path(path).stat().st_size > LARGEST_RECIPE:
+                raise DPAlignError(f"recipe {path} has more than {LARGEST_RECIPE} bytes.")
+            Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DPAlignError(f"recipe {shown(path)} cannot be read: {type(error).__name__}.") from None
 
 
 def _in_one_sentence(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +29,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("--delta", type=float, help="delta of the totals (default: by the dataset's units)")
     given = parser.parse_args(arguments)
     path = default_path() if given.ledger is None else given.ledger
+    if not Path(path).is_file():
+        raise DPAlignError(f"there is no ledger {path}: nothing was spent through it, or its path is another one.")
+    if given.delta is not None:
+        accountant.check_delta(given.delta)
     ledger = Ledger(path)
     names = [n for n in ledger.datasets() if given.dataset in (None, n)]
     if given.dataset and not names:

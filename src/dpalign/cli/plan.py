@@ -122,7 +122,8 @@ def _complete(
                 sigma = accountant.noise_multiplier(epsilon, delta, sampling_rate=rate, steps=steps, passes=passes)
                 return sigma, batch_size, steps
         elif batch_size is not None:
-            most = _largest(lambda n: affordable(sigma, epsilon, batch_size, n), 1_000_000)
+            high = min(accountant.LARGEST_STEPS, int(accountant.LARGEST_DRAWS * units / batch_size))
+            most = _largest(lambda n: affordable(sigma, epsilon, batch_size, n), high)
             return _checked(epsilon, sigma, batch_size, most)
         elif steps is not None:
             largest = _largest(lambda b: affordable(sigma, epsilon, b, steps), int(units))

@@ -22,6 +22,7 @@ ACCOUNTANT = "dp-accounting PLD, add-or-remove-one, pessimistic"
 # stays below its target under another discretisation or another accountant (they differ by about 1e-4).
 HEADROOM = 1.0003
 LARGEST_NOISE_MULTIPLIER = 1e5
+LARGEST_STEPS, LARGEST_DRAWS = 200_000, 10_000  # of one mechanism, and of a unit in it: composed within seconds
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class SampledGaussian:
             raise DPAlignError(f"noise multiplier {self.noise_multiplier} must be 0 or positive.")
         if self.steps < 0 or self.passes < 1:
             raise DPAlignError(f"steps={self.steps} and passes={self.passes} must be at least 0 and 1.")
+        if self.steps > LARGEST_STEPS or self.steps * self.sampling_rate > LARGEST_DRAWS:
+            raise DPAlignError(
+                f"{self.steps} steps at sampling rate {self.sampling_rate:g} are more than {LARGEST_STEPS}, or draw a "
+                f"unit more than {LARGEST_DRAWS} times: that is beyond what is accounted for here; ask for fewer steps."
+            )
 
     def rounded(self) -> dict[str, float]:
         """Its numbers to 6 digits, for comparing settings across versions of the accountant."""

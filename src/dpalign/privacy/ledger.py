@@ -89,6 +89,22 @@ class Intent:
     private: bool
 
     @property
+    def is_whole(self) -> bool:
+        """Whether its fields are texts and numbers that can be added up."""
+        texts = (self.dataset, self.run, self.stage, self.split, self.unit, self.fingerprint, self.config_hash)
+        counts = (self.step, self.attempt, self.passes)
+        numbers = (self.low, self.high, self.sampling_rate, self.noise_multiplier, self.metrics_noise_multiplier)
+        return (
+            all(isinstance(text, str) for text in texts)
+            and all(isinstance(count, int) and count >= 0 for count in counts)
+            and all(isinstance(number, int | float) and number >= 0 for number in (*numbers, self.units))
+            and self.low < self.high <= 1
+            and 0 < self.sampling_rate <= 1
+            and self.passes >= 1
+            and self.units > 0
+        )
+
+    @property
     def part(self) -> Part:
         """The units that could be drawn."""
         return Part(self.dataset, self.split, self.low, self.high)
@@ -129,6 +145,9 @@ class Ledger:
             DPAlignError: a newer version has written it, whose rows may mean what this one cannot count.
         """
         version = self._version()
+        tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables - {"datasets", "identity", "intents"} and "intents" not in tables:
+            raise DPAlignError(f"{self.path} is the database of another program: give --ledger a file of its own.")
         if version > len(MIGRATIONS):
             raise DPAlignError(
                 f"the ledger {self.path} was written by a newer dpalign (format {version}, this one knows "
@@ -205,7 +224,13 @@ class Ledger:
             f"SELECT {', '.join(COLUMNS)} FROM intents WHERE {where} ORDER BY id", tuple(given.values())
         )
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in cursor]
-        return [Intent(**{**row, "private": bool(row["private"])}) for row in rows]
+        intents = [Intent(**{**row, "private": bool(row["private"])}) for row in rows]
+        if any(not intent.is_whole for intent in intents):
+            raise DPAlignError(
+                f"the ledger {self.path} holds a row that no dpalign wrote (numbers that cannot be): restore it from a "
+                "copy, for what it has counted cannot be added up."
+            )
+        return intents
 
     def spendings(self, **where: str | None) -> list[Spending]:
         """Intents counted into mechanisms; see `intents` for the filters."""

@@ -63,6 +63,21 @@ class StageStatement:
     id: str = ""
     attempts: dict[str, list[int]] = field(default_factory=dict)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can be added up: texts, numbers that can be, and noise wherever it says that it is private."""
+        texts = (self.stage, self.dataset, self.split, self.unit, self.id)
+        numbers = (*self.part, self.declared_units, self.max_grad_norm)
+        counts = [n for m in self.mechanisms for n in (m.steps, m.passes)]
+        return (
+            all(isinstance(text, str) for text in texts)
+            and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+            and (len(self.part) == 2 and 0 <= self.part[0] < self.part[1] <= 1)
+            and (self.declared_units > 0 and self.max_grad_norm > 0 and isinstance(self.private, bool))
+            and (bool(self.mechanisms) and all(isinstance(n, int) and n >= 1 for n in counts))
+            and not (self.private and any(m.effective_noise_multiplier == 0 for m in self.mechanisms))
+        )
+
     def spendings(self) -> list[Spending]:
         """One spending for each mechanism."""
         part = Part(self.dataset, self.split, *self.part)
@@ -148,13 +163,29 @@ def read_statement(folder: str | Path) -> tuple[dict[str, Any], list[StageStatem
                 f"{path} has format {value['format']}, written by a newer dpalign than this one, which reads "
                 f"{FORMAT}: upgrade dpalign."
             )
-        stages = [StageStatement.from_json(stage) for stage in value["stages"]]
-        float(value["epsilon"])
-        if not isinstance(value["private"], bool) or not isinstance(value["assumptions"], list):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stages = _checked_stages(value)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DPAlignError(f"{path} is not a privacy statement: copy the release again.") from None
     return value, stages
+
+
+def _checked_stages(value: dict[str, Any]) -> list[StageStatement]:
+    """The stages of a privacy.json.
+
+    Raises:
+        ValueError, TypeError, KeyError: something in it that no dpalign writes: spending would be missed.
+    """
+    try:
+        stages = [StageStatement.from_json(stage) for stage in value["stages"]]
+    except DPAlignError as error:  # numbers that no mechanism has
+        raise ValueError from error
+    texts = value["assumptions"]
+    is_whole = isinstance(value["private"], bool) and isinstance(texts, list) and all(isinstance(t, str) for t in texts)
+    if not (is_whole and stages and float(value["epsilon"]) >= 0 and all(stage.is_whole for stage in stages)):
+        raise ValueError
+    if value["private"] and not all(stage.private for stage in stages):
+        raise ValueError
+    return stages
 
 
 def merge_stages(stages: list[StageStatement]) -> list[StageStatement]:
