@@ -11,7 +11,6 @@ from torch import Tensor
 from ..data.load import Record
 from ..data.text import Text, joined, template_options
 from ..domains import within
-from ..errors import DPAlignError
 from ..models import ModelConfig, RewardModel, TextFormat
 from ..privacy.entropy import SystemEntropy
 from .base import Entering, Rows, Tokenizer, Tokens, TrainingConfig

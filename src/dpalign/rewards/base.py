@@ -71,15 +71,15 @@ class RewardConfig:
     columns: list[str] = field(default_factory=list)
     batched: bool = False
 
-
-Row = tuple[str, str, dict[str, Any]]  # prompt, completion, columns
-
     def validate(self) -> None:
         """Raises DPAlignError for a range that is empty, and a scale that makes all texts alike."""
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise DPAlignError(f"the reward's range [{self.low}, {self.high}] must be finite and not empty.")
         if self.scale == 0:
             raise DPAlignError("a reward of scale 0 is the same for all texts.")
+
+
+Row = tuple[str, str, dict[str, Any]]  # prompt, completion, columns
 
 
 class Reward:
