@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpalign.privacy.ledger import Ledger
 from helpers import (
     Called,
     call,
@@ -272,14 +275,25 @@ def test_bad_input(case, tmp_path, capsys, monkeypatch):
         (("generate", "tiny-review-lm"), "give at least one --prompt"),
         (("export", "nowhere", "--to", "x"), "holds no release"),
         (("evaluate", "tiny-review-lm", "--data", "data.jsonl"), "--eval_is_public"),
-        (("ledger", "--dataset", "nothing"), "knows no dataset 'nothing'"),
+        (("ledger", "--ledger", "empty.sqlite", "--dataset", "nothing"), "knows no dataset 'nothing'"),
+        (("ledger", "--ledger", "mistyped.sqlite"), "there is no ledger mistyped.sqlite"),
+        (("ledger", "--ledger", "other.sqlite"), "other.sqlite is the database of another program"),
+        (("ledger", "--ledger", "foreign.sqlite"), "holds a row that no dpalign wrote"),
     ],
 )
 def test_bad_calls(arguments, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
     (tmp_path / "broken.yaml").write_text("output_dir: [1\n  sft: {")
+    Ledger("empty.sqlite").close()
+    for name, table in (("other", "CREATE TABLE mail (id)"), ("foreign", "INSERT INTO intents (written, dataset, units) VALUES ('', 'x', -1)")):
+        Ledger("foreign.sqlite").close()
+        with closing(sqlite3.connect(f"{name}.sqlite")) as database, database:
+            database.execute(table)
     check(tmp_path, call(capsys, *arguments), says)
+    assert not (tmp_path / "mistyped.sqlite").exists() and not (tmp_path / "ledger.sqlite").exists()
+    with closing(sqlite3.connect("other.sqlite")) as database:
+        assert database.execute("SELECT name FROM sqlite_master").fetchall() == [("mail",)]
 
 
 def test_a_fresh_process_says_it_too(tmp_path):

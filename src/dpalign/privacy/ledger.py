@@ -241,7 +241,8 @@ class Ledger:
         return [replace(one, mechanism=replace(one.mechanism, steps=count)) for one, count in counted.items()]
 
     def datasets(self) -> list[str]:
-        return [row[0] for row in self._db.execute("SELECT name FROM datasets ORDER BY name")]
+        query = "SELECT name FROM datasets UNION SELECT dataset FROM intents ORDER BY 1"
+        return [str(row[0]) for row in self._db.execute(query)]
 
     def close(self) -> None:
         self._db.close()
