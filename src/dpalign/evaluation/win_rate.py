@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DPAlignError
+from ..rewards.foreign import Raised, contained, import_function
 
 Judge = Callable[[list[str], list[str], list[str]], list[float]]
 SIGNATURE = "f(prompts, completions_a, completions_b) -> list of probabilities that a is better"
@@ -74,10 +72,10 @@ def judged(judge: Judge, name: str, prompts: list[str], ours: list[str], theirs:
 
 def _ask(judge: Judge, name: str, prompts: list[str], first: list[str], second: list[str]) -> Tensor:
     try:
-        answers = list(judge(list(prompts), list(first), list(second)))
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]  # the prompts are public, so it may be shown
-        raise DPAlignError(f"judge {name!r} raised {type(error).__name__}: {reason}") from None
+        answers = contained(lambda: list(judge(list(prompts), list(first), list(second))))
+    except Raised as raised:
+        reason = (str(raised.error).splitlines() or [""])[0]  # the prompts are public, so it may be shown
+        raise DPAlignError(f"judge {name!r} raised {type(raised.error).__name__}: {reason}") from None
     if len(answers) != len(prompts):
         raise DPAlignError(f"judge {name!r} returned {len(answers)} answers for {len(prompts)} prompts.")
     try:
@@ -99,12 +97,4 @@ def load_judge(source: str) -> Judge:
     module, _, name = source.partition(":")
     if not (module and name):
         raise DPAlignError(f"judge {source!r} is not module:function, with the signature {SIGNATURE}.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function: Judge = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DPAlignError(f"judge {source!r} cannot be imported: {error}") from None
-    if not callable(function):
-        raise DPAlignError(f"judge {source!r} is not a function: expected {SIGNATURE}.")
-    return function
+    return import_function(source, "judge")

@@ -18,6 +18,7 @@ import torch
 
 from ..domains import LENGTH, SCALE, within
 from ..errors import DPAlignError
+from .foreign import Raised, contained
 from .memory import Memory
 
 RewardFunction = Callable[..., list[float]]
@@ -129,11 +130,11 @@ class Reward:
         prompts, completions = [p for p, _, _ in full], [c for _, c, _ in full]
         try:
             columns = {name: [row[name] for _, _, row in full] for name in full[0][2]}
-            scores = [float(s) for s in self.function(prompts, completions, **columns)]
-            if len(scores) != len(full):
-                raise ValueError
-            return scores[: len(rows)]
-        except Exception:
+            scores = contained(lambda: [float(s) for s in self.function(prompts, completions, **columns)])
+            if len(scores) == len(full):
+                return scores[: len(rows)]
+            raise Raised(ValueError())
+        except Raised:
             if len(rows) == 1:
                 return [math.nan]
         finally:
@@ -190,11 +191,10 @@ def _probe(function: RewardFunction, name: str, rows: list[Row]) -> list[float]:
     """
     columns = {column: [row[column] for _, _, row in rows] for column in rows[0][2]}
     try:
-        scores = list(function([p for p, _, _ in rows], [c for _, c, _ in rows], **columns))
-    except Exception as error:
-        raise DPAlignError(
-            f"reward {name!r} raised {type(error).__name__} on the public probe texts: {error}"
-        ) from None
+        scores = contained(lambda: list(function([p for p, _, _ in rows], [c for _, c, _ in rows], **columns)))
+    except Raised as raised:
+        error, said = raised.error, (str(raised.error).splitlines() or [""])[0]
+        raise DPAlignError(f"reward {name!r} raised {type(error).__name__} on the public probe texts: {said}") from None
     if len(scores) != len(rows):
         raise DPAlignError(f"reward {name!r} returned {len(scores)} scores for {len(rows)} completions.")
     try:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -16,6 +13,7 @@ from ..models import ModelConfig, Normalization, RewardModel
 from ..models.reward_model import normalization_of
 from .base import BATCH, PROBES, Reward, RewardConfig, RewardFunction, check_reward
 from .classifier import classifier
+from .foreign import import_function
 from .learned import learned
 from .lexicon import vader
 from .memory import Memory
@@ -83,21 +81,12 @@ def is_reward_model(config: RewardConfig) -> bool:
 
 
 def _import_function(source: str) -> RewardFunction:
-    module, _, name = source.partition(":")
-    if not name:
+    if not all(source.partition(":")):
         raise DPAlignError(
             f"reward {source!r} is not known: use vader, classifier:PATH, reward_model, reward_model:PATH or "
             "module:function."
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a file beside the recipe, as with `python -m`
-    try:
-        function: RewardFunction = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DPAlignError(f"reward {source!r} cannot be imported: {error}") from None
-    if not callable(function):
-        raise DPAlignError(f"reward {source!r} is not a function.")
-    return function
+    return import_function(source, "reward")
 
 
 def _check(reward: Reward, config: RewardConfig, texts: Sequence[tuple[str, str]]) -> None:

@@ -1,0 +1,88 @@
+"""A person's code, run so that nothing it raises ends a run: not `sys.exit`, not a KeyboardInterrupt of its own.
+
+On a private row an exit status would be an answer about that row. What is not contained: `os._exit`, a signal that the
+code sends itself, and crashes of the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ..errors import DPAlignError
+
+T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Raised(Exception):
+    """A person's code raised something; `error` is what, and may quote a row."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(type(error).__name__)
+        self.error = error
+
+
+def contained(code: Callable[[], T]) -> T:
+    """What `code()` returns.
+
+    Raises:
+        Raised: whatever it raises. A signal from outside (Ctrl-C) goes on as it is.
+    """
+    with _signals_seen() as seen:
+        try:
+            return code()
+        except BaseException as error:
+            if seen:
+                raise
+            raise Raised(error) from None
+
+
+@contextmanager
+def _signals_seen() -> Iterator[list[int]]:
+    """The signals that arrive within the block, after whose handlers an exception is theirs and not the code's."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen  # signals go to the main thread
+        return
+    handlers = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        handlers[signal.Signals(number)](number, frame)
+
+    try:
+        for number in handlers:
+            signal.signal(number, note)
+        yield seen
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def import_function(source: str, what: str) -> Callable[..., Any]:
+    """The function that `module:function` names, a file in the working folder included.
+
+    Args:
+        what: it is to be, for the message: `reward`, say.
+
+    Raises:
+        DPAlignError: it cannot be imported, whatever is wrong in its file, or is no function.
+    """
+    module, _, name = source.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a file beside the recipe, as with `python -m`
+    try:
+        function: Callable[..., Any] = contained(lambda: getattr(importlib.import_module(module), name))
+    except Raised as raised:
+        said = (str(raised.error).splitlines() or [""])[0]
+        raise DPAlignError(f"{what} {source!r} cannot be imported: {type(raised.error).__name__}: {said}") from None
+    if not callable(function):
+        raise DPAlignError(f"{what} {source!r} is not a function.")
+    return function
