@@ -18,7 +18,7 @@ from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, Policy
 from helpers import call, files_below, judged, ledger_rows, statement, write_jsonl, write_recipe
-from tiny import tiny_base, tiny_policy, tiny_tokenizer, words
+from tiny import tiny_object, tiny_policy, tiny_tokenizer, words
 
 EOS = 1
 PAIR = {"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5", "margin": 0.3, "preference": 0.8}
@@ -174,10 +174,11 @@ def test_the_trainer_reports_public_pairs(tmp_path):
         target_epsilon=8.0, expected_batch_size=8, max_steps=2, max_length=10, adapter=AdapterConfig(r=2)
     )
     options = {"dataset_name": "toy", "output_dir": str(tmp_path / "run"), "model_is_public": True, "quiet": True}
+    model = tiny_object("llama", tmp_path / "base")
     trainer = DPDPOTrainer(
-        tiny_base("llama"), config, rows, rows[:5], tiny_tokenizer(), eval_is_public=True, **options,
+        model, config, rows, rows[:5], tiny_tokenizer(), eval_is_public=True, **options,
     )  # fmt: skip
     summary = trainer.train()
     assert summary["dpo"]["pairs"] == 5 and 0 < summary["epsilon"] <= 8 and trainer.privacy["private"]
     with pytest.raises(DPAlignError, match="eval_is_public=True"):
-        DPDPOTrainer(tiny_base("llama"), config, rows, rows[:5], tiny_tokenizer(), **options)
+        DPDPOTrainer(model, config, rows, rows[:5], tiny_tokenizer(), **options)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -47,6 +50,20 @@ def tiny_base(kind: str) -> PreTrainedModel:
             num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, bos_token_id=1, eos_token_id=1,
         )
     )  # fmt: skip
+
+
+def tiny_folder(kind: str, folder: Path) -> Path:
+    """`tiny_base` and its tokenizer, saved."""
+    tiny_base(kind).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_object(kind: str, folder: Path) -> PreTrainedModel:
+    """`tiny_base` as an object that was loaded from `folder`, where it is saved if there is nothing yet."""
+    if not folder.exists():
+        tiny_folder(kind, folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def tiny_policy(kind: str, dtype: torch.dtype = torch.float32) -> Policy:

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
-from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .algorithms import DPO, PPO, RLOO, SFT, Algorithm, DPOConfig, RewardModelConfig, RewardModelling, SFTConfig
 from .algorithms.pairs import PairAlgorithm
 from .data.load import DataConfig, Record
 from .errors import DPAlignError
 from .models import AdapterConfig, ModelConfig, Policy, RewardModel
+from .models.objects import Given, check_tokenizer, folder_of
 from .privacy.statement import read_statement
 from .recipe import Recipe
 from .release import RELEASE, REWARD_MODEL
 from .reporting.progress import Reporter
 from .run import run_recipe
+
+# The releases that were trained from a model object, oldest first: another trainer on it goes on from the newest.
+_TRAINED: MutableMapping[PreTrainedModel | PeftModel, list[Path]] = WeakKeyDictionary()
 
 
 class _DPTrainer:
@@ -30,7 +42,7 @@ class _DPTrainer:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
         args: Any,
         train_dataset: Any,
         eval_dataset: Any = None,
@@ -43,6 +55,8 @@ class _DPTrainer:
         unit: str | None = None,
         declared_units: int | None = None,
         max_records_per_unit: int = 1,
+        units_disjoint: Literal["checked", "declared"] = "checked",
+        composition: Literal["parallel", "sequential"] = "parallel",
         ledger: str | None = None,
         eval_is_public: bool = False,
         report_to: str = "none",
@@ -58,25 +72,22 @@ class _DPTrainer:
         self.args = args
         self._records = _records(train_dataset)
         self._eval_records = _records(eval_dataset) if eval_dataset is not None else None
-        self._policy: Policy | None = None
-        self._reward_model: RewardModel | None = None
-        name = model if isinstance(model, str) else (model.config._name_or_path or "model")
-        if not isinstance(model, str):
-            if processing_class is None:
-                raise DPAlignError("a model object needs its tokenizer: give processing_class.")
-            if type(model).__name__.endswith("ForSequenceClassification"):
-                self._reward_model = RewardModel(model, processing_class)
-            else:
-                self._policy = Policy(model, processing_class)
-        stages: dict[str, Any] = {self.algorithm.name: args}
+        self._given = Given(None if isinstance(model, str) else model, processing_class)
+        self._is_classifier = type(self._given.base).__name__.endswith("ForSequenceClassification")
+        shares = composition == "sequential"
+        stages: dict[str, Any] = {
+            self.algorithm.name: dataclasses.replace(args, target_epsilon=None) if shares else args
+        }
         self._recipe = Recipe(
             output_dir=output_dir,
-            model=ModelConfig(name_or_path=name, is_public=model_is_public),
+            model=_config_of(model, output_dir, model_is_public),
             data=DataConfig(
                 name=dataset_name, unit=unit, declared_units=declared_units, max_records_per_unit=max_records_per_unit
             ),
             target_epsilon=args.target_epsilon if args.target_epsilon is not None else float("inf"),
             target_delta=args.target_delta,
+            units_disjoint=units_disjoint,
+            composition=composition,
             ledger=ledger,
             report_to=report_to,  # type: ignore[arg-type]
             **stages,
@@ -84,6 +95,7 @@ class _DPTrainer:
         self._reporter = Reporter(quiet=quiet)
         self._reward_function: Callable[..., list[float]] | None = None
         self.summary: dict[str, Any] | None = None
+        self._trained: PeftModel | None = None
 
     def train(self, resume_from_checkpoint: bool | None = None) -> dict[str, Any]:
         """Trains or resumes; returns the summary (epsilon, delta, stages, release).
@@ -97,17 +109,50 @@ class _DPTrainer:
         folder = Path(self._recipe.output_dir)
         if resume_from_checkpoint is False and (folder / "private" / "run.json").exists():
             raise DPAlignError(f"{folder} holds a run already: choose another output_dir, or resume it.")
+        policy, reward_model = self._models()
         results = run_recipe(
             self._recipe,
             reporter=self._reporter,
             records={self.algorithm.name: self._records},
             public={} if self._eval_records is None else {self.algorithm.name: self._eval_records},
-            policy=self._policy,
-            reward_model=self._reward_model,
+            policy=policy,
+            reward_model=reward_model,
             reward_function=self._reward_function,
         )
         self.summary = results.to_json()
+        given = self._given.model
+        if given is not None and self._is_classifier == (self.algorithm.model_kind is RewardModel):
+            history, release = _TRAINED.setdefault(given, []), self._release().resolve()
+            if release not in history:
+                history.append(release)
         return self.summary
+
+    def _models(self) -> tuple[Policy | None, RewardModel | None]:
+        """What the given objects stand for; the recipe loads the rest."""
+        given, config = self._given, self._recipe.model
+        if given.model is None:
+            check_tokenizer(given.tokenizer, config.name_or_path)
+            return None, None
+        if self._is_classifier:
+            return None, RewardModel.load(config, given.base.device, given=given)
+        return Policy.load(config, given.base.device, given), None
+
+    @property
+    def model(self) -> PeftModel:
+        """The trained model, as plain peft loads the release; another trainer goes on from it.
+
+        Raises:
+            DPAlignError: nothing is trained yet.
+        """
+        if self._trained is None:
+            release, dtype = self._release(), getattr(torch, self._recipe.model.dtype)
+            base = str(LoraConfig.from_pretrained(str(release)).base_model_name_or_path)
+            options = {"num_labels": 1} if self.algorithm.model_kind is RewardModel else {}
+            auto = AutoModelForSequenceClassification if options else AutoModelForCausalLM
+            plain = auto.from_pretrained(base, dtype=dtype, **options)
+            self._trained = PeftModel.from_pretrained(plain, release).eval()
+            _TRAINED[self._trained] = [release.resolve()]
+        return self._trained
 
     def save_model(self, output_dir: str) -> None:
         """Copies the release (adapter, tokenizer, card, privacy statement) to `output_dir`."""
@@ -131,17 +176,23 @@ class DPSFTTrainer(_DPTrainer):
     """Private supervised fine-tuning.
 
     Args:
-        model: name, folder, dpalign release, or a model object with its tokenizer as `processing_class`.
+        model: name, folder, dpalign release, or a model object that holds what its folder holds. The object is never
+            changed; another trainer on it, or on the trainer's `model`, goes on from what was trained.
         args: an `SFTConfig` with target_epsilon set.
         train_dataset: `datasets.Dataset` or list of dicts with `text`, or `prompt` and `completion`.
         peft_config: plain LoRA; without one, `args.adapter`.
+        processing_class: the tokenizer of a model object; default: its folder's.
         dataset_name: the ledger's key; every run on one name adds up.
         unit: column that names the privacy unit.
+        units_disjoint: `declared` takes your word that this dataset shares no unit with those of the model's past.
+        composition: `sequential` makes args.target_epsilon the target of this stage and the model's past together.
     """
 
     algorithm = SFT
 
-    def __init__(self, model: str | PreTrainedModel, args: SFTConfig, train_dataset: Any, *rest: Any, **options: Any):
+    def __init__(
+        self, model: str | PreTrainedModel | PeftModel, args: SFTConfig, train_dataset: Any, *rest: Any, **options: Any
+    ):
         super().__init__(model, args, train_dataset, *rest, **options)
 
 
@@ -159,7 +210,12 @@ class DPRewardTrainer(_DPTrainer):
     algorithm = RewardModelling
 
     def __init__(
-        self, model: str | PreTrainedModel, args: RewardModelConfig, train_dataset: Any, *rest: Any, **options: Any
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RewardModelConfig,
+        train_dataset: Any,
+        *rest: Any,
+        **options: Any,
     ):
         super().__init__(model, args, train_dataset, *rest, **options)
 
@@ -176,7 +232,9 @@ class DPDPOTrainer(_DPTrainer):
 
     algorithm = DPO
 
-    def __init__(self, model: str | PreTrainedModel, args: DPOConfig, train_dataset: Any, *rest: Any, **options: Any):
+    def __init__(
+        self, model: str | PreTrainedModel | PeftModel, args: DPOConfig, train_dataset: Any, *rest: Any, **options: Any
+    ):
         super().__init__(model, args, train_dataset, *rest, **options)
 
 
@@ -185,7 +243,7 @@ class _RolloutTrainer(_DPTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
         args: Any,
         train_dataset: Any,
         *rest: Any,
@@ -231,6 +289,28 @@ def adapter_from(config: LoraConfig) -> AdapterConfig:
         target_modules=sorted(targets) if isinstance(targets, set | list) else targets,
         layers=config.layers_to_transform if isinstance(config.layers_to_transform, list) else None,
     )
+
+
+def _config_of(model: str | PreTrainedModel | PeftModel, output_dir: str, is_public: bool) -> ModelConfig:
+    if isinstance(model, str):
+        return ModelConfig(model, is_public)
+    return ModelConfig(
+        _start_of(model, output_dir),
+        is_public,
+        dtype=str(model.dtype).removeprefix("torch."),
+        trust_remote_code=type(Given(model).base).__module__.startswith("transformers_modules"),
+    )
+
+
+def _start_of(model: PreTrainedModel | PeftModel, output_dir: str) -> str:
+    """What a trainer on this object begins with: what the last one made of it, or else the folder it was loaded from.
+
+    Of the trainer whose run lies in `output_dir` (a resumed one): what that one began with.
+    """
+    own = Path(output_dir).resolve()
+    trained = _TRAINED.get(model, []) if isinstance(model, torch.nn.Module) else []
+    history = list(takewhile(lambda release: release.parent != own, trained))
+    return str(history[-1]) if history else folder_of(model)
 
 
 def _records(dataset: Any) -> list[Record]:

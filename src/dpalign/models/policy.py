@@ -20,6 +20,7 @@ from transformers import (
 
 from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
+from .objects import Given
 from .sampling import DrawToken
 from .stack import AdapterStack, ModelConfig, load_pretrained
 
@@ -68,13 +69,13 @@ class Policy(AdapterStack):
         self._accepts_keep = "logits_to_keep" in accepted
 
     @classmethod
-    def load(cls, config: ModelConfig, device: str | torch.device = "cpu") -> Policy:
-        """Loads a base model, or the base and adapter of a release.
+    def load(cls, config: ModelConfig, device: str | torch.device = "cpu", given: Given | None = None) -> Policy:
+        """Loads a base model, or the base and adapter of a release; see `load_pretrained` for objects that are given.
 
         Raises:
             DPAlignError: the folder or dtype is wrong.
         """
-        base, tokenizer, adapter, _ = load_pretrained(AutoModelForCausalLM, config)
+        base, tokenizer, adapter, _ = load_pretrained(AutoModelForCausalLM, config, given)
         base.to(device)
         policy = cls(base, tokenizer)
         if adapter:

@@ -23,6 +23,7 @@ from ..data.text import Text, encode_text
 from ..errors import DPAlignError
 from ..files import write_json
 from . import embedded
+from .objects import Given
 from .policy import Policy
 from .stack import AdapterStack, ModelConfig, load_pretrained
 
@@ -77,7 +78,11 @@ class RewardModel(AdapterStack):
 
     @classmethod
     def load(
-        cls, config: ModelConfig, device: str | torch.device = "cpu", text: TextFormat | None = None
+        cls,
+        config: ModelConfig,
+        device: str | torch.device = "cpu",
+        text: TextFormat | None = None,
+        given: Given | None = None,
     ) -> RewardModel:
         """A new head on a public model or a release, or the reward model of a release with its head.
 
@@ -85,7 +90,9 @@ class RewardModel(AdapterStack):
             DPAlignError: the folder or dtype is wrong.
         """
         options = {"num_labels": 1, "ignore_mismatched_sizes": True}
-        base, tokenizer, adapter, missing = load_pretrained(AutoModelForSequenceClassification, config, **options)
+        base, tokenizer, adapter, missing = load_pretrained(
+            AutoModelForSequenceClassification, config, given, **options
+        )
         base.to(device)
         model = cls(base, tokenizer, text)
         unknown = [name for name in missing if not name.startswith(f"{model.head_name}.")]

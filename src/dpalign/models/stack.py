@@ -7,6 +7,7 @@ all ranks on the original base, which is exact.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..domains import within
 from ..errors import DPAlignError
 from . import embedded
+from .objects import SAVE_IT, Given, check_adapter, take_weights
 
 RELEASE_ADAPTER = "default"
 
@@ -287,12 +289,17 @@ class AdapterStack(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
-def load_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> tuple[Any, Any, str | None, list[str]]:
+def load_pretrained(
+    auto_class: Any, config: ModelConfig, given: Given | None = None, **options: Any
+) -> tuple[Any, Any, str | None, list[str]]:
     """Base model, tokenizer, the folder of the release if `config` names one, and weights that no file holds.
 
+    given: objects that hold the same; the base then shares their frozen weights.
+
     Raises:
-        DPAlignError: the folder or dtype is wrong.
+        DPAlignError: the folder or dtype is wrong, or an object is not what the folder holds.
     """
+    given = given or Given()
     path = embedded.resolve(config.name_or_path)
     dtype = getattr(torch, config.dtype, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -302,6 +309,8 @@ def load_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> tup
         adapter = path
         path = embedded.resolve(LoraConfig.from_pretrained(path).base_model_name_or_path)
     trust = {"trust_remote_code": config.trust_remote_code}
+    if given.model is not None:
+        options["attn_implementation"] = given.base.config._attn_implementation
     try:
         base, loading = auto_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust, **options
@@ -309,8 +318,14 @@ def load_pretrained(auto_class: Any, config: ModelConfig, **options: Any) -> tup
         tokenizer = AutoTokenizer.from_pretrained(adapter or path, **trust)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise DPAlignError(f"cannot load a model and tokenizer from {config.name_or_path!r}: {reason}") from None
-    return base, tokenizer, adapter, sorted(loading["missing_keys"])
+        hint = "" if given.model is None else f"; of a model object: {SAVE_IT}"
+        raise DPAlignError(f"cannot load a model and tokenizer from {config.name_or_path!r}: {reason}{hint}") from None
+    if given.model is not None:
+        unheld = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+        take_weights(base, given, path, unheld)
+        check_adapter(given, adapter or path)
+    reader = tokenizer if given.tokenizer is None else copy.deepcopy(given.tokenizer)
+    return base, reader, adapter, sorted(loading["missing_keys"])
 
 
 def _without_dropout(model: nn.Module) -> None:
