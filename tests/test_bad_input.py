@@ -286,7 +286,10 @@ def test_bad_calls(arguments, says, tmp_path, capsys, monkeypatch):
     write_recipe(tmp_path)
     (tmp_path / "broken.yaml").write_text("output_dir: [1\n  sft: {")
     Ledger("empty.sqlite").close()
-    for name, table in (("other", "CREATE TABLE mail (id)"), ("foreign", "INSERT INTO intents (written, dataset, units) VALUES ('', 'x', -1)")):
+    for name, table in (
+        ("other", "CREATE TABLE mail (id)"),
+        ("foreign", "INSERT INTO intents (written, dataset, units) VALUES ('', 'x', -1)"),
+    ):
         Ledger("foreign.sqlite").close()
         with closing(sqlite3.connect(f"{name}.sqlite")) as database, database:
             database.execute(table)

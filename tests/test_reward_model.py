@@ -22,7 +22,7 @@ from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat
 from dpalign.models.reward_model import normalization_of
 from dpalign.rewards import RewardConfig, load_reward, normalize
-from dpalign.rewards.learned import learned
+from dpalign.rewards.learned import Learned
 from tiny import VOCABULARY, tiny_base, tiny_policy, tiny_tokenizer, words
 
 EOS = 1
@@ -457,5 +457,5 @@ def test_normalisation_gives_the_policys_own_text_mean_0_and_deviation_1():
     model.__class__ = Watching
     again = normalize(model, policy, rows=64, prompt_tokens=3, max_new_tokens=5, seed=1)
     assert again == constants and len(set(seen)) > 32
-    scores = constants.scale * torch.tensor(learned(model)(seen[:64], [""] * 64)) + constants.shift
+    scores = constants.scale * torch.tensor(Learned(model)(seen[:64], [""] * 64)) + constants.shift
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std()) == pytest.approx(1, abs=1e-3)

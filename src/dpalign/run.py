@@ -15,10 +15,11 @@ import torch
 import transformers
 
 from .algorithms.base import Algorithm, check_records
+from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
 from .algorithms.reward import RewardModelConfig
 from .algorithms.rollouts import RolloutConfig
-from .data.load import Record
+from .data.load import Record, only_columns
 from .data.units import UnitDataset
 from .errors import DPAlignError
 from .evaluation import Evaluation, agreement_on, evaluate_stages, public_prompts
@@ -37,7 +38,8 @@ from .release import RELEASE, REWARD_MODEL, write_release, write_reward_model
 from .reporting.progress import Reporter
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
-from .rewards.load import RELEASED
+from .rewards.learned import Learned
+from .rewards.load import RELEASED, is_reward_model
 from .stages import kind
 from .training import Stage
 from .workspace import Workspace
@@ -76,14 +78,17 @@ def run_recipe(
     with Workspace.open(recipe) as workspace:
         origins = workspace.origins(recipe)
         records = records or read_stage_records(recipe, workspace.private / "cache")
+        records = {name: only_columns(rows, kind(name).columns) for name, rows in records.items()}
         data, assumptions = stage_units(recipe, records, workspace.ledger)
         units = units_of(recipe, records, data)
         plan = make_plan(recipe, units, workspace.past(recipe, origins, delta_of(recipe, units)), assumptions)
         models = Models.load(recipe, policy, reward_model)
         shown = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
+        shown = {name: (only_columns(rows, kind(name).columns), source) for name, (rows, source) in shown.items()}
         check_inputs(plan, models, records, shown)
         run = Run(plan, workspace, data, models, shown, reporter or Reporter(quiet=True), reward_function)
         run.load_rewards()
+        run.check_prompts_of_rewards(records)
         workspace.remember(origins)
         for stage in plan.stages.values():
             run.stage(stage)
@@ -155,6 +160,13 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Mapping[s
         check_records(records[name], source.path or source.name, stage.kind.columns, check)
         if name in public:
             check_records(*public[name], stage.kind.columns, check)
+        if isinstance(model, Policy):  # prompts that it writes itself are as those of the last stage
+            model.asks_in_chats = are_chats(records[name], stage.kind.columns)
+
+
+def are_chats(records: list[Record], columns: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether the columns that are read hold chat messages; one kind in all records."""
+    return any(isinstance(records[0].get(name), list) for names in columns for name in names)
 
 
 def check_lengths(name: str, needed: int, model_config: Any) -> None:
@@ -219,6 +231,19 @@ class Run:
         given = self.plan.recipe.reference_reward
         if given is not None and self.plan.recipe.rollouts is not None:  # else nothing is sampled that it could score
             self.reference = load_reward(given, self.models.of(Policy).device)
+
+    def check_prompts_of_rewards(self, records: Records) -> None:
+        """Refuses prompts that a reward model cannot read: their completions would have no reward."""
+        for name, stage in self.plan.stages.items():
+            for config in stage.kind.entering(stage.config).values():
+                if not isinstance(config, RewardConfig) or not is_reward_model(config) or self.reward_function:
+                    continue
+                function = None if config.source == RELEASED else self.reward(config).function
+                model = function.model if isinstance(function, Learned) else self.models.reader(RewardModel)
+                if config.text != "completion":
+                    source = self.plan.recipe.data_of(name)
+                    check = partial(check_asked, model.tokenizer)
+                    check_records(records[name], source.path or source.name, stage.kind.columns, check)
 
     def reward(self, config: RewardConfig) -> Reward:
         """The reward that a section describes, loaded once."""

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..errors import DPAlignError
 from ..models import Policy
-from ..models.generation import write_prompts
+from ..models.generation import Prompt, padded, write_prompts
 from ..models.policy import Rollouts
 
 
 def align_inputs(
     policy: Policy,
-    score: Callable[[Rollouts, Policy], Tensor],
+    score: Callable[[list[Prompt], Rollouts, Policy], Tensor],
     *,
     rows: int,
     prompt_tokens: int,
@@ -39,12 +39,11 @@ def align_inputs(
         score: the public reward of rollouts, `(rows,)`, NaN where there is none.
         rows: synthetic rollouts to estimate the gradient from; the prompts have `prompt_tokens` tokens after BOS.
     """
-    ones = torch.ones_like
     prompts = write_prompts(policy, rows, prompt_tokens, micro_batch_size)
     rollouts = policy.sample(
-        prompts, ones(prompts), max_new_tokens, min_new_tokens=min_new_tokens, rows_at_once=micro_batch_size
+        *padded(policy, prompts), max_new_tokens, min_new_tokens=min_new_tokens, rows_at_once=micro_batch_size
     )
-    scores = score(rollouts, policy).to(policy.device)
+    scores = score(prompts, rollouts, policy).to(policy.device)
     scores = torch.where(scores.isnan(), scores.nanmean(), scores)
     advantages = scores - scores.mean()  # synthetic rows may share statistics: no unit is among them
 

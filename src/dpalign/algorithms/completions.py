@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ..data.load import Record
-from ..data.text import Text, cut_length, encode_prompt_text, read_text, template_options
+from ..data.text import Text, cut_length, encode_prompt_text, encode_text, joined, read_text, template_options
 from ..domains import LENGTH, within
 from ..errors import DPAlignError
 from ..models import Policy
+from ..models.generation import Prompt
 from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..rewards import RewardConfig
+from ..rewards.load import given_columns
 from .base import Tokenizer, check_records
 
 CHATS = ("messages", "conversations", "text")  # columns whose chat is asked for its last answer
@@ -100,6 +104,29 @@ def encode_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) 
         return None
     front = [tokenizer.bos_token_id] if config.prepend_bos and tokenizer.bos_token_id is not None else []
     return front + ids[:length]
+
+
+def read_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -> Prompt | None:
+    """A record's prompt with what it says and the columns of its reward; None as in `encode_prompt`."""
+    ids = encode_prompt(tokenizer, record, config)
+    if ids is None:
+        return None
+    text = prompt_of(record)
+    said: Text = str(tokenizer.decode(ids, skip_special_tokens=True)) if text is None else text
+    # The declared columns and no others: a key that only one record has must not change the call of the reward.
+    return Prompt(ids, said, {name: record.get(name) for name in given_columns(config.reward)})
+
+
+def columns_of(prompts: Sequence[Prompt], config: SamplingConfig) -> dict[str, list[Any]]:
+    """The columns that the reward of these prompts is given, by name."""
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in given_columns(config.reward)}
+
+
+def check_asked(tokenizer: Tokenizer, record: Record) -> None:
+    """Raises DPAlignError for a prompt that another model than the policy cannot read with an answer behind it."""
+    prompt = prompt_of(record)
+    if prompt is not None:
+        encode_text(tokenizer, joined(prompt, "Yes."), options=template_options(record))
 
 
 def prompt_of(record: Record) -> Text | None:

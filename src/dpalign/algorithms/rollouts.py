@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from ..data.load import Record
 from ..domains import SCALE, within
 from ..errors import DPAlignError
 from ..models import Policy
-from ..models.generation import write_prompts
+from ..models.generation import Prompt, answers, padded, write_prompts
 from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
 from .base import Algorithm, Entering, Rows, Tokenizer, Tokens, TrainingConfig
 from .basis import align_inputs
-from .completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, encode_prompt, sample
+from .completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
 
 
 @dataclass(kw_only=True)
@@ -66,14 +66,6 @@ class RolloutConfig(TrainingConfig, SamplingConfig):
 
 
 C = TypeVar("C", bound=RolloutConfig)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a prompt, and the columns of its record that the reward is given."""
-
-    ids: list[int]
-    columns: dict[str, Any]
 
 
 class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
@@ -132,19 +124,15 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
                 micro_batch_size=config.micro_batch_size,
             )
 
-    def _score(self, rollouts: Rollouts, policy: Policy) -> Tensor:
-        prompts = rollouts.input_ids[:, : -self.config.max_completion_length]
-        texts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        columns = {c: [None] * len(texts) for c in self.config.reward.columns}
-        return self.reward(texts, policy.decode(rollouts), columns)
+    def _score(self, prompts: list[Prompt], rollouts: Rollouts, policy: Policy) -> Tensor:
+        texts = [prompt.text for prompt in prompts]
+        return self.reward(texts, answers(policy, prompts, rollouts), columns_of(prompts, self.config))
 
     # 1. Prompts ----------------------------------------------------------------------------------------
 
     def encode(self, policy: Policy, record: Record) -> Prompt | None:
         """None for a text that is too short for a prompt: its unit then adds nothing."""
-        ids = encode_prompt(policy.tokenizer, record, self.config)
-        # The declared columns and no others: a key that only one record has must not change the call of the reward.
-        return None if ids is None else Prompt(ids, {name: record.get(name) for name in self.config.reward.columns})
+        return read_prompt(policy.tokenizer, record, self.config)
 
     # 2. Rollouts ---------------------------------------------------------------------------------------
 
@@ -159,9 +147,7 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         ]
         unit = torch.tensor([number for number, _ in drawn], dtype=torch.int64, device=policy.device)
         ids, mask = policy.encode_prompts([prompt.ids for _, prompt in drawn], config.max_prompt_length)
-        texts = policy.tokenizer.batch_decode([prompt.ids for _, prompt in drawn], skip_special_tokens=True)
-        columns = {name: [prompt.columns.get(name) for _, prompt in drawn] for name in config.reward.columns}
-        return self.prepare(policy, self._scored(policy, unit, ids, mask, texts, columns, coins))
+        return self.prepare(policy, self._scored(policy, unit, ids, mask, [prompt for _, prompt in drawn], coins))
 
     def _scored(
         self,
@@ -169,15 +155,14 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         unit: Tensor,
         ids: Tensor,
         mask: Tensor,
-        prompts: list[str],
-        columns: dict[str, list[Any]],
+        prompts: list[Prompt],
         coins: SystemEntropy | None,
     ) -> Rows:
         config = self.config
         rollouts = sample(policy, ids, mask, config, coins)
         with torch.no_grad(), policy.reference():
             ref_logprobs = in_micro_batches(policy, rollouts, config)[0]
-        scores = self.reward(prompts, policy.decode(rollouts), columns)
+        scores = self._score(prompts, rollouts, policy)
         tensors = {
             "input_ids": rollouts.input_ids,
             "attention_mask": rollouts.attention_mask,
@@ -207,12 +192,10 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         for step in range(config.synthetic_steps):
             optimizer.param_groups[0]["lr"] = config.synthetic_learning_rate * (1 - step / config.synthetic_steps)
             with policy.reference():
-                ids = write_prompts(policy, count, config.prompt_tokens, config.micro_batch_size)
-            ids = ids.repeat_interleave(group, 0)
-            texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            columns = {c: [None] * len(texts) for c in config.reward.columns}
+                written = write_prompts(policy, count, config.prompt_tokens, config.micro_batch_size)
+            prompts = [prompt for prompt in written for _ in range(group)]
             unit = torch.arange(count, device=policy.device).repeat_interleave(group)
-            rows = self._scored(policy, unit, ids, torch.ones_like(ids), texts, columns, None)
+            rows = self._scored(policy, unit, *padded(policy, prompts), prompts, None)
             scores = rows.tensors["scores"]
             known = scores.nanmean().nan_to_num(0.0)  # these rows are no one's: they may share a mean
             rows = Rows(unit, rows.tensors | {"scores": torch.where(scores.isnan(), known, scores)})

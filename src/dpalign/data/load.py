@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -94,10 +95,27 @@ def require_columns(records: list[Record], alternatives: list[tuple[str, ...]], 
                             f"record {number} of {path} has no text in column {c!r}: give a non-empty string "
                             "(or a list of chat messages) in every record."
                         )
+                    if isinstance(record[c], str) != isinstance(records[0][c], str):
+                        raise DPAlignError(
+                            f"column {c!r} of {path} holds a string in one record and chat messages in another (record "
+                            f"{number}): give one kind in all records."
+                        )
             return columns
     expected = " or ".join(" + ".join(repr(c) for c in a) for a in alternatives)
     found = ", ".join(repr(c) for c in records[0])
     raise DPAlignError(f"{path} has the columns {found}; expected {expected}.")
+
+
+def only_columns(records: list[Record], alternatives: Sequence[tuple[str, ...]]) -> list[Record]:
+    """The records without the columns of the alternatives that the first record does not choose.
+
+    What is read is chosen once for a file: a later record that has another text as well is not read otherwise.
+    """
+    chosen = next((columns for columns in alternatives if all(c in records[0] for c in columns)), None)
+    others = {c for columns in alternatives for c in columns} - set(chosen or ())
+    if chosen is None or not any(others & set(record) for record in records):
+        return records
+    return [{name: value for name, value in record.items() if name not in others} for record in records]
 
 
 def _open(file: Path) -> TextIO:

@@ -21,6 +21,7 @@ from ..errors import DPAlignError
 
 Message = dict[str, Any]
 Text = str | list[Message]  # plain, or the messages of a chat
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a record, that are handed to its chat template
 ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}  # ShareGPT's names
 
 
@@ -134,6 +135,11 @@ def shared_prompt(chosen: Text, rejected: Text) -> Text:
     return chosen[:shared]
 
 
+def as_string(text: Text) -> str:
+    """A text for readers that know no chats (people, a lexicon): a line `role: content` for each message."""
+    return text if isinstance(text, str) else "".join(f"{m['role']}: {m['content']}\n" for m in text)
+
+
 def template_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a record hands to its chat template: `tools` (a list, or its JSON) and `chat_template_kwargs`."""
     options: dict[str, Any] = dict(record.get("chat_template_kwargs") or {})
@@ -238,15 +244,33 @@ def assistant_tokens(
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token with which the chat template ends the assistant's turn; None without a template or such a token."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Goodbye"}]
-    try:
-        rest = _write(tokenizer, chat, {}).rpartition("Goodbye")[2]
-    except DPAlignError:  # a template that wants something else than a plain chat
-        return None
-    ids: list[int] = tokenizer(rest, add_special_tokens=False).input_ids
+    ids: list[int] = tokenizer(_around_an_answer(tokenizer)[1], add_special_tokens=False).input_ids
     return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
+
+
+def turn_lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes between a prompt and the words of its answer: a space, a thought that is empty."""
+    return _around_an_answer(tokenizer)[0]
+
+
+def _around_an_answer(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes before an answer's words (behind its prompt) and after them."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", ""
+    ask, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Goodbye"}
+    try:
+        front, whole = _write(tokenizer, [ask], {}, is_prompt=True), _write(tokenizer, [ask, answer], {})
+    except DPAlignError:  # a template that wants something else than a plain chat
+        return "", ""
+    before, _, after = whole.removeprefix(front).rpartition("Goodbye")
+    return before if whole.startswith(front) else "", after
+
+
+def opening_of_a_turn(tokenizer: PreTrainedTokenizerBase, role: str = "user") -> list[int]:
+    """Token ids that the chat template writes before the words of a first message."""
+    before = _write(tokenizer, [{"role": role, "content": "Hello"}], {}).partition("Hello")[0]
+    ids: list[int] = tokenizer(before, add_special_tokens=False).input_ids
+    return ids
 
 
 def cut_length(text: str, low: int, high: int) -> int:

@@ -294,13 +294,13 @@ def same_prompts(
     prompts = public_prompts(policy, records, sampling, num_prompts)
     if first is not None and "prompt" not in records[0]:
         earlier, texts = first
-        if policy.tokenizer.batch_decode(prompts.ids, skip_special_tokens=True) != texts:
+        if prompts.texts != texts:
             cut = [{**r, "prompt": text} for r, text in zip(earlier.records, texts, strict=True)]
             prompts = public_prompts(policy, cut, sampling)
     check_prompts(policy.tokenizer, prompts.records, sampling, data)
-    if not all(prompts.ids):
+    if not all(prompt.ids for prompt in prompts.prompts):
         raise DPAlignError(f"a prompt of {data} has no token: give every record text, or prepend BOS (--prepend_bos).")
-    needed = max(map(len, prompts.ids)) + sampling.max_completion_length
+    needed = max(len(prompt.ids) for prompt in prompts.prompts) + sampling.max_completion_length
     limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and needed > limit:
         raise DPAlignError(

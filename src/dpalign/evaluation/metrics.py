@@ -6,16 +6,18 @@ Everything here is exact, so it is for prompts that are declared public only.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algorithms.completions import SamplingConfig, encode_prompt, sample
+from ..algorithms.completions import SamplingConfig, columns_of, read_prompt, sample
 from ..data.load import Record
+from ..data.text import as_string
 from ..errors import DPAlignError
 from ..models import Policy
+from ..models.generation import Prompt, answers, padded
 from ..models.policy import Rollouts
 from ..rewards import Reward
 from .text_overlap import rouge
@@ -66,11 +68,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PublicPrompts:
-    """Token ids of prompts, the columns that the reward is given, and the records they are of; all of one length."""
+    """Prompts, the columns that the reward is given, and the records they are of; all of one length."""
 
-    ids: list[list[int]]
+    prompts: list[Prompt]
     columns: dict[str, list[Any]]
-    records: list[Record] = field(default_factory=list)
+    records: list[Record]
+
+    @property
+    def texts(self) -> list[str]:
+        """For people and judges."""
+        return [as_string(prompt.text) for prompt in self.prompts]
 
 
 @dataclass(frozen=True)
@@ -87,19 +94,19 @@ def public_prompts(
     policy: Policy, records: list[Record], config: SamplingConfig, at_most: int | None = None
 ) -> PublicPrompts:
     """Prompts of the first `at_most` usable records (default all); texts too short for one are left out."""
-    usable: list[tuple[Record, list[int]]] = []
+    usable: list[tuple[Record, Prompt]] = []
     for record in records:
         if at_most is not None and len(usable) >= at_most:
             break
-        ids = encode_prompt(policy.tokenizer, record, config)
-        if ids is not None:
-            usable.append((record, ids))
+        prompt = read_prompt(policy.tokenizer, record, config)
+        if prompt is not None:
+            usable.append((record, prompt))
     if not usable:
         raise DPAlignError(
             "none of the public records is long enough for a prompt: lower prompt_min_tokens (--prompt_tokens)."
         )
-    columns = {name: [record.get(name) for record, _ in usable] for name in config.reward.columns}
-    return PublicPrompts([ids for _, ids in usable], columns, [record for record, _ in usable])
+    prompts = [prompt for _, prompt in usable]
+    return PublicPrompts(prompts, columns_of(prompts, config), [record for record, _ in usable])
 
 
 def evaluate_policy(
@@ -134,7 +141,7 @@ def measure_policy(
         reference_reward: a second reward, for evaluation only.
         references: the text that each completion is compared with by ROUGE.
     """
-    ids, mask = policy.encode_prompts(prompts.ids, max(map(len, prompts.ids)))
+    ids, mask = padded(policy, prompts.prompts)
     torch.manual_seed(seed)
     rollouts = sample(policy, ids, mask, config)
     logprobs = logprobs_under(policy, rollouts, config)
@@ -142,9 +149,9 @@ def measure_policy(
         base_logprobs = logprobs_under(policy, rollouts, config)
     with policy.reference():
         reference_logprobs = logprobs_under(policy, rollouts, config)
-    texts = policy.decode(rollouts)
-    prompt_texts = policy.tokenizer.batch_decode(prompts.ids, skip_special_tokens=True)
-    scores = reward(prompt_texts, texts, prompts.columns)
+    texts = answers(policy, prompts.prompts, rollouts)
+    asked = [prompt.text for prompt in prompts.prompts]
+    scores = reward(asked, texts, prompts.columns)
     lengths = rollouts.completion_mask.sum(1)
     mean_reward, reward_ci95, unscored = _mean(scores)
     kl, kl_ci95, _ = _mean((logprobs - reference_logprobs).sum(1))
@@ -155,7 +162,7 @@ def measure_policy(
         more[f"distinct_{n}"] = distinct(rollouts.completion_ids, rollouts.completion_mask, n)
     if reference_reward is not None:
         names = ("reference_reward", "reference_reward_ci95", "reference_unscored")
-        more |= zip(names, _mean(reference_reward(prompt_texts, texts, prompts.columns)), strict=True)
+        more |= zip(names, _mean(reference_reward(asked, texts, prompts.columns)), strict=True)
     if references is not None:
         for name, values in rouge(texts, references).items():
             more[name], more[f"{name}_ci95"], _ = _mean(values)
@@ -169,10 +176,10 @@ def measure_policy(
         perplexity_ci95=perplexity_ci95,
         completion_length=length,
         completion_length_ci95=length_ci95,
-        prompts=len(prompts.ids),
+        prompts=len(prompts.prompts),
         **more,
     )
-    return Measured(evaluation, prompt_texts, texts, scores)
+    return Measured(evaluation, prompts.texts, texts, scores)
 
 
 def _mean(values: Tensor) -> tuple[float, float, int]:

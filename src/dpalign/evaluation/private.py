@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from ..algorithms.base import Entering, Schedule, StageConfig, StageKind, Tokenizer, Tokens
-from ..algorithms.completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, encode_prompt, sample
+from ..algorithms.completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
 from ..data import UnitDataset
 from ..data.load import Record
 from ..errors import DPAlignError
 from ..files import private_folder, write_json
 from ..models import Policy
+from ..models.generation import answers
 from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import Gate, PrivateStep
 from ..privacy.ledger import Ledger
@@ -167,24 +168,27 @@ def _measure(
 ) -> torch.Tensor:
     # One row per unit: the mean over its records of both rewards and of the wins; NaN where there is no prompt.
     encoded = [
-        (unit, encode_prompt(policy.tokenizer, record, config), record)
-        for unit, rows in enumerate(units)
-        for record in rows
+        (unit, read_prompt(policy.tokenizer, record, config)) for unit, rows in enumerate(units) for record in rows
     ]
-    rows = [(unit, prompt, record) for unit, prompt, record in encoded if prompt is not None]
+    rows = [(unit, prompt) for unit, prompt in encoded if prompt is not None]
     values = torch.full((len(units), 3), torch.nan, dtype=torch.float64)
     if not rows:
         return values
-    ids, mask = policy.encode_prompts([prompt for _, prompt, _ in rows], config.max_prompt_length)
-    prompts = policy.tokenizer.batch_decode([prompt for _, prompt, _ in rows], skip_special_tokens=True)
-    columns = {name: [record.get(name) for _, _, record in rows] for name in config.reward.columns}
-    ours = reward(prompts, policy.decode(sample(policy, ids, mask, config, coins)), columns)
+    ids, mask = policy.encode_prompts([prompt.ids for _, prompt in rows], config.max_prompt_length)
+    prompts = [prompt for _, prompt in rows]
+
+    def sampled() -> torch.Tensor:
+        rollouts = sample(policy, ids, mask, config, coins)
+        texts = [prompt.text for prompt in prompts]
+        return reward(texts, answers(policy, prompts, rollouts), columns_of(prompts, config))
+
+    ours = sampled()
     with policy.reference():
-        theirs = reward(prompts, policy.decode(sample(policy, ids, mask, config, coins)), columns)
+        theirs = sampled()
     wins = (ours > theirs).double() + 0.5 * (ours == theirs).double()
     wins = torch.where(ours.isnan() | theirs.isnan(), torch.nan, wins)
     per_row = torch.stack([ours.double(), theirs.double(), wins], 1)
-    owner = torch.tensor([unit for unit, _, _ in rows])
-    for unit in {unit for unit, _, _ in rows}:
+    owner = torch.tensor([unit for unit, _ in rows])
+    for unit in {unit for unit, _ in rows}:
         values[unit] = per_row[owner == unit].mean(0)
     return values

@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..data.text import Text, encode_prompt_text, opening_of_a_turn, turn_lead
 from ..errors import DPAlignError
-from .policy import Policy
+from .policy import Policy, Rollouts
 
 
-def write_prompts(policy: Policy, count: int, prompt_tokens: int, rows_at_once: int) -> Tensor:
-    """`(count, 1 + prompt_tokens)` ids that the policy writes after BOS (EOS where there is none); reads no record.
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, what they say, and the columns of its record that a reward is given."""
+
+    ids: list[int]
+    text: Text
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+def padded(policy: Policy, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+    """`(prompts, longest)` ids and mask of prompts that are no one's, or public."""
+    return policy.encode_prompts([prompt.ids for prompt in prompts], max(len(prompt.ids) for prompt in prompts))
+
+
+def answers(policy: Policy, prompts: list[Prompt], rollouts: Rollouts) -> list[str]:
+    """What the completions say, without special tokens; to a chat without what its template writes before an answer."""
+    lead = turn_lead(policy.tokenizer)
+    texts = zip(prompts, policy.decode(rollouts), strict=True)
+    return [text if isinstance(prompt.text, str) else text.removeprefix(lead) for prompt, text in texts]
+
+
+def write_prompts(policy: Policy, count: int, prompt_tokens: int, rows_at_once: int) -> list[Prompt]:
+    """Prompts of `prompt_tokens` tokens that the policy writes itself after BOS (EOS where there is none).
+
+    Where the run's prompts are chats, the policy writes what a user would ask behind the beginning of a user's turn,
+    and its chat template makes a prompt of it (as Magpie does: Xu et al. 2024, arXiv 2406.08464). Reads no record.
 
     Raises:
-        DPAlignError: the tokenizer has neither.
+        DPAlignError: the tokenizer has neither BOS nor EOS.
     """
-    start = policy.tokenizer.bos_token_id
-    start = policy.tokenizer.eos_token_id if start is None else start
-    if start is None:
-        raise DPAlignError("self-written prompts need a tokenizer with a BOS or EOS token to start from.")
-    front = torch.full((count, 1), start, device=policy.device)
-    return policy.sample(
-        front, torch.ones_like(front), prompt_tokens, min_new_tokens=prompt_tokens, rows_at_once=rows_at_once
-    ).input_ids
+    tokenizer = policy.tokenizer
+    if policy.asks_in_chats:
+        front = opening_of_a_turn(tokenizer)
+    else:
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if start is None:
+            raise DPAlignError("self-written prompts need a tokenizer with a BOS or EOS token to start from.")
+        front = [start]
+    ids = torch.tensor([front], device=policy.device).expand(count, -1)
+    least = 1 if policy.asks_in_chats else prompt_tokens
+    written = policy.sample(ids, torch.ones_like(ids), prompt_tokens, min_new_tokens=least, rows_at_once=rows_at_once)
+    if not policy.asks_in_chats:
+        texts = tokenizer.batch_decode(written.input_ids, skip_special_tokens=True)
+        return [Prompt(row, text) for row, text in zip(written.input_ids.tolist(), texts, strict=True)]
+    chats = [[{"role": "user", "content": question.strip()}] for question in policy.decode(written)]
+    return [Prompt(encode_prompt_text(tokenizer, chat), chat) for chat in chats]

@@ -63,6 +63,7 @@ class Policy(AdapterStack):
         super().__init__(base, tokenizer)
         # generate fills every unset field from here: a base's own penalties or top-k would change the sampled law.
         base.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        self.asks_in_chats = False  # whether prompts that it writes itself are chats, as those of the run
         self.value_head: nn.Linear | None = None
         accepted = inspect.signature(base.forward).parameters
         self._accepts_positions = "position_ids" in accepted

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..data.text import Text
 from ..domains import LENGTH, SCALE, within
 from ..errors import DPAlignError
 from .foreign import Raised, contained
@@ -80,7 +81,7 @@ class RewardConfig:
             raise DPAlignError("a reward of scale 0 is the same for all texts.")
 
 
-Row = tuple[str, str, dict[str, Any]]  # prompt, completion, columns
+Row = tuple[Text, str, dict[str, Any]]  # prompt, completion, columns
 
 
 class Reward:
@@ -105,9 +106,12 @@ class Reward:
         self.function, self.low, self.high, self.scale, self.shift = function, low, high, scale, shift
 
     def __call__(
-        self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]] | None = None
+        self, prompts: Sequence[Text], completions: list[str], columns: dict[str, list[Any]] | None = None
     ) -> torch.Tensor:
         """`(rows,)` float32 rewards in [low, high]; NaN for a row that cannot be scored.
+
+        A person's function is given what TRL's reward functions are given: strings, or where prompts are chats the
+        messages of the prompt and `[{"role": "assistant", "content": ...}]`.
 
         A row that makes the function raise is scored alone, so that it cannot fail the others; what was
         raised is never shown, because it may quote the row.
@@ -124,10 +128,14 @@ class Reward:
         raw = torch.tensor(scores, dtype=torch.float32) * self.scale + self.shift
         return torch.where(torch.isfinite(raw), raw.clamp(self.low, self.high), torch.nan)
 
+    def _said(self, prompt: Text, completion: str) -> Text:
+        is_own = self.rows_at_once is None
+        return completion if is_own or isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+
     def _score_block(self, rows: list[Row], memory: Memory | None) -> list[float]:
         """Scores of at most `rows_at_once` rows; NaN for one that cannot be scored even alone."""
         full = rows + [rows[-1]] * ((self.rows_at_once or len(rows)) - len(rows))
-        prompts, completions = [p for p, _, _ in full], [c for _, c, _ in full]
+        prompts, completions = [p for p, _, _ in full], [self._said(p, c) for p, c, _ in full]
         try:
             columns = {name: [row[name] for _, _, row in full] for name in full[0][2]}
             scores = contained(lambda: [float(s) for s in self.function(prompts, completions, **columns)])
@@ -163,7 +171,7 @@ def check_reward(
     """
     failures, fillings = [], list(_fillings(columns, len(texts)))
     for filling in fillings:
-        rows = [(p, c, {k: v[i] for k, v in filling.items()}) for i, (p, c) in enumerate(texts)]
+        rows: list[Row] = [(p, c, {k: v[i] for k, v in filling.items()}) for i, (p, c) in enumerate(texts)]
         try:
             first = _probe(function, name, rows)
         except DPAlignError as error:

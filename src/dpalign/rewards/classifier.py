@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ..data.text import Text, as_string
 from ..errors import DPAlignError
 from .base import RewardConfig, RewardFunction
 
@@ -29,10 +31,10 @@ def classifier(path: str, config: RewardConfig, device: str | torch.device = "cp
     length = min(tokenizer.model_max_length, positions, config.max_length)
 
     @torch.no_grad()
-    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+    def score(prompts: Sequence[Text], completions: list[str], **columns: list[Any]) -> list[float]:
         texts = completions
         if config.text not in (None, "completion"):
-            texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+            texts = [as_string(p) + c for p, c in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in range(0, len(texts), 32):
             batch = tokenizer(

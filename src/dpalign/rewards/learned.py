@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..data.text import TEMPLATE_COLUMNS, Text, joined, template_options
 from ..errors import DPAlignError
 from ..models import Normalization, Policy, RewardModel
-from ..models.generation import write_prompts
-from .base import RewardFunction
+from ..models.generation import answers, padded, write_prompts
 
 
-def learned(model: RewardModel, text: str | None = None) -> RewardFunction:
-    """Scores of prompt and completion (or of the completion alone), each text by itself."""
+class Learned:
+    """Scores of prompt and completion (or of the completion alone), each text by itself.
 
-    def score(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
-        texts = completions if text == "completion" else [p + c for p, c in zip(prompts, completions, strict=True)]
-        return model.score(texts).tolist()
+    The model reads exactly the tokens of a pair with that prompt and answer: a chat by its own tokenizer's template.
+    """
 
-    return score
+    def __init__(self, model: RewardModel, text: str | None = None) -> None:
+        self.model, self.text = model, text
+
+    def __call__(self, prompts: Sequence[Text], completions: list[str], **columns: list[Any]) -> list[float]:
+        if self.text == "completion":
+            return self.model.score(completions).tolist()
+        options = [
+            template_options({name: columns[name][i] for name in TEMPLATE_COLUMNS if name in columns})
+            for i in range(len(completions))
+        ]
+        texts = [joined(p, c) for p, c in zip(prompts, completions, strict=True)]
+        return self.model.score(texts, options).tolist()
 
 
 def normalize(
@@ -41,9 +52,8 @@ def normalize(
     """
     torch.manual_seed(seed)
     prompts = write_prompts(policy, rows, prompt_tokens, 256)
-    rollouts = policy.sample(prompts, torch.ones_like(prompts), max_new_tokens)
-    fronts = policy.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    scores = torch.tensor(learned(model, text)(fronts, policy.decode(rollouts)))
+    rollouts = policy.sample(*padded(policy, prompts), max_new_tokens)
+    scores = torch.tensor(Learned(model, text)([prompt.text for prompt in prompts], answers(policy, prompts, rollouts)))
     scores = scores[~scores.isnan()]  # a text without a token has no mean
     deviation = float(scores.std())
     if not deviation > 0:

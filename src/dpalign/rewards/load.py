@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from ..data.text import TEMPLATE_COLUMNS
 from ..errors import DPAlignError
 from ..models import ModelConfig, Normalization, RewardModel
 from ..models.reward_model import normalization_of
 from .base import BATCH, PROBES, Reward, RewardConfig, RewardFunction, check_reward
 from .classifier import classifier
 from .foreign import import_function
-from .learned import learned
+from .learned import Learned
 from .lexicon import vader
 from .memory import Memory
 
@@ -50,7 +51,7 @@ def load_reward(
             path = config.source.removeprefix(f"{RELEASED}:")
             normalization = normalization_of(Path(path))
             model = RewardModel.load(ModelConfig(name_or_path=path), device)
-        function = learned(model, config.text)
+        function = Learned(model, config.text)
         scale, shift = scale * normalization.scale, scale * normalization.shift + shift
         low, high = (-4.0 if low is None else low), (4.0 if high is None else high)
     elif config.source == "vader" and function is None:
@@ -78,6 +79,12 @@ def load_reward(
 def is_reward_model(config: RewardConfig) -> bool:
     """Whether the reward is a trained reward model, whose past is checked by its privacy statement."""
     return config.source == RELEASED or config.source.startswith(f"{RELEASED}:")
+
+
+def given_columns(config: RewardConfig) -> list[str]:
+    """Columns that a reward is handed: those asked for, and a reward model those that its chat template takes."""
+    more = TEMPLATE_COLUMNS if is_reward_model(config) and config.text != "completion" else ()
+    return [*config.columns, *(name for name in more if name not in config.columns)]
 
 
 def _import_function(source: str) -> RewardFunction:

@@ -34,7 +34,11 @@ from .plan import StagePlan, plan_stage
 
 # Settings that cost memory or time and change nothing that is released: a run goes on with other ones.
 MACHINE_SETTINGS = frozenset({"micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps"})
-LATER_SETTINGS = {"batched": False}  # that version 0.1.0 did not have, and what they are for a run of that version
+LATER_SETTINGS = {
+    "batched": False,
+    "completion_only_loss": None,
+    "assistant_only_loss": False,
+}  # that version 0.1.0 did not have, and what they are for a run of that version
 
 
 @dataclass(frozen=True)

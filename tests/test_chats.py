@@ -1,0 +1,195 @@
+"""Chats from end to end: supervised fine-tuning on messages, a reward model on chat pairs, and a policy that it scores."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from chats import TEMPLATES, byte_tokenizer
+from dpalign.algorithms.completions import read_prompt
+from dpalign.algorithms.ppo import PPOConfig
+from dpalign.algorithms.reward import encode_pair
+from dpalign.algorithms.sft import SFT
+from dpalign.data.load import only_columns
+from dpalign.data.text import encode_completion, turn_end
+from dpalign.models import Policy, RewardModel, TextFormat
+from dpalign.models.generation import answers, padded, write_prompts
+from dpalign.models.policy import Rollouts
+from dpalign.rewards import Reward
+from dpalign.rewards.base import PROBES
+from dpalign.rewards.learned import Learned
+from helpers import call, write_jsonl, write_recipe
+
+NOUNS = ["film", "play", "novel", "series", "concert", "game"]
+
+
+def model_folder(folder: Path, template: str) -> Path:
+    """A random Llama with a byte tokenizer, as one downloads it."""
+    tokenizer = byte_tokenizer(template)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def policy(template: str) -> Policy:
+    tokenizer = byte_tokenizer(template)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Policy(LlamaForCausalLM(config), tokenizer)
+
+
+def reward_model(template: str) -> RewardModel:
+    tokenizer = byte_tokenizer(template, adds="bos")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256, pad_token_id=0, num_labels=1,
+    )  # fmt: skip
+    return RewardModel(AutoModelForSequenceClassification.from_config(config), tokenizer, TextFormat(200))
+
+
+def asked(i: int) -> dict:
+    return {"role": "user", "content": f"Is {NOUNS[i % 6]} {i} good?"}
+
+
+def said(words: str) -> dict:
+    return {"role": "assistant", "content": words}
+
+
+CHATS = [{"id": i, "messages": [asked(i), said(f"Yes, {NOUNS[i % 6]} {i} is.")]} for i in range(64)]
+PAIRS = [
+    {"id": 1000 + i, "prompt": [asked(i)], "chosen": [said("Yes.")], "rejected": [said(f"No {i}.")]} for i in range(64)
+]
+
+
+# What a reward model reads ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["same", "llama", "gemma"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_completion_is_scored_on_the_ids_that_a_pair_with_it_was_learned_on(template, other):
+    """The policy's answer, sampled token by token, and the same answer in a pair: equal ids for the reward model."""
+    writer, judge = policy(template), reward_model(template if other == "same" else other)
+    read: list[list[int]] = []
+    judge.pad = lambda rows: read.extend(rows) or RewardModel.pad(judge, rows)
+    for i, words in ((0, "the best"), (1, "he's right, then.")):
+        record = {"prompt": [asked(i)], "messages": None}
+        prompt = read_prompt(writer.tokenizer, record, PPOConfig())
+        learned = encode_completion(writer.tokenizer, [asked(i)], [said(words)])
+        end = learned.ids.index(turn_end(writer.tokenizer), learned.prompt_tokens)
+        row = torch.tensor([learned.ids[: end + 1]])  # the policy stops where the turn ends
+        mask = torch.tensor([learned.learned[learned.prompt_tokens : end + 1]]).float()
+        assert prompt is not None and row[0, : learned.prompt_tokens].tolist() == prompt.ids
+        texts = answers(writer, [prompt], Rollouts(row, torch.ones_like(row), mask))
+        assert texts == [words]
+        read.clear()
+        Learned(judge)([prompt.text], texts)
+        pair = encode_pair(judge, {"prompt": [asked(i)], "chosen": [said(words)], "rejected": [said("no")]})
+        assert read == [pair.chosen]
+
+
+def test_a_reward_function_is_given_messages():
+    """As TRL gives them."""
+    wanted = [([asked(0)], [said("Yes.")]), ("Is it?", " No.")]
+
+    def reward(prompts, completions, **columns):
+        return [float(pair in wanted) for pair in zip(prompts, completions, strict=True)]
+
+    assert Reward(reward, -1, 1)([[asked(0)], "Is it?"], ["Yes.", " No."]).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_chat_models_own_prompts_are_chats(template):
+    writer = policy(template)
+    writer.asks_in_chats = True
+    torch.manual_seed(3)
+    prompts = write_prompts(writer, 5, 6, 4)
+    assert len({tuple(prompt.ids) for prompt in prompts}) > 1
+    for prompt in prompts:
+        (message,) = prompt.text
+        assert message["role"] == "user" and message["content"]
+        chat = writer.tokenizer.apply_chat_template([message], add_generation_prompt=True)["input_ids"]
+        assert prompt.ids == chat
+    ids, mask = padded(writer, prompts)
+    assert [row[m > 0].tolist() for row, m in zip(ids, mask, strict=True)] == [prompt.ids for prompt in prompts]
+
+
+# Through the command ----------------------------------------------------------------------------------------
+
+
+def chat_recipe(folder: Path, **changes) -> Path:
+    write_jsonl(folder / "chats.jsonl", CHATS)
+    write_jsonl(folder / "pairs.jsonl", PAIRS)
+    write_jsonl(folder / "public.jsonl", [{"prompt": [asked(i)]} for i in range(100, 104)])
+    model_folder(folder / "model", "smol")
+    public = {"eval_path": str(folder / "public.jsonl"), "eval_is_public": True}
+    sections = {
+        "model": {"name_or_path": str(folder / "model"), "is_public": True},
+        "data": None,
+        "sft_data": {"name": "chats", "path": str(folder / "chats.jsonl"), "unit": "id"},
+        "reward_model_data": {"name": "pairs", "path": str(folder / "pairs.jsonl"), "unit": "id"},
+        "rloo_data": {"name": "chats", "path": str(folder / "chats.jsonl"), "unit": "id"} | public,
+        "sft": {"max_length": 128, "prepend_bos": False, "max_steps": 2},
+        "reward_model": {"expected_batch_size": 8, "max_steps": 2, "max_length": 200, "adapter": {"r": 2}},
+        "ppo": None,
+        "rloo": {
+            "expected_batch_size": 8, "max_steps": 2, "num_generations": 2, "max_prompt_length": 112,
+            "max_completion_length": 8, "adapter": {"r": 2}, "reward": {"source": "reward_model"},
+        },
+    }  # fmt: skip
+    return write_recipe(folder, **sections, **changes)
+
+
+def test_sft_reward_and_rloo_on_chats(tmp_path, capsys, monkeypatch):
+    read: list[list[int]] = []
+    real = RewardModel.pad
+    monkeypatch.setattr(RewardModel, "pad", lambda model, rows: read.extend(rows) or real(model, rows))
+    assert call(capsys, "run", chat_recipe(tmp_path), "--json").json["epsilon"] <= 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    system = tokenizer.apply_chat_template([asked(0)])["input_ids"]
+    probes = {tokenizer.decode(tokenizer(p + c).input_ids) for p, c in PROBES}
+    chats = [ids for ids in read if tokenizer.decode(ids) not in probes and " awful awful" not in tokenizer.decode(ids)]
+    assert len(chats) > 500 and all(ids[:20] == system[:20] for ids in chats), "every text is the template's"
+    assert all(ids[-2:] == tokenizer("<|im_end|>\n").input_ids for ids in chats), "and its turn is ended"
+    (first, *_) = json.loads((tmp_path / "run" / "completions.json").read_text())
+    assert first["prompt"] == "user: Is series 100 good?\n".replace("series", NOUNS[100 % 6])
+
+
+@pytest.mark.parametrize(
+    ("file", "record", "says"),
+    [
+        ("chats.jsonl", {"messages": "Yes."}, "a string in one record and chat messages in another"),
+        ("chats.jsonl", {"messages": [{"content": "Yes."}]}, "record 65 of .*: a chat message has no role"),
+        (
+            "pairs.jsonl",
+            {"prompt": "What?", "chosen": [said("a")], "rejected": [said("b")]},
+            "record 65.*two of a kind",
+        ),
+        ("pairs.jsonl", {"prompt": [asked(1)], "chosen": [said("a")], "rejected": [{"role": 3}]}, "record 65.*no role"),
+    ],
+)
+def test_one_record_that_is_no_chat_is_named_before_a_draw(file, record, says, tmp_path, capsys):
+    recipe = chat_recipe(tmp_path)
+    with open(tmp_path / file, "a") as f:
+        f.write(json.dumps({"id": 9999} | record) + "\n")
+    called = call(capsys, "run", recipe, "--json")
+    assert re.search(says, called.error) and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_later_record_with_another_text_is_not_read_otherwise(tmp_path):
+    records = [{"prompt": f"Is {i} good?", "completion": " Yes."} for i in range(3)]
+    assert only_columns(records, SFT.columns) is records
+    last = only_columns([*records, records[0] | {"text": "other", "id": 7}], SFT.columns)[-1]
+    assert last == records[0] | {"id": 7}
