@@ -30,6 +30,7 @@ from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardMode
 from .models.reward_model import is_classifier, normalization_of
 from .plan import Plan, PlannedStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
+from .privacy.context import own_context
 from .privacy.statement import PrivacyStatement, state_privacy
 from .provenance import past_stages
 from .recipe import Recipe
@@ -49,6 +50,7 @@ NORMALIZATION_ROWS = 512  # self-written texts that fix the scale of a reward mo
 M = TypeVar("M", bound=AdapterStack)
 
 
+@own_context()
 def run_recipe(
     recipe: Recipe,
     *,

@@ -23,6 +23,7 @@ from ..errors import DPAlignError
 from ..files import private_folder, write_json
 from ..models import Policy
 from ..models.generation import answers
+from ..privacy.context import own_context
 from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import Gate, PrivateStep
 from ..privacy.ledger import Ledger
@@ -94,6 +95,7 @@ class Measurement(StageKind[MeasurementConfig]):
         check_prompt(tokenizer, record, cls.sampling(config))
 
 
+@own_context()
 def measure_privately(
     policy: Policy,
     data: UnitDataset,

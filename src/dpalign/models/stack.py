@@ -82,6 +82,10 @@ class AdapterStack(nn.Module):
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
+        if any(p.is_inference() for p in base.parameters()):
+            raise DPAlignError(
+                "the model was made under torch.inference_mode, so nothing can be trained on it: load it outside."
+            )
         base.requires_grad_(False)
         base.eval()  # type: ignore[no-untyped-call]
         _without_dropout(base)

@@ -24,6 +24,7 @@ from ..gradients import PerUnitGradients
 from ..models import AdapterStack
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
+from ..privacy.context import own_context
 from ..privacy.gate import PrivateStep, Sample
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import GaussianMechanism
@@ -102,6 +103,7 @@ class Stage:
         self.private = self.gate.is_private(self._private_step(self.plan.noise_multiplier))
         self.rests_on_private = rests_on_private
 
+    @own_context()
     def train(self) -> None:
         """Trains to the end and leaves the adapter frozen in the model; private/<stage>/final holds it.
 
@@ -147,6 +149,7 @@ class Stage:
         if self.algorithm.warm_up(self.model):
             self._save(0, ".")  # what was learned without data is not learned again after an interruption
 
+    @own_context()
     def load_final(self) -> None:
         """Puts a finished stage's adapter into the model instead of training it."""
         loaded = load_newest(self.folder / "final")
