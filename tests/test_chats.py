@@ -100,6 +100,28 @@ def test_a_completion_is_scored_on_the_ids_that_a_pair_with_it_was_learned_on(te
         assert read == [pair.chosen]
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_generation_stops_at_a_turns_end_at_eos_and_at_what_the_model_says(template):
+    given = policy(template).model
+    given.generation_config.eos_token_id = [2, 30]
+    writer = Policy(given, byte_tokenizer(template))
+    assert writer.stop_ids == sorted({2, 30, turn_end(writer.tokenizer)})
+    ids = torch.full((256, 1), 40)
+    torch.manual_seed(0)
+    rollouts = writer.sample(ids, torch.ones_like(ids), 24, min_new_tokens=2)
+    mask, stops = rollouts.completion_mask > 0, writer.stops(rollouts.completion_ids)
+    assert (stops & mask).any(1).sum() > 8, "some rows stop"
+    last = mask.sum(1) - 1
+    before = mask & (torch.arange(24) < last[:, None])
+    assert not (stops & before).any(), "no row goes on behind a stop"
+    assert not stops[:, :2].any() and len(set(rollouts.completion_ids[stops & mask].tolist())) == len(writer.stop_ids)
+    logprobs, _ = writer.completion_logprobs(rollouts, 2)
+    scores = writer(rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1], 24)[0]
+    scores[:, :2, writer.stop_ids] = -torch.inf
+    law = scores.log_softmax(2).gather(2, rollouts.completion_ids[..., None])[..., 0]
+    assert torch.allclose(logprobs[mask], law[mask], atol=1e-5)
+
+
 def test_a_reward_function_is_given_messages():
     """As TRL gives them."""
     wanted = [([asked(0)], [said("Yes.")]), ("Is it?", " No.")]

@@ -294,10 +294,11 @@ def adapter_from(config: LoraConfig) -> AdapterConfig:
 def _config_of(model: str | PreTrainedModel | PeftModel, output_dir: str, is_public: bool) -> ModelConfig:
     if isinstance(model, str):
         return ModelConfig(model, is_public)
+    dtype: Any = str(model.dtype).removeprefix("torch.")
     return ModelConfig(
         _start_of(model, output_dir),
         is_public,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         trust_remote_code=type(Given(model).base).__module__.startswith("transformers_modules"),
     )
 

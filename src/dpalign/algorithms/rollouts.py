@@ -241,6 +241,5 @@ def in_micro_batches(policy: Policy, rollouts: Rollouts, config: SamplingConfig)
 
 
 def _has_eos(policy: Policy, rollouts: Rollouts) -> Tensor:
-    eos = policy.tokenizer.eos_token_id
-    ended: Tensor = (rollouts.completion_ids == eos) & (rollouts.completion_mask > 0)
+    ended = policy.stops(rollouts.completion_ids) & (rollouts.completion_mask > 0)
     return ended.any(1).float()

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..data.text import turn_end
 from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
 from .objects import Given
@@ -31,7 +32,7 @@ class Rollouts:
 
     input_ids: `(rows, prompt + completion)` int64, prompts left-padded.
     attention_mask: the same shape, 1 where there is a token.
-    completion_mask: `(rows, completion)` float, 1 up to and including the first EOS.
+    completion_mask: `(rows, completion)` float, 1 up to and including the first token that stops (EOS, a turn's end).
     """
 
     input_ids: Tensor
@@ -61,8 +62,9 @@ class Policy(AdapterStack):
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(base, tokenizer)
+        self.stop_ids = _stop_ids(base, tokenizer)
         # generate fills every unset field from here: a base's own penalties or top-k would change the sampled law.
-        base.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        base.generation_config = GenerationConfig(eos_token_id=self.stop_ids or None)  # type: ignore[no-untyped-call]
         self.asks_in_chats = False  # whether prompts that it writes itself are chats, as those of the run
         self.value_head: nn.Linear | None = None
         accepted = inspect.signature(base.forward).parameters
@@ -139,9 +141,9 @@ class Policy(AdapterStack):
         logits, hidden = self(
             rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1], width, with_hidden=head is not None
         )
-        if min_new_tokens and self.tokenizer.eos_token_id is not None:
+        if min_new_tokens and self.stop_ids:
             with torch.no_grad():  # in place, for a copy is large; at probability 0 the gradient is 0 anyway
-                logits[:, :min_new_tokens, self.tokenizer.eos_token_id] = -torch.inf
+                logits[:, :min_new_tokens, self.stop_ids] = -torch.inf
         # cross_entropy keeps one tensor of the logits' size for the backward pass; gather and logsumexp keep three.
         chosen = -nn.functional.cross_entropy(logits.flatten(0, 1), rollouts.completion_ids.flatten(), reduction="none")
         inside = rollouts.completion_mask > 0
@@ -175,7 +177,7 @@ class Policy(AdapterStack):
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens or None,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=self.stop_ids or None,
             bos_token_id=tokenizer.bos_token_id,
         )
         processors = LogitsProcessorList()
@@ -190,13 +192,17 @@ class Policy(AdapterStack):
         completions = sequences[:, prompt_ids.shape[1] :]
         missing = max_new_tokens - completions.shape[1]  # generation stops early once every row has ended
         completions = nn.functional.pad(completions, (0, missing), value=tokenizer.pad_token_id)
-        ended = completions == tokenizer.eos_token_id if tokenizer.eos_token_id is not None else completions < 0
-        mask = (ended.long().cumsum(1) - ended.long() == 0).float()  # 1 up to and including the first EOS
+        ended = self.stops(completions)
+        mask = (ended.long().cumsum(1) - ended.long() == 0).float()  # 1 up to and including the first that stops
         if missing and not ended.any(1).all():
             raise DPAlignError("generation stopped before the completions ended; the model's stop rules are not EOS.")
         return Rollouts(
             torch.cat([prompt_ids, completions], 1), torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], 1), mask
         )
+
+    def stops(self, ids: Tensor) -> Tensor:
+        """Which of the token ids end a completion, bool of the same shape."""
+        return torch.isin(ids, torch.tensor(self.stop_ids, dtype=ids.dtype, device=ids.device))
 
     def sample(
         self,
@@ -235,3 +241,12 @@ class Policy(AdapterStack):
                 ids[row, -len(tokens) :] = torch.tensor(tokens)
                 mask[row, -len(tokens) :] = 1
         return ids.to(self.device), mask.to(self.device)
+
+
+def _stop_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion: the tokenizer's EOS, the model's own, and the end of a chat's turn."""
+    own = getattr(base.generation_config, "eos_token_id", None)
+    known = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), turn_end(tokenizer)]
+    return sorted(
+        {token for token in known if token is not None and 0 <= token < base.config.get_text_config().vocab_size}
+    )
