@@ -215,3 +215,5 @@ def test_a_later_record_with_another_text_is_not_read_otherwise(tmp_path):
     assert only_columns(records, SFT.columns) is records
     last = only_columns([*records, records[0] | {"text": "other", "id": 7}], SFT.columns)[-1]
     assert last == records[0] | {"id": 7}
+    kept = only_columns([*records, records[0] | {"text": "other"}], SFT.columns, {"text"})[-1]
+    assert kept["text"] == "other", "a column that a reward asks for stays"

@@ -80,13 +80,13 @@ def run_recipe(
     with Workspace.open(recipe) as workspace:
         origins = workspace.origins(recipe)
         records = records or read_stage_records(recipe, workspace.private / "cache")
-        records = {name: only_columns(rows, kind(name).columns) for name, rows in records.items()}
+        records = {name: read_by(recipe, name, rows) for name, rows in records.items()}
         data, assumptions = stage_units(recipe, records, workspace.ledger)
         units = units_of(recipe, records, data)
         plan = make_plan(recipe, units, workspace.past(recipe, origins, delta_of(recipe, units)), assumptions)
         models = Models.load(recipe, policy, reward_model)
         shown = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
-        shown = {name: (only_columns(rows, kind(name).columns), source) for name, (rows, source) in shown.items()}
+        shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in shown.items()}
         check_inputs(plan, models, records, shown)
         run = Run(plan, workspace, data, models, shown, reporter or Reporter(quiet=True), reward_function)
         run.load_rewards()
@@ -164,6 +164,13 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Mapping[s
             check_records(*public[name], stage.kind.columns, check)
         if isinstance(model, Policy):  # prompts that it writes itself are as those of the last stage
             model.asks_in_chats = are_chats(records[name], stage.kind.columns)
+
+
+def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]:
+    """A stage's records without the texts that it does not read; its unit's column and its rewards' stay."""
+    rewards = [e for e in kind(name).entering(recipe.stages[name]).values() if isinstance(e, RewardConfig)]
+    keep = {recipe.data_of(name).unit or "", *(column for reward in rewards for column in reward.columns)}
+    return only_columns(records, kind(name).columns, keep)
 
 
 def are_chats(records: list[Record], columns: tuple[tuple[str, ...], ...]) -> bool:

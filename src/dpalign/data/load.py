@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -106,13 +106,15 @@ def require_columns(records: list[Record], alternatives: list[tuple[str, ...]], 
     raise DPAlignError(f"{path} has the columns {found}; expected {expected}.")
 
 
-def only_columns(records: list[Record], alternatives: Sequence[tuple[str, ...]]) -> list[Record]:
-    """The records without the columns of the alternatives that the first record does not choose.
+def only_columns(
+    records: list[Record], alternatives: Sequence[tuple[str, ...]], keep: Collection[str] = ()
+) -> list[Record]:
+    """The records without the columns of the alternatives that the first record does not choose, but for `keep`.
 
     What is read is chosen once for a file: a later record that has another text as well is not read otherwise.
     """
     chosen = next((columns for columns in alternatives if all(c in records[0] for c in columns)), None)
-    others = {c for columns in alternatives for c in columns} - set(chosen or ())
+    others = {c for columns in alternatives for c in columns} - {*(chosen or ()), *keep}
     if chosen is None or not any(others & set(record) for record in records):
         return records
     return [{name: value for name, value in record.items() if name not in others} for record in records]
