@@ -18,6 +18,7 @@ from dpalign.algorithms.base import check_records, encode_units
 from dpalign.algorithms.pairs import check_pair, preference_loss
 from dpalign.algorithms.reward import encode_pair
 from dpalign.data.text import encode_text
+from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat
 from dpalign.models.reward_model import normalization_of
@@ -122,7 +123,7 @@ def test_skipped_ties_leave_their_units_without_rows():
 def test_settings_that_cannot_be():
     for smoothing in (-0.1, 0.5, 1.0):
         with pytest.raises(DPAlignError, match="label_smoothing"):
-            RewardModelConfig(label_smoothing=smoothing).validate()
+            check_settings(RewardModelConfig(label_smoothing=smoothing))
     with pytest.raises(DPAlignError, match="for stages that sample"):
         RewardModelConfig(adapter=AdapterConfig(init_a="synthetic_gradient")).validate()
 

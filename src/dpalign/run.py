@@ -27,6 +27,7 @@ from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import measure_privately
 from .files import write_json
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
+from .models.loading import device_of
 from .models.reward_model import is_classifier, normalization_of
 from .plan import Plan, PlannedStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
@@ -113,7 +114,7 @@ class Models:
         Raises:
             DPAlignError: a model that cannot be loaded.
         """
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if recipe.device == "auto" else recipe.device
+        device = device_of(recipe.device)
         kinds = [kind(name).model_kind for name in recipe.stages]
         scoring = next((c for c in recipe.stages.values() if isinstance(c, RewardModelConfig)), None)
         if scoring is not None and reward_model is None:

@@ -298,7 +298,7 @@ def _config_of(model: str | PreTrainedModel | PeftModel, output_dir: str, is_pub
     return ModelConfig(
         _start_of(model, output_dir),
         is_public,
-        dtype=dtype,
+        dtype=dtype,  # type: ignore[arg-type]
         trust_remote_code=type(Given(model).base).__module__.startswith("transformers_modules"),
     )
 

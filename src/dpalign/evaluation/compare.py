@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..algorithms.completions import PROMPT_COLUMNS, SamplingConfig, check_prompts
 from ..data.load import Record, read_records, require_columns
 from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
+from ..models.loading import device_of
 from ..rewards import Reward, RewardConfig, load_reward
 from .guarantee import is_outside_the_guarantee, stated_epsilon
 from .metrics import Evaluation, Measured, PublicPrompts, measure_policy, public_prompts
@@ -230,8 +229,7 @@ class _Inputs:
             raise DPAlignError(f"{data} is empty: there is nothing to measure on.")
         require_columns(records, list(PROMPT_COLUMNS), data)
         column, no_rouge = _reference_column(reference_column, records, data)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_of(device)
         reward = load_reward(sampling.reward, device)
         reference = None
         if reference_reward is not None:

@@ -6,7 +6,6 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +20,7 @@ from transformers import (
 from ..data.text import turn_end
 from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
+from .loading import load_adapter, refuse_missing
 from .objects import Given
 from .sampling import DrawToken
 from .stack import AdapterStack, ModelConfig, load_pretrained
@@ -78,11 +78,12 @@ class Policy(AdapterStack):
         Raises:
             DPAlignError: the folder or dtype is wrong.
         """
-        base, tokenizer, adapter, _ = load_pretrained(AutoModelForCausalLM, config, given)
+        base, tokenizer, adapter, missing = load_pretrained(AutoModelForCausalLM, config, given)
+        refuse_missing(config.name_or_path, missing)
         base.to(device)
         policy = cls(base, tokenizer)
         if adapter:
-            policy.model = PeftModel.from_pretrained(base, adapter, adapter_name="earlier", is_trainable=False)
+            policy.model = load_adapter(base, adapter, is_trainable=False)
             policy.adapters.append("earlier")
             policy.eval()
         return policy
@@ -92,8 +93,10 @@ class Policy(AdapterStack):
 
     def add_value_head(self) -> None:
         """A linear layer from the body's last hidden state to one value, float32, zero at first."""
-        hidden_size = self.model.config.get_text_config().hidden_size
-        self.value_head = nn.Linear(hidden_size, 1, device=self.device, dtype=torch.float32)
+        with torch.no_grad():  # asked of the model: what its configuration calls hidden size may be another one
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            hidden = self(ids, torch.ones_like(ids), 1, with_hidden=True)[1]
+        self.value_head = nn.Linear(hidden.shape[-1], 1, device=self.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.text import Text, encode_text
+from ..domains import LENGTH, check_settings, within
 from ..errors import DPAlignError
 from ..files import write_json
 from . import embedded
+from .loading import check_weights, load_adapter, loaded, refuse_missing
 from .objects import Given
 from .policy import Policy
 from .stack import AdapterStack, ModelConfig, load_pretrained
@@ -39,10 +41,10 @@ class TextFormat:
     pooling: the score of a text is that of its last token, or the mean of all its tokens' scores.
     """
 
-    max_length: int = 128
+    max_length: int = within(128, LENGTH)
     prepend_bos: bool = False
     append_eos: bool = False
-    pooling: str = "last"
+    pooling: Literal["last", "mean"] = "last"
 
     def encode(self, tokenizer: Any, text: Text, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of one text, the same wherever it comes from: a record, or a completion of the policy's."""
@@ -54,8 +56,8 @@ class TextFormat:
 class Normalization:
     """Reward = scale * score + shift; constants from public text or a DP release's own text, never private text."""
 
-    scale: float = 1.0
-    shift: float = 0.0
+    scale: float = within(1.0, "(0, 1e30]")
+    shift: float = within(0.0, "[-1e30, 1e30]")
 
 
 class RewardModel(AdapterStack):
@@ -95,29 +97,30 @@ class RewardModel(AdapterStack):
         )
         base.to(device)
         model = cls(base, tokenizer, text)
-        unknown = [name for name in missing if not name.startswith(f"{model.head_name}.")]
-        if unknown:
-            raise DPAlignError(
-                f"{config.name_or_path!r} has no weights for {', '.join(unknown)}: they would be random, stay so, and "
-                "not be in the release; use a model that was trained as a classifier, or a causal LM."
-            )
+        refuse_missing(config.name_or_path, [n for n in missing if not n.startswith(f"{model.head_name}.")])
         model.reset_head()
         if adapter is None:
             return model
-        lora = LoraConfig.from_pretrained(adapter)
+        lora = loaded("an adapter", adapter, lambda: LoraConfig.from_pretrained(adapter))
         lora.task_type = lora.modules_to_save = None
-        model.model = PeftModel.from_pretrained(base, adapter, adapter_name="earlier", config=lora)
+        model.model = load_adapter(base, adapter, config=lora)
         model.adapters.append("earlier")
         model.requires_grad_(False)
         model.eval()
         if (Path(adapter) / FORMAT_FILE).exists():
-            value = json.loads((Path(adapter) / FORMAT_FILE).read_text(encoding="utf-8"))
-            model.text = TextFormat(**value["text"])
-            saved = load_file(Path(adapter) / "adapter_model.safetensors")
-            with torch.no_grad():
-                for name, p in model.head.named_parameters():
-                    p.copy_(saved[f"base_model.model.{model.head_name}.{name}"])
+            loaded("a reward model", adapter, lambda: model._take_head(Path(adapter)))
+            check_weights(model, f"the reward model {adapter}")
         return model
+
+    def _take_head(self, release: Path) -> None:
+        """The head and the text's format of a released reward model."""
+        value = json.loads((release / FORMAT_FILE).read_text(encoding="utf-8"))
+        self.text = TextFormat(**value["text"])
+        check_settings(self.text, f"{release / FORMAT_FILE}: text")
+        saved = load_file(release / "adapter_model.safetensors")
+        with torch.no_grad():
+            for name, p in self.head.named_parameters():
+                p.copy_(saved[f"base_model.model.{self.head_name}.{name}"])
 
     @classmethod
     def from_policy(cls, policy: Policy, text: TextFormat | None = None) -> RewardModel:
@@ -145,6 +148,9 @@ class RewardModel(AdapterStack):
         _fill_buffers(base, causal)
         head = [m for m in base.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
         head.to_empty(device=causal.device)
+        head.requires_grad_(False)
+        for p in head.parameters():
+            p.zero_()
         model = cls(base, policy.tokenizer, text)
         model.reset_head()
         if policy.adapters:
@@ -231,7 +237,7 @@ def is_classifier(config: ModelConfig) -> bool:
         known = AutoConfig.from_pretrained(
             embedded.resolve(config.name_or_path), trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError):
+    except Exception:
         return False  # a release, a short name, or something whose loading will say what is wrong
     return any(name.endswith("ForSequenceClassification") for name in known.architectures or [])
 
@@ -244,8 +250,10 @@ def normalization_of(folder: Path) -> Normalization:
     """
     try:
         value = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
-        return Normalization(**value["normalization"])
-    except (OSError, ValueError, KeyError, TypeError):
+        normalization = Normalization(**value["normalization"])
+        check_settings(normalization)
+        return normalization
+    except (OSError, ValueError, KeyError, TypeError, DPAlignError):
         raise DPAlignError(f"{folder} is not the release of a reward model (it has no valid {FORMAT_FILE}).") from None
 
 

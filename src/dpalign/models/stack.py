@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..domains import within
 from ..errors import DPAlignError
 from . import embedded
+from .loading import check_configuration, check_tokenizer, check_weights, loaded
 from .objects import SAVE_IT, Given, check_adapter, take_weights
 
 RELEASE_ADAPTER = "default"
@@ -90,8 +91,8 @@ class AdapterStack(nn.Module):
         base.eval()  # type: ignore[no-untyped-call]
         _without_dropout(base)
         _refuse_coupling(base)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        check_tokenizer(base, tokenizer)
+        check_weights(base)
         self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
@@ -311,25 +312,34 @@ def load_pretrained(
     adapter = None
     if (Path(path) / "adapter_config.json").exists():
         adapter = path
-        path = embedded.resolve(LoraConfig.from_pretrained(path).base_model_name_or_path)
+        path = embedded.resolve(loaded("an adapter", path, lambda: _base_of(path)))
     trust = {"trust_remote_code": config.trust_remote_code}
     if given.model is not None:
         options["attn_implementation"] = given.base.config._attn_implementation
-    try:
+
+    def load() -> tuple[Any, Any, Any]:
+        check_configuration(path, config.trust_remote_code)
         base, loading = auto_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(adapter or path, **trust)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        hint = "" if given.model is None else f"; of a model object: {SAVE_IT}"
-        raise DPAlignError(f"cannot load a model and tokenizer from {config.name_or_path!r}: {reason}{hint}") from None
+        return base, loading, AutoTokenizer.from_pretrained(adapter or path, **trust)
+
+    hint = "" if given.model is None else f"; of a model object: {SAVE_IT}"
+    base, loading, tokenizer = loaded("a model and tokenizer", config.name_or_path, load, hint)
     if given.model is not None:
         unheld = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
         take_weights(base, given, path, unheld)
         check_adapter(given, adapter or path)
     reader = tokenizer if given.tokenizer is None else copy.deepcopy(given.tokenizer)
     return base, reader, adapter, sorted(loading["missing_keys"])
+
+
+def _base_of(adapter: str) -> str:
+    """The model that an adapter was trained on."""
+    base = LoraConfig.from_pretrained(adapter).base_model_name_or_path
+    if not base:
+        raise DPAlignError(f"the adapter in {adapter} names no base model.")
+    return str(base)
 
 
 def _without_dropout(model: nn.Module) -> None:

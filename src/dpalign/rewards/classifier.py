@@ -10,16 +10,25 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..data.text import Text, as_string
 from ..errors import DPAlignError
+from ..models.loading import (
+    check_configuration,
+    check_ids,
+    check_tokenizer,
+    check_weights,
+    embedding_rows,
+    loaded,
+    refuse_missing,
+)
 from .base import RewardConfig, RewardFunction
 
 
 def classifier(path: str, config: RewardConfig, device: str | torch.device = "cpu") -> RewardFunction:
     """Probability (or logit) of one label; text is re-tokenised, so any tokenizer will do."""
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise DPAlignError(f"cannot load a text classifier from {path!r}: {str(error).splitlines()[0]}") from None
+    model, loading, tokenizer = loaded("a text classifier", path, lambda: _load(path))
+    refuse_missing(path, loading["missing_keys"])
+    check_weights(model, f"the classifier {path}")
+    check_tokenizer(model, tokenizer)
+    check_ids(tokenizer.get_vocab().values(), embedding_rows(model))  # what a policy writes may hold any of them
     model.to(device).eval()
     labels = {str(name): index for index, name in model.config.id2label.items()}
     if config.label is not None and config.label not in labels:
@@ -49,3 +58,12 @@ def classifier(path: str, config: RewardConfig, device: str | torch.device = "cp
         return scores
 
     return score
+
+
+def _load(path: str) -> tuple[Any, Any, Any]:
+    """Model, what no file held of it, and tokenizer."""
+    check_configuration(path, trust_remote_code=False)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    return model, loading, AutoTokenizer.from_pretrained(path)

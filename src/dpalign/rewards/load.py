@@ -11,6 +11,7 @@ import torch
 from ..data.text import TEMPLATE_COLUMNS
 from ..errors import DPAlignError
 from ..models import ModelConfig, Normalization, RewardModel
+from ..models.loading import check_ids, embedding_rows
 from ..models.reward_model import normalization_of
 from .base import BATCH, PROBES, Reward, RewardConfig, RewardFunction, check_reward
 from .classifier import classifier
@@ -51,6 +52,7 @@ def load_reward(
             path = config.source.removeprefix(f"{RELEASED}:")
             normalization = normalization_of(Path(path))
             model = RewardModel.load(ModelConfig(name_or_path=path), device)
+        check_ids(model.tokenizer.get_vocab().values(), embedding_rows(model.model))  # a policy may write any of them
         function = Learned(model, config.text)
         scale, shift = scale * normalization.scale, scale * normalization.shift + shift
         low, high = (-4.0 if low is None else low), (4.0 if high is None else high)
