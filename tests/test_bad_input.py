@@ -269,7 +269,7 @@ def test_bad_input(case, tmp_path, capsys, monkeypatch):
     [
         (("fly",), "unknown command 'fly'"),
         (("run", "nowhere.yaml"), "nowhere.yaml"),
-        (("run", "broken.yaml"), "Problems parsing config"),
+        (("run", "broken.yaml"), "the recipe is not YAML of sections and fields"),
         (("run", "recipe.yaml", "--sft.max_step", "3"), "unknown field sft.max_step"),
         (("run", "recipe.yaml", "--sft.max_steps", "few"), "field sft.max_steps"),
         (("generate", "tiny-review-lm"), "give at least one --prompt"),

@@ -44,6 +44,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep)
 
+    def construct_another_number(self, node: Any) -> Any:
+        raise _refused(f"{node.value} is another number in YAML than it looks: write it otherwise, or in quotes", node)
+
     def construct_yaml_int(self, node: Any) -> Any:
         if len(node.value) > 40:
             raise _refused("a whole number has more than 40 digits", node)
@@ -74,6 +77,10 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "!another-number", re.compile(r"^[-+]?(0[0-9_]+|[0-9]+(:[0-9]+)+)$"), list("-+0123456789")
+)
+_Loader.add_constructor("!another-number", _Loader.construct_another_number)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^([-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
@@ -139,6 +146,8 @@ def _check_files(arguments: list[str]) -> None:
 
 def _in_one_sentence(message: str) -> str:
     # jsonargparse lists every alternative that it tried: say the one that people mean.
+    if message.startswith(("Problems parsing config", "Unexpected config")):
+        return f"the recipe is not YAML of sections and fields: {message.partition(':')[2].strip() or 'it is empty'}"
     keys = re.findall(r'Parser key "([\w.]+)":', message)
     prefix = f"{keys.pop(0)}." if "Problem with given class_path" in message else ""
     group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
