@@ -294,11 +294,12 @@ def adapter_from(config: LoraConfig) -> AdapterConfig:
 def _config_of(model: str | PreTrainedModel | PeftModel, output_dir: str, is_public: bool) -> ModelConfig:
     if isinstance(model, str):
         return ModelConfig(model, is_public)
+    start = _start_of(model, output_dir)
     dtype: Any = str(model.dtype).removeprefix("torch.")
     return ModelConfig(
-        _start_of(model, output_dir),
+        start,
         is_public,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         trust_remote_code=type(Given(model).base).__module__.startswith("transformers_modules"),
     )
 
