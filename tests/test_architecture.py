@@ -6,7 +6,7 @@ from pathlib import Path
 import dpalign
 
 SOURCE = Path(dpalign.__file__).parent
-# From the top down; rooms on one line are level. `privacy` imports nothing of ours but the error type.
+# From the top down; rooms on one line are level. `privacy` imports nothing of ours but the error type and a mode for files.
 ROOMS = [
     ["cli"],
     ["trainers"],
@@ -26,7 +26,7 @@ ROOMS = [
     ["data", "gradients"],
     ["privacy"],
     ["files"],
-    ["domains"],
+    ["domains", "printable"],
     ["errors", "stages", "version"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

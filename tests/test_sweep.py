@@ -48,7 +48,7 @@ def test_varied_values_get_rows_of_their_own(tmp_path):
     plot_sweep(result, tmp_path / "a.png")
     write_markdown(tmp_path / "a.md", result)
     assert (tmp_path / "a.png").stat().st_size > 1000
-    assert "| epsilon | ppo.num_ppo_epochs |" in (tmp_path / "a.md").read_text()
+    assert "| epsilon | `ppo.num_ppo_epochs` |" in (tmp_path / "a.md").read_text()
 
 
 LEARNED = ["--ppo.reward.source", "reward_model:release"]

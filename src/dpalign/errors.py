@@ -1,4 +1,6 @@
-"""The one exception that is meant for people."""
+"""The one exception that is meant for people, and whether another one's message may be shown."""
+
+import threading
 
 
 class DPAlignError(Exception):
@@ -7,3 +9,7 @@ class DPAlignError(Exception):
     The message never quotes a private record: it may name a file, a column, a line number before the
     first draw, or a setting, and nothing else.
     """
+
+
+RECORDS_READ = threading.Event()
+"""Set as soon as this process reads records: from then on a library's message may quote one, and is not shown."""

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 from .files import replace_folder, write_json, write_text
 from .models import Normalization, Policy, RewardModel
+from .printable import code_span
 from .privacy.statement import PrivacyStatement
 from .reporting.numbers import all_runs, at_most
 
 RELEASE, REWARD_MODEL = "release", "reward_model"  # folders of a run that are for sharing
 
+# Whatever a stranger's statement, a data set or a path may have named is code: nothing in it is markup.
 CARD = """\
 ---
-library_name: peft
-base_model: "{{ base_model }}"
-tags: [differential-privacy, dpalign, lora]
----
-# {{ title }}
+{{ front_matter }}---
+# {{ title | code }}
 
 {% if statement.private -%}
 This adapter was trained with dpalign under **({{ statement.epsilon | at_most }}, {{ "%.3g"|format(statement.delta) }})
-differential privacy**: adding or removing all data of any one {{ units }} changes the probability of any outcome, this
-adapter included, by at most a factor e^epsilon, except for a delta.
+differential privacy**: adding or removing all data of any one {{ units | code }} changes the probability of any
+outcome, this adapter included, by at most a factor e^epsilon, except for a delta.
 {%- else -%}
 **NOT PRIVATE.** At least one stage of this adapter was trained without a guarantee (no noise, or a known seed).
 {%- endif %}
@@ -33,21 +34,24 @@ adapter included, by at most a factor e^epsilon, except for a delta.
 | stage | dataset | unit | units (declared) | epsilon alone | sampling rate | noise multiplier | steps | passes | C |
 |---|---|---|---|---|---|---|---|---|---|
 {% for stage in statement.stages %}{% for m in stage.mechanisms -%}
-| {{ stage.stage }} | {{ stage.dataset }} | {{ stage.unit }} | {{ "%g"|format(stage.declared_units) }} | \
+| {{ stage.stage | code }} | {{ stage.dataset | code }} | {{ stage.unit | code }} | \
+{{ "%g"|format(stage.declared_units) }} | \
 {{ stage.epsilon_alone | float | at_most }} | {{ "%.5f"|format(m.sampling_rate) }} | \
-{{ "%.4f"|format(m.noise_multiplier) }} | {{ m.steps }} | {{ m.passes }} | {{ stage.max_grad_norm }} |
+{{ "%.4f"|format(m.noise_multiplier) }} | {{ "%d"|format(m.steps) }} | {{ "%d"|format(m.passes) }} | \
+{{ stage.max_grad_norm | float }} |
 {% endfor %}{% endfor %}
 Accountant: {{ statement.accountant }}; numbers to recompute it are in `privacy.json`.
 
 {% for entry in statement.ledger -%}
-The ledger knows {{ entry.runs }} run(s) on `{{ entry.dataset }}`, together {{ entry | all_runs }} \
+The ledger knows {{ entry.runs }} run(s) on {{ entry.dataset | code }}, together {{ entry | all_runs | code }} \
 at delta {{ "%.3g"|format(entry.delta) }}\
 {% if entry.runs_without_privacy %}; {{ entry.runs_without_privacy }} of them ran WITHOUT privacy, and whatever was \
 published from those is not covered{% endif %}\
 {% if entry.demo_data %} (demo data: public text playing private){% endif %}.
 {% endfor %}
-{% if statement.assumptions %}Assumptions: {{ statement.assumptions | join("; ") }}.
-{% endif %}
+{% if statement.assumptions %}Assumptions:
+{% for line in statement.assumptions %}- {{ line | code }}
+{% endfor %}{% endif %}
 ## What the guarantee does not cover
 {% for line in statement.not_covered %}- {{ line }}
 {% endfor %}
@@ -103,10 +107,13 @@ def write_reward_model(
 def _describe(folder: Path, statement: PrivacyStatement, base_model: str, title: str, **texts: str) -> None:
     write_json(folder / "privacy.json", statement.as_dict())
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"at_most": at_most, "all_runs": all_runs}
+    environment.filters |= {"at_most": at_most, "all_runs": all_runs, "code": code_span}
+    about = {"library_name": "peft", "base_model": base_model, "tags": ["differential-privacy", "dpalign", "lora"]}
+    front_matter = yaml.safe_dump(about, sort_keys=False, width=math.inf)
     units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
     fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
-    write_text(folder / "README.md", environment.from_string(CARD).render(fields | texts))
+    card = environment.from_string(CARD).render(front_matter=front_matter, **fields, **texts)
+    write_text(folder / "README.md", card)
     folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)

@@ -296,7 +296,7 @@ class Run:
             plan=planned.plan,
             beside=still_beside(planned, self.plan, workspace),
             rests_on_private=self.rests_on_private(),
-            log=workspace.folder / "metrics.jsonl",
+            log=workspace.log,
             report=reporter.step,
             tell=reporter.note,
         )

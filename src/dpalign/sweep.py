@@ -19,7 +19,7 @@ from .data.load import read_records
 from .errors import DPAlignError
 from .evaluation import evaluate_policy, public_prompts
 from .evaluation.guarantee import is_outside_the_guarantee
-from .files import dumps, write_json
+from .files import append_line, dumps, mend_lines, owner_only, sweep_temporaries, write_json
 from .models import Policy, RewardModel
 from .parsing import recipe_from
 from .privacy import accountant
@@ -79,7 +79,9 @@ def run_sweep(
     for trial, asked in zip(trials, recipes, strict=True):
         _check(trial, asked)
     done = sweep.finished(trials)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    with owner_only():
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(sweep.folder)
     for number, (trial, asked) in enumerate(zip(trials, recipes, strict=True), 1):
         if trial.key not in done:
             varied = f", {vary[0]} {trial.value}" if vary else ""
@@ -122,7 +124,8 @@ class _Sweep:
             DPAlignError: they are of another sweep, or a line is damaged.
         """
         done: dict[Key, Finished] = {}
-        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        mend_lines(self.log)
+        lines = self.log.read_text(encoding="utf-8").split("\n")[:-1] if self.log.exists() else []
         for number, line in enumerate(lines, 1):
             try:
                 run = Finished.from_json(json.loads(line))
@@ -149,21 +152,20 @@ class _Sweep:
             run = self.pretrained(trial, asked, reporter)
         else:
             run = self.run(trial, asked)
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(dumps(run.to_json(), indent=None) + "\n")
+        append_line(self.log, run.to_json())
         return run
 
     def run(self, trial: Trial, asked: Recipe) -> Finished:
         """A run in a process of its own."""
         output = self.folder / "runs" / trial.folder
         words = ["run", self.recipe, "--json", *self.overrides, *trial.overrides, "--output_dir", str(output)]
-        done = subprocess.run([sys.executable, "-m", "dpalign", *words], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
+        status, out = _in_fresh_process(words)
+        if status:
             raise DPAlignError(
                 f"the run in {output} failed (above): mend it and call the sweep again; finished runs stay."
             )
         scoring = next((name for name in asked.stages if kind(name).model_kind is RewardModel), None)
-        return Finished.of_run(self.recipe, self.overrides, trial, json.loads(done.stdout), scoring)
+        return Finished.of_run(self.recipe, self.overrides, trial, json.loads(out), scoring)
 
     def pretrained(self, trial: Trial, asked: Recipe, reporter: Reporter) -> Finished:
         """The model as it comes, measured like the runs."""
@@ -178,6 +180,18 @@ class _Sweep:
         if is_reward_model(config.reward):
             found = replace(found, reference_reward=found.reward)
         return Finished.of_pretrained(self.recipe, self.overrides, trial, found)
+
+
+def _in_fresh_process(words: list[str]) -> tuple[int, str]:
+    """Exit status and standard output of a command. It is told to end, and waited for, if this process is."""
+    with subprocess.Popen([sys.executable, "-m", "dpalign", *words], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            out, _ = process.communicate()
+        except BaseException:
+            process.terminate()
+            process.communicate()  # it saves what it has
+            raise
+        return process.returncode, out
 
 
 # The trials ----------------------------------------------------------------------------------------------------------

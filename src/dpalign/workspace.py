@@ -11,17 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import DPAlignError
-from .files import private_folder, write_json
+from .files import mend_lines, owner_only, private_folder, sweep_temporaries, write_json
 from .plan import Past
 from .privacy.ledger import Intent, Ledger
 from .privacy.statement import state_privacy, unnamed_attempt
 from .provenance import Origin, check_provenance
 from .recipe import Recipe
 
+LOG = "metrics.jsonl"
+
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a run holds while it goes on. folder: public by construction but for `private`, which has mode 0700."""
+    """What a run holds while it goes on. folder: public by construction but for `private`; both are its owner's alone.
+
+    log: the noised metrics, one JSON a line.
+    """
 
     folder: Path
     ledger: Ledger
@@ -30,6 +35,10 @@ class Workspace:
     @property
     def private(self) -> Path:
         return self.folder / "private"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / LOG
 
     @staticmethod
     @contextmanager
@@ -42,9 +51,11 @@ class Workspace:
         folder = Path(recipe.output_dir)
         if recipe.ledger == ":memory:":
             raise DPAlignError("a ledger in memory forgets what was spent: give --ledger a file.")
-        private = private_folder(folder / "private")
-        with _locked(private), closing(Ledger(recipe.ledger, AttemptNames(private).begin)) as ledger:
-            yield Workspace(folder, ledger, _identity(folder, ledger))
+        with owner_only():
+            private = private_folder(folder / "private")
+            with _locked(private), closing(Ledger(recipe.ledger, AttemptNames(private).begin)) as ledger:
+                _tidy(folder)
+                yield Workspace(folder, ledger, _identity(folder, ledger))
 
     def origins(self, recipe: Recipe) -> dict[str, Origin]:
         """Of the recipe's models and rewards, and of those that the run used before the recipe dropped them.
@@ -97,6 +108,13 @@ class AttemptNames:
         unknown = "" if "attempts" in value else unnamed_attempt(intent)
         names = value.get("attempts", value.get("later_attempts", {}))
         return str(names.get(intent.stage, {}).get(str(intent.attempt), unknown))
+
+
+def _tidy(folder: Path) -> None:
+    """Takes away what a killed process left half written."""
+    sweep_temporaries(folder)
+    sweep_temporaries(folder / "private", below=True)
+    mend_lines(folder / LOG)
 
 
 def _identity(folder: Path, ledger: Ledger) -> str:

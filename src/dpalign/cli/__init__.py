@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import DPAlignError
+from ..errors import RECORDS_READ, DPAlignError
+from ..files import dumps, owner_only
+from ..printable import printable
 from ..stages import RENAMED, STAGES
 from ..version import __version__
 
@@ -29,10 +35,11 @@ EXAMPLES = """examples:
   dpalign plan --units 12500 --batch-size 256 --steps 4883 --delta 4e-5 --epsilon 4
   dpalign run recipe.yaml --ppo.learning_rate 0.01
   dpalign ppo --help"""
+LONGEST = 500  # characters of a library's message
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status (0; 1 for a failure, 2 for a wrong call)."""
+    """Runs one command; returns the exit status (0; 1 for a failure, 2 for a wrong call, 128 + n for signal n)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -43,39 +50,99 @@ def main(arguments: list[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         command = f"{command} (it is called {RENAMED[command]} now)" if command in RENAMED else command
-        print(f"dpalign: error: unknown command {command!r}; choose from {', '.join(COMMANDS)}.", file=sys.stderr)
+        _say(f"error: unknown command {command!r}; choose from {', '.join(COMMANDS)}.")
         return 2
     quiet_libraries()
+    RECORDS_READ.clear()
+    try:
+        with signals(), owner_only():
+            _run(command, rest)
+            sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        return _ended(signal.SIGPIPE)
+    except KeyboardInterrupt as error:
+        return _ended(error.number if isinstance(error, Ended) else signal.SIGINT)
+    except Exception as error:
+        if os.environ.get("DPALIGN_DEBUG") and not isinstance(error, DPAlignError | OSError):
+            raise
+        _say(f"error: {_sentence(error)}")
+        return 1
+
+
+def _run(command: str, rest: list[str]) -> None:
     as_json = "--json" in rest
     rest = [a for a in rest if a != "--json"]
     module = importlib.import_module(f".{'train' if command in TRAINING else command}", __name__)
-    try:
-        result = module.run([command, *rest] if command in TRAINING else rest, as_json)
-    except DPAlignError as error:
-        print(f"dpalign: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("dpalign: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"dpalign: error: {type(error).__name__}: {error.strerror} ({error.filename}).", file=sys.stderr)
-        return 1
-    except Exception as error:
-        # A library's message may quote a record, so it is not shown; $DPALIGN_DEBUG=1 is for the data holder.
-        if os.environ.get("DPALIGN_DEBUG"):
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"dpalign: internal error {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}; its "
-            "message is withheld because it may quote private data (set DPALIGN_DEBUG=1 to see it yourself).",
-            file=sys.stderr,
-        )
-        return 1
+    result = module.run([command, *rest] if command in TRAINING else rest, as_json)
     if as_json and result is not None:
-        from ..files import dumps
-
         print(dumps(result, indent=None))
-    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """What a person is told. A library's message may quote a record once there are records, and is not shown then."""
+    if isinstance(error, DPAlignError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror} ({error.filename})."
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"internal error {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+    if RECORDS_READ.is_set():
+        return (
+            f"{place}; its message is withheld because it may quote private data (set DPALIGN_DEBUG=1 to see it "
+            "yourself)."
+        )
+    return f"{place}: {printable(str(error), longest=LONGEST)} (DPALIGN_DEBUG=1 shows where)."
+
+
+# Signals -------------------------------------------------------------------------------------------------------------
+
+
+class Ended(KeyboardInterrupt):
+    """A signal asks the process to end; what an interrupt from the keyboard leaves in order, this does too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """SIGTERM, SIGHUP and SIGINT end the block in order. One that is ignored, as under nohup, stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise Ended(number)
+
+    ours = [n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ended(number: int) -> int:
+    """Says which signal has ended the command; returns the status that shells give it."""
+    if number == signal.SIGPIPE:
+        # Nobody reads any more; what is left in the buffer would be complained about when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _say("nobody reads the output any more (SIGPIPE), so the rest of it is not written.")
+    else:
+        name = signal.Signals(number).name
+        _say(f"ended by {name}; the same command goes on from where the run was last saved.")
+    return 128 + number
+
+
+def _say(text: str) -> None:
+    """One line on standard error."""
+    try:
+        print(f"dpalign: {printable(text)}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def quiet_libraries() -> None:

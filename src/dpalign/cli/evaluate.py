@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from ..algorithms import SamplingConfig
 from ..errors import DPAlignError
 from ..evaluation import Comparison, compare
@@ -84,7 +82,7 @@ def _compare(given: argparse.Namespace, reporter: Reporter) -> Comparison:
         reference_column=given.reference_column,
         seed=given.seed,
         device=given.device,
-        status=lambda doing: reporter.status(escape(doing)),
+        status=lambda doing: reporter.status(doing),
     )
 
 

@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..algorithms import SamplingConfig
 from ..data.load import DataConfig
 from ..errors import DPAlignError
@@ -18,6 +16,7 @@ from ..models import ModelConfig
 from ..recipe import Recipe
 from ..reporting.numbers import all_runs, at_most
 from ..reporting.progress import Reporter
+from ..reporting.terminal import Terminal
 from ..rewards import RewardConfig
 from ..run import run_recipe
 from .arguments import Parser
@@ -137,7 +136,7 @@ def _parser() -> Parser:
 
 
 def _print(result: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = Terminal()
     noise = result["noise_standard_deviation"]
     for key, label in (
         ("reward", "mean reward"),
@@ -146,12 +145,11 @@ def _print(result: dict[str, Any]) -> None:
     ):
         console.print(f"{label}: {result[key]:.3f} (standard deviation of the noise {noise[key]:.3f})")
     entry = result["ledger"]
-    console.print(
+    console.say(
         f"epsilon {at_most(result['epsilon'])} at delta {result['delta']:.3g} on {result['units']:g} units; all "
-        f"{entry['runs']} run(s) on {entry['dataset']!r} together: {all_runs(entry)}.",
-        markup=False,
+        f"{entry['runs']} run(s) on {entry['dataset']!r} together: {all_runs(entry)}."
     )
     with_models = at_most(float(result["epsilon_with_the_models"]))
     console.print(f"with the stages that the model and the reward were trained in: epsilon {with_models}.")
     for assumption in result["assumptions"]:
-        console.print(f"assumed: {assumption}", markup=False)
+        console.say(f"assumed: {assumption}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ..data.load import Record, read_records, require_columns
 from ..data.text import encode_prompt_text, read_text, template_options
 from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
+from ..reporting.terminal import Terminal, plain
 from .arguments import Parser
 
 DESCRIPTION = """Samples completions of prompts from a model or a release. Sampling from a release costs no privacy, as
@@ -61,6 +61,8 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     ]
     rows = [{"prompt": p, "completion": c} for p, c in zip(texts, policy.decode(rollouts), strict=True)]
     if not as_json:
+        console = Terminal()
         for row in rows:
-            Console(highlight=False).print(f"[dim]{escape(row['prompt'])}[/]{escape(row['completion'])}")
+            prompt, completion = plain(row["prompt"], "dim", lines=True), plain(row["completion"], lines=True)
+            console.print(Text.assemble(prompt, completion))
     return {"model": given.model, "completions": rows}

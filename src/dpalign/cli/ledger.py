@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import DPAlignError
@@ -15,6 +14,7 @@ from ..privacy.ledger import Ledger, default_path
 from ..privacy.parts import epsilon_of
 from ..privacy.statement import account
 from ..reporting.numbers import all_runs, at_most
+from ..reporting.terminal import Terminal, plain
 from .arguments import Parser
 
 DESCRIPTION = """Replays the ledger: every run on a dataset's declared name adds up, finished or not. The ledger is
@@ -69,16 +69,16 @@ def _dataset(ledger: Ledger, name: str, delta: float | None) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    console.print(f"ledger {result['ledger']}", markup=False)
+    console = Terminal()
+    console.say(f"ledger {result['ledger']}")
     for dataset in result["datasets"]:
-        table = Table(title=f"{dataset['dataset']}: {dataset['units']:g} units, delta {dataset['delta']:.2g}")
+        table = Table(title=plain(f"{dataset['dataset']}: {dataset['units']:g} units, delta {dataset['delta']:.2g}"))
         for column in ("run", "stages", "draws", "epsilon"):
             table.add_column(column, justify="left" if column in ("run", "stages") else "right")
         for r in dataset["runs"]:
             epsilon = "NOT PRIVATE" if math.isinf(r["epsilon"]) else at_most(r["epsilon"])
-            table.add_row(r["run"], ", ".join(r["stages"]), str(r["draws"]), epsilon)
+            table.add_row(plain(r["run"]), plain(", ".join(r["stages"])), str(r["draws"]), epsilon)
         console.print(table)
-        console.print(f"all private runs together: {all_runs(dataset)}", markup=False)
+        console.say(f"all private runs together: {all_runs(dataset)}")
         if dataset["runs_without_privacy"]:
             console.print(f"[bold]{dataset['runs_without_privacy']} run(s) without privacy are not in that number.[/]")

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import DPAlignError
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
 from ..reporting.numbers import at_most
+from ..reporting.terminal import Terminal
 from .arguments import Parser
 
 DESCRIPTION = """Computes any one of epsilon, noise multiplier, batch size and steps from the others, for Poisson
@@ -151,7 +151,7 @@ def _largest(feasible: Callable[[int], bool], high: int) -> int:
 
 
 def _print(plan: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(
         f"epsilon [bold]{at_most(plan['epsilon'], 4)}[/] at delta {plan['delta']:.3g} with noise multiplier "
         f"[bold]{plan['noise_multiplier']:.4f}[/]: {plan['steps']} Poisson samples of {plan['batch_size']:g} expected "

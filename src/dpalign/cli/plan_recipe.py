@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..models import embedded
@@ -21,6 +20,7 @@ from ..provenance import check_provenance
 from ..recipe import Recipe
 from ..records import count_undeclared
 from ..reporting.numbers import at_most
+from ..reporting.terminal import Terminal, plain
 
 DESCRIPTION = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute.
 Draws nothing and writes nothing. Needs the data only where a dataset has no declared_units."""
@@ -117,13 +117,13 @@ def parameter_count(recipe: Recipe) -> float | None:
 
 
 def _print(plan: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = Terminal()
     table = Table(title=f"{plan['composition']} composition, delta {plan['delta']:.3g}")
     table.add_column("")
     for stage in plan["stages"]:
-        table.add_column(f"{stage['stage']} ({stage['dataset'] or 'data'})", justify="right")
+        table.add_column(plain(f"{stage['stage']} ({stage['dataset'] or 'data'})"), justify="right")
     for heading, cell in _CELLS.items():
-        table.add_row(heading, *[cell(stage) for stage in plan["stages"]])
+        table.add_row(heading, *[plain(cell(stage)) for stage in plan["stages"]])
     console.print(table)
     console.print(f"The whole run: epsilon [bold]{at_most(plan['epsilon'], 4)}[/] (target {plan['target_epsilon']:g}).")
     if len(plan["stages"]) > 1 and plan["inflation"] is not None:
@@ -134,7 +134,7 @@ def _print(plan: dict[str, Any]) -> None:
     if any(s["flops"] is None for s in plan["stages"]):
         console.print("FLOPs need the model's configuration, which is not here.")
     for assumption in plan["assumptions"]:
-        console.print(f"assumed: {assumption}", markup=False)
+        console.say(f"assumed: {assumption}")
 
 
 _CELLS: dict[str, Callable[[dict[str, Any]], str]] = {

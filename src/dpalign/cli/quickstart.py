@@ -9,8 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..algorithms import PPOConfig, SFTConfig, TrainingConfig
@@ -25,6 +23,7 @@ from ..reporting.numbers import all_runs
 from ..reporting.plots import plot_noised_reward
 from ..reporting.progress import Reporter
 from ..reporting.tables import evaluation_table, guarantee
+from ..reporting.terminal import Terminal, plain
 from ..run import run_recipe
 from .arguments import Parser
 
@@ -115,20 +114,19 @@ def flat_summary(evaluation: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _print(summary: dict[str, Any], evaluation: dict[str, Any], samples: list[dict[str, str]], folder: Path) -> None:
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(evaluation_table(evaluation, title=f"{evaluation['private']['prompts']:,} public prompts"))
     table = Table(title="The same public prompts", show_lines=True)
     for name in samples[0]:
-        table.add_column(name)
+        table.add_column(plain(name))
     for sample in samples[:SHOWN]:
-        table.add_row(*[escape(text.strip()) for text in sample.values()])
+        table.add_row(*[plain(text.strip(), lines=True) for text in sample.values()])
     console.print(table)
-    console.print(guarantee(summary), markup=False)
+    console.say(guarantee(summary))
     for entry in summary["ledger"]:
-        console.print(
+        console.say(
             f"The ledger knows {entry['runs']} run(s) on this demo data, together "
-            f"{all_runs(entry)}; with your own data that sum is what counts.",
-            markup=False,
+            f"{all_runs(entry)}; with your own data that sum is what counts."
         )
-    console.print(f"release: {summary['release']}   report: {folder / 'report.html'}", markup=False)
+    console.say(f"release: {summary['release']}   report: {folder / 'report.html'}")
     console.print(f"{summary['seconds']:.0f} s, {summary['peak_memory_mb']:.0f} MB at the peak")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.console import Console
-
 from ..errors import DPAlignError
 from ..reporting.progress import Reporter
 from ..reporting.sweep import sweep_table
+from ..reporting.terminal import Terminal
 from ..sweep import run_sweep
 from .arguments import Parser
 
@@ -41,11 +40,11 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     )
     value = result.to_json()
     if not as_json:
-        console = Console(highlight=False)
+        console = Terminal()
         console.print(sweep_table(value))
         for entry in result.spent_by_tuning:
-            console.print(entry["sentence"], markup=False)
-        console.print(f"{result.folder}/sweep.json, sweep.md, sweep.png; one line per run in runs.jsonl", markup=False)
+            console.say(entry["sentence"])
+        console.say(f"{result.folder}/sweep.json, sweep.md, sweep.png; one line per run in runs.jsonl")
     return value
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..domains import within
-from ..errors import DPAlignError
+from ..errors import RECORDS_READ, DPAlignError
 from . import demo
 
 Record = dict[str, Any]
@@ -57,6 +57,7 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
     Raises:
         DPAlignError: missing, empty, not UTF-8, or not what its ending says; the line is named, never quoted.
     """
+    RECORDS_READ.set()
     file = demo.demo_file(path) if path.startswith(demo.PREFIX) else Path(path)
     kind = file.name.removesuffix(".gz").rpartition(".")[2]
     try:

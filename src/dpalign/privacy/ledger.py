@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import DPAlignError
+from ..files import owner_only
 from .accountant import SampledGaussian
 from .parts import Part, Spending
 
@@ -127,8 +128,9 @@ class Ledger:
         self._begins = begins
         try:
             if str(self.path) != ":memory:":
-                self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self.path.touch(mode=0o600, exist_ok=True)
+                with owner_only():
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self.path.touch(exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self._db.execute("PRAGMA synchronous=EXTRA")
             self._migrate()

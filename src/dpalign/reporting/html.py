@@ -1,4 +1,4 @@
-"""One page that shows a finished run: guarantee, table, plot, completions. All text is escaped."""
+"""One page that shows a finished run: guarantee, table, plot, completions. All text is printable and escaped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from ..files import write_text
+from ..printable import printable
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
@@ -41,9 +42,14 @@ def write_report(
     Args:
         evaluation: rows by model. samples: `prompt` and one completion by model. plot: a PNG, embedded if it exists.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=fit)
     image = base64.b64encode(plot.read_bytes()).decode() if plot.exists() else ""
     page = environment.from_string(PAGE).render(
         title=title, guarantee=guarantee, evaluation=evaluation, samples=samples, plot=image
     )
     write_text(target, page)
+
+
+def fit(value: Any) -> Any:
+    """What a template is given, with text made printable."""
+    return printable(value, lines=True) if isinstance(value, str) else value

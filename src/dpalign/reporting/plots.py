@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from ..files import read_lines
+from ..printable import figure_text
 from .tables import OUTSIDE, labelled
 
 MARKERS = "osD^vP*X"
@@ -20,13 +21,8 @@ MARKERS = "osD^vP*X"
 
 def read_metrics(path: Path, stage: str) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl of one stage, the last attempt of each step, in order of steps."""
-    if not path.exists():
-        return []
-    by_step = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["stage"] == stage and row["noised_metrics"]:
-            by_step[row["step"]] = row
+    rows = [row for row in read_lines(path) if row.get("stage") == stage and row.get("noised_metrics")]
+    by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -48,7 +44,7 @@ def plot_noised_reward(
         steps = [row["step"] for row in rows]
         values = [row["noised_metrics"]["reward"] for row in rows]
         noise = [half_range * math.sqrt(count) * row["metrics_noise_multiplier"] / divisor for row in rows]
-        (line,) = axes.plot(steps, values, marker=".", label=label)
+        (line,) = axes.plot(steps, values, marker=".", label=figure_text(label))
         low = [v - n for v, n in zip(values, noise, strict=True)]
         high = [v + n for v, n in zip(values, noise, strict=True)]
         axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
@@ -86,10 +82,10 @@ def plot_evaluation(
                 yerr=half[key],
                 fmt=MARKERS[number % len(MARKERS)],
                 capsize=3,
-                label=labelled(name, row),
+                label=figure_text(labelled(name, row)),
             )
             axes.annotate(
-                name,
+                figure_text(name),
                 (row["kl"], row[key]),
                 textcoords="offset points",
                 xytext=(6, 5),
@@ -104,7 +100,7 @@ def plot_evaluation(
     grid[0][0].legend(fontsize=8)
     hidden = [label for key, label in panels.items() if key in outside]
     hidden += [name for name, row in rows.items() if row.get("epsilon") == math.inf]
-    figure.suptitle(title + (f"\n{OUTSIDE}: {', '.join(hidden)}" if hidden else ""), fontsize=11)
+    figure.suptitle(title + (f"\n{OUTSIDE}: {figure_text(', '.join(hidden))}" if hidden else ""), fontsize=11)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
 

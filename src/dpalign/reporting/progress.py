@@ -6,24 +6,24 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import DPAlignError
 from ..training import StagePlan, StepReport
 from .numbers import at_most
+from .terminal import Terminal
 
 
 class Reporter:
     """Prints to standard error, so that --json leaves standard output alone."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = Terminal(stderr=True, quiet=quiet)
         self._progress: Progress | None = None
         self._tracker = None
 
     def note(self, message: str) -> None:
-        self.console.print(message, markup=False, soft_wrap=True)  # a log keeps its lines whole
+        self.console.say(message)
 
     def status(self, message: str) -> AbstractContextManager[object]:
         return self.console.status(message) if self.console.is_terminal else nullcontext()

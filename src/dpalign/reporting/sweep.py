@@ -10,8 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from ..files import write_text
+from ..printable import code_span, figure_text
 from ..results import PAIRS
 from .numbers import all_runs
+from .terminal import plain
 
 SINGLE = "* one run: its interval is over prompts"
 AVERAGED = ("reference_reward", "kl", "perplexity", "distinct_2", "completion_length")
@@ -166,18 +168,19 @@ def sweep_table(result: dict[str, Any]) -> Table:
     table = Table(title="Mean and 95% interval over seeds, on public prompts", caption=SINGLE)
     for heading in headings:
         name = result["varied"] if heading == "value" else heading
-        table.add_column(str(name), justify="right")
+        table.add_column(plain(str(name)), justify="right")
     for row in rows:
-        table.add_row(*[row.get(heading, "") for heading in headings])
+        table.add_row(*[plain(row.get(heading, "")) for heading in headings])
     return table
 
 
 def write_markdown(target: Path, result: dict[str, Any]) -> None:
     """The same table with the command that made it."""
     headings, rows = _grid(result)
-    names = [str(result["varied"]) if h == "value" else h for h in headings]
+    names = [code_span(str(result["varied"])) if h == "value" else h for h in headings]
+    rows = [row | {"value": code_span(row["value"])} if "value" in row else row for row in rows]
     lines = [
-        f"`{result['command']}`",
+        code_span(result["command"]),
         "",
         "Mean and 95% interval over seeds (Student's t; * one run: its interval is over prompts), on public prompts. "
         "`share` is the part of the non-private gain over the pretrained model that is kept.",
@@ -186,7 +189,7 @@ def write_markdown(target: Path, result: dict[str, Any]) -> None:
         f"|{'---|' * len(headings)}",
         *[f"| {' | '.join(row.get(h, '') for h in headings)} |" for row in rows],
         "",
-        *[entry["sentence"] for entry in result["spent_by_tuning"]],
+        *[code_span(entry["sentence"]) for entry in result["spent_by_tuning"]],
     ]
     write_text(target, "\n".join(lines) + "\n")
 
@@ -211,11 +214,11 @@ def plot_sweep(result: dict[str, Any], target: Path) -> None:
 
     if result["varied"]:
         labels = [
-            f"{r['value']}" if len({x["epsilon"] for x in rows}) == 1 else f"{r['value']} (ε {r['epsilon']})"
+            figure_text(r["value"] if len({x["epsilon"] for x in rows}) == 1 else f"{r['value']} (ε {r['epsilon']})")
             for r in rows
         ]
         axes.errorbar(labels, [r[measure] for r in rows], [half(r) for r in rows], fmt="o", capsize=4)
-        axes.set(xlabel=result["varied"], ylabel=label)
+        axes.set(xlabel=figure_text(result["varied"]), ylabel=label)
     else:
         middle = sorted((r for r in rows if r["epsilon"] not in (0.0, "inf")), key=lambda r: r["epsilon"])
         epsilons = [r["epsilon"] for r in middle]

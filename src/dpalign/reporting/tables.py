@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeAlias
 
-from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
+from ..printable import printable
 from ..results import Results
 from .numbers import all_runs, at_most
+from .terminal import Terminal, plain
 
+Cell: TypeAlias = str | Text  # ours, with markup; or plain text
 OUTSIDE = "outside the guarantee"
 # Column: header, and decimals of its values. The brief ones fit a terminal of 80 columns.
 BRIEF = {
@@ -44,15 +46,14 @@ WITH_INTERVAL = ("reward", "reference_reward", "rouge1", "rouge2", "rougeL")  # 
 
 def print_results(results: Results) -> None:
     """The end of a run: the guarantee, where the release is, and what was measured."""
-    console = Console(highlight=False)
+    console = Terminal()
     summary = results.to_json()
-    console.print(guarantee(summary), markup=False)
+    console.say(guarantee(summary))
     for entry in results.statement.ledger:
         if entry["runs"] > 1:
-            console.print(
+            console.say(
                 f"all {entry['runs']} runs on {entry['dataset']!r} together: {all_runs(entry)} "
-                "(dpalign ledger shows them).",
-                markup=False,
+                "(dpalign ledger shows them)."
             )
     if results.evaluation:
         console.print(evaluation_table(summary["evaluation"], outside=results.outside_the_guarantee))
@@ -69,7 +70,7 @@ def print_results(results: Results) -> None:
         numbers = ", ".join(f"{k.replace('_', ' ')} {found[k]:.3f} (noise {noise[k]:.3f})" for k in noise)
         console.print(f"on held-out private units, noised: {numbers}.")
     if results.release is not None:
-        console.print(f"release: {results.release}", markup=False)
+        console.say(f"release: {results.release}")
 
 
 def guarantee(summary: dict[str, Any]) -> str:
@@ -97,12 +98,15 @@ def evaluation_table(
         transposed: one column per model.
     """
     columns = {c: v for c, v in (FULL if full else BRIEF).items() if any(c in row for row in rows.values())}
+    headers: list[Cell]
     headers = [f"{header}\n({OUTSIDE})" if c in outside else header for c, (header, _) in columns.items()]
-    names = [escape(labelled(name, row)) for name, row in rows.items()]
+    names: list[Cell] = [plain(labelled(name, row)) for name, row in rows.items()]
+    cells: list[list[Cell]]
     cells = [[_cell(row, c, decimals, full) for c, (_, decimals) in columns.items()] for row in rows.values()]
     if transposed:
         headers, names, cells = names, headers, [list(column) for column in zip(*cells, strict=True)]
-    table = Table(title=title, caption="\n".join(map(escape, unscored(rows))) or None)
+    missing = [printable(sentence) for sentence in unscored(rows)]
+    table = Table(title=plain(title), caption=plain("\n".join(missing), lines=True) if missing else None)
     table.add_column("" if transposed else "model", overflow="fold")
     for header in headers:
         table.add_column(header, justify="right", overflow="fold")
@@ -113,16 +117,16 @@ def evaluation_table(
 
 def print_evaluation(rows: dict[str, dict[str, Any]], title: str, outside: Collection[str], notes: list[str]) -> None:
     """The full table and notes below; a column per model on a terminal that is too narrow for a row per model."""
-    console = Console(highlight=False)
+    console = Terminal()
     table = evaluation_table(rows, title, outside, full=True)
     needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     if needed > console.width and console.is_terminal:
         table = evaluation_table(rows, title, outside, full=True, transposed=True)
     elif needed > console.width:
-        console = Console(highlight=False, width=needed)  # a file keeps its lines whole
+        console = Terminal(width=needed)  # a file keeps its lines whole
     console.print(table)
     for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.say(note)
 
 
 def labelled(name: str, row: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import torch
 from ..algorithms.base import Algorithm, Rows, encode_units, unit_means
 from ..data.units import UnitDataset
 from ..errors import DPAlignError
-from ..files import dumps, private_folder
+from ..files import append_line, private_folder
 from ..gradients import PerUnitGradients
 from ..models import AdapterStack
 from ..privacy import accountant
@@ -88,6 +88,7 @@ class Stage:
         self.config = algorithm.config
         self.plan = plan or plan_stage(algorithm.name, algorithm.config, data.declared_units)
         self.beside = self.plan.beside if beside is None else beside
+        self.whole: int | None = None  # steps that weights and optimiser hold; None within a phase that changes them
         self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
         settings = asdict(self.config) | {"units": data.declared_units, "part": (data.part.low, data.part.high)}
         settings["mechanism"] = self.plan.mechanism().rounded()  # its noise may depend on the run's other stages
@@ -125,8 +126,13 @@ class Stage:
             self._warm_up()
         attempt, sigma = self._refit(step)
         self.examples = encode_units(self.algorithm, self.model, self.data.units)
-        while step < self.end:
-            step = self._phase(step, attempt, sigma)
+        try:
+            while step < self.end:
+                step = self._phase(step, attempt, sigma)
+        except (KeyboardInterrupt, BrokenPipeError):
+            if self.whole:  # in memory is what so many steps have made: fewer draws are lost
+                self._save(self.whole, ".")
+            raise
         self._save(step, "final")
         if config.gradient_checkpointing:
             self.model.checkpoint_activations(False)
@@ -177,6 +183,7 @@ class Stage:
         for sample in samples:
             released = self._step(rows, [place[u] for u in sample.units], sample, step)
             step += 1
+            self.whole = step if sample is samples[-1] else None
             self._tell(step, sample.step.mechanism, attempt, released)
         if step % self.config.save_steps < self.plan.minibatches or step == self.end:
             self._save(step, ".")
@@ -204,6 +211,7 @@ class Stage:
             noisy, metrics = mechanism.release()
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
                 p.grad = gradient.to(p.dtype)
+            self.whole = None
             self.optimizer.param_groups[0]["lr"] = config.learning_rate * self._schedule(step)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -319,11 +327,7 @@ class Stage:
                 "metrics_noise_multiplier": ran.metrics_noise_multiplier,
                 "noised_metrics": metrics,
             }
-            try:
-                with open(self.log, "a", encoding="utf-8") as file:
-                    file.write(dumps(line, indent=None) + "\n")
-            except OSError as error:
-                raise DPAlignError(f"{self.log} cannot be written ({error.strerror}).") from None
+            append_line(self.log, line)
 
     def _save(self, step: int, where: str) -> None:
         tensors = {f"model/{n}": t for n, t in self.model.stage_state().items()}
