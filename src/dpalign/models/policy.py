@@ -233,7 +233,9 @@ class Policy(AdapterStack):
     def decode(self, rollouts: Rollouts) -> list[str]:
         """Text of the completions, without special tokens."""
         rows = zip(rollouts.completion_ids.tolist(), rollouts.completion_mask.sum(1).int().tolist(), strict=True)
-        return self.tokenizer.batch_decode([ids[:length] for ids, length in rows], skip_special_tokens=True)
+        ids = [row[:length] for row, length in rows]
+        # Of an empty sample `batch_decode` makes one empty text.
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
 
     def encode_prompts(self, prompts: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
         """Left-pads token lists to `(rows, width)` ids and mask."""
