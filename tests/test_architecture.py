@@ -12,7 +12,7 @@ ROOMS = [
     ["trainers"],
     ["sweep"],
     ["run"],
-    ["records", "survey", "workspace"],
+    ["records", "workspace"],
     ["plan", "release"],
     ["parsing", "provenance"],
     ["recipe"],

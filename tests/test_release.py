@@ -11,14 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from dpalign.algorithms import PPOConfig, SFTConfig
 from dpalign.data.load import DataConfig
-from dpalign.models import AdapterConfig, ModelConfig, Policy
+from dpalign.errors import DPAlignError
+from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat
+from dpalign.models.verify import check_merged, check_release, probe_ids, probe_logits
+from dpalign.privacy.statement import PrivacyStatement
 from dpalign.recipe import Recipe
+from dpalign.release import write_release
 from dpalign.run import run_recipe
-from helpers import reviews
-from tiny import tiny_base, tiny_tokenizer, words
+from helpers import call, files_below, reviews
+from tiny import tiny_base, tiny_folder, tiny_tokenizer, words
 
 # Runs where every import of dpalign fails; prints one JSON object of what it found.
 PLAIN = """
@@ -142,3 +148,101 @@ def test_the_card_tells_how_to_load_it(runs):
     base = json.loads((release / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert f"from_pretrained({json.dumps(base)})" in card and "differential privacy" in card
     assert json.loads((release / "adapter_config.json").read_text())["r"] == 4
+
+
+# What was written is what was trained -----------------------------------------------------------------------------
+
+
+def trained(folder: Path, dtype: str = "float32") -> tuple[Policy, str]:
+    """A policy on a base in folder/base with two random adapters, and that base."""
+    base = folder / "base" if (folder / "base").exists() else tiny_folder("llama", folder / "base")
+    policy = Policy.load(ModelConfig(str(base), dtype=dtype))
+    torch.manual_seed(0)
+    for stage in ("sft", "ppo"):
+        policy.add_adapter(stage, AdapterConfig(r=2))
+        for name, p in policy.named_parameters():
+            if f".{stage}." in name:
+                torch.nn.init.normal_(p, std=0.1)
+    return policy, str(base)
+
+
+STATEMENT = PrivacyStatement(private=True, epsilon=1.0, delta=1e-5, stages=[])
+
+
+def scaled(factor: float):
+    """A policy whose release is another adapter than the one that was trained."""
+
+    class Wrong(Policy):
+        def save_adapter(self, folder, base_model):
+            super().save_adapter(folder, base_model)
+            file = Path(folder) / "adapter_model.safetensors"
+            save_file({k: v * factor if "lora_B" in k else v for k, v in load_file(file).items()}, file)
+
+    return Wrong
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("factor", [0.0, 0.97, 1.03, 1.0])
+def test_a_release_that_is_not_what_was_trained_is_not_left(dtype, factor, tmp_path):
+    """The right one passes in every dtype, and one that is 3% off in none: what is compared is float32."""
+    policy, base = trained(tmp_path, dtype)
+    before = {n: p.clone() for n, p in policy.named_parameters()}
+    release = tmp_path / "release"
+    write_release(release, policy, STATEMENT, base, "t")
+    old = {f: f.read_bytes() for f in files_below(release)}
+    policy.__class__ = scaled(factor)
+    if factor == 1:
+        write_release(release, policy, STATEMENT, base, "t")
+    else:
+        with pytest.raises(DPAlignError, match=r"nothing was released: .* away from the trained model's"):
+            write_release(release, policy, STATEMENT, base, "t")
+        assert {f: f.read_bytes() for f in files_below(release)} == old
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "release"}
+    assert all(torch.equal(p, before[n]) and p.dtype == before[n].dtype for n, p in policy.named_parameters())
+
+
+def test_half_precision_is_compared_in_float32_and_put_back(tmp_path):
+    policy, _ = trained(tmp_path, "bfloat16")
+    before, ids = {n: (p.data_ptr(), p.dtype) for n, p in policy.named_parameters()}, probe_ids(policy)
+    narrow = policy(ids, torch.ones_like(ids), ids.shape[1])[0]
+    found = probe_logits(policy.model, ids)
+    assert {n: (p.data_ptr(), p.dtype) for n, p in policy.named_parameters()} == before
+    wide = policy.float()(ids, torch.ones_like(ids), ids.shape[1])[0]
+    assert (found - wide).abs().max() < 1e-4 < 1e-3 < (narrow - wide).abs().max()
+
+
+def test_a_base_that_has_changed_since_the_run_began_is_noticed(tmp_path):
+    policy, base = trained(tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({k: v * 1.01 if "embed" in k else v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(DPAlignError, match="Is the base what it was when the run began"):
+        write_release(tmp_path / "release", policy, STATEMENT, base, "t")
+    assert not (tmp_path / "release").exists()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_reward_models_release_is_checked_with_its_head(pooling, tmp_path):
+    policy, base = trained(tmp_path)
+    model = RewardModel.from_policy(policy, TextFormat(max_length=8, pooling=pooling))
+    torch.nn.init.normal_(model.head.weight)
+    model.save(tmp_path / "release", base, Normalization())
+    check_release(model, tmp_path / "release", base)
+    with torch.no_grad():
+        model.head.weight[0, 3] += 0.1
+    with pytest.raises(DPAlignError, match="nothing was released"):
+        check_release(model, tmp_path / "release", base)
+
+
+def test_a_merged_export_is_checked_and_keeps_its_stop_ids(tmp_path, capsys, monkeypatch):
+    base = tiny_base("llama")
+    base.generation_config = GenerationConfig(eos_token_id=[1, 5])
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    policy, name = trained(tmp_path)
+    write_release(tmp_path / "release", policy, STATEMENT, name, "t")
+    assert call(capsys, "export", tmp_path / "release", "--to", tmp_path / "out", "--merge").status == 0
+    assert Policy.load(ModelConfig(str(tmp_path / "out"))).stop_ids == [1, 5]
+    check_merged(policy, tmp_path / "out")
+    monkeypatch.setattr("peft.PeftModel.merge_and_unload", lambda self: self.unload(), raising=False)
+    refused = call(capsys, "export", tmp_path / "release", "--to", tmp_path / "other", "--merge").error
+    assert "nothing was released" in refused and not (tmp_path / "other").exists()

@@ -11,6 +11,7 @@ import yaml
 
 from .files import replace_folder, write_json, write_text
 from .models import Normalization, Policy, RewardModel
+from .models.verify import check_release
 from .printable import code_span
 from .privacy.statement import PrivacyStatement
 from .reporting.numbers import all_runs, at_most
@@ -76,9 +77,14 @@ standard deviation 1 on the SFT model's own text, are in `reward.json`. As the r
 
 
 def write_release(folder: Path, policy: Policy, statement: PrivacyStatement, base_model: str, title: str) -> None:
-    """Writes the release folder in one move: the old one or the whole new one."""
+    """Writes the release folder in one move: the old one or the whole new one.
+
+    Raises:
+        DPAlignError: plain peft makes something else of it than what was trained; the old one stays.
+    """
     with replace_folder(folder) as temporary:
         policy.save_adapter(temporary, base_model)
+        check_release(policy, temporary, base_model)
         _describe(temporary, statement, base_model, title, auto_class="AutoModelForCausalLM", options="", pooling="")
 
 
@@ -90,9 +96,14 @@ def write_reward_model(
     title: str,
     normalization: Normalization,
 ) -> None:
-    """Writes a reward model as a release of its own, in one move."""
+    """Writes a reward model as a release of its own, in one move.
+
+    Raises:
+        DPAlignError: plain peft makes something else of it than what was trained; the old one stays.
+    """
     with replace_folder(folder) as temporary:
         model.save(temporary, base_model, normalization)
+        check_release(model, temporary, base_model)
         _describe(
             temporary,
             statement,

@@ -24,6 +24,7 @@ from .algorithms.pairs import PairAlgorithm
 from .data.load import DataConfig, Record
 from .errors import DPAlignError
 from .models import AdapterConfig, ModelConfig, Policy, RewardModel
+from .models.lora import check_to_train
 from .models.objects import Given, check_tokenizer, folder_of
 from .privacy.statement import read_statement
 from .recipe import Recipe
@@ -275,19 +276,18 @@ class DPRLOOTrainer(_RolloutTrainer):
 
 
 def adapter_from(config: LoraConfig) -> AdapterConfig:
-    """The fields of a plain LoRA; anything else is refused.
+    """The fields of a plain LoRA; anything else is refused by name.
 
     Raises:
-        DPAlignError: dropout, biases, rsLoRA, DoRA or modules to save.
+        DPAlignError: a field that cannot be honoured.
     """
-    if config.lora_dropout or config.bias != "none" or config.use_rslora or config.use_dora or config.modules_to_save:
-        raise DPAlignError("only plain LoRA is private here: no dropout, bias, rsLoRA, DoRA or modules_to_save.")
-    targets = config.target_modules
+    check_to_train(config)
+    targets, layers = config.target_modules, config.layers_to_transform
     return AdapterConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         target_modules=sorted(targets) if isinstance(targets, set | list) else targets,
-        layers=config.layers_to_transform if isinstance(config.layers_to_transform, list) else None,
+        layers=[layers] if isinstance(layers, int) else layers,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import DPAlignError
 from ..files import replace_folder
 from ..models import ModelConfig, Policy
+from ..models.verify import check_merged
 from ..reporting.terminal import Terminal
 from .arguments import Parser
 
@@ -33,6 +34,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         if given.merge:
             policy = Policy.load(ModelConfig(name_or_path=str(release)))
             policy.model.merge_and_unload().save_pretrained(temporary)
+            check_merged(Policy.load(ModelConfig(name_or_path=str(release))), temporary)
             policy.tokenizer.save_pretrained(temporary)
             for name in ("privacy.json", "README.md"):
                 shutil.copy(release / name, temporary / name)

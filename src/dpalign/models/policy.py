@@ -21,6 +21,7 @@ from ..data.text import turn_end
 from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
 from .loading import load_adapter, refuse_missing
+from .lora import check_layers
 from .objects import Given
 from .sampling import DrawToken
 from .stack import AdapterStack, ModelConfig, load_pretrained
@@ -59,6 +60,7 @@ class Policy(AdapterStack):
     """A causal LM on an `AdapterStack`; `reference` is the model that the newest stage started from."""
 
     task_type = "CAUSAL_LM"
+    auto_class = AutoModelForCausalLM
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(base, tokenizer)
@@ -70,6 +72,22 @@ class Policy(AdapterStack):
         accepted = inspect.signature(base.forward).parameters
         self._accepts_positions = "position_ids" in accepted
         self._accepts_keep = "logits_to_keep" in accepted
+        self._refuse_bidirectional()
+
+    @torch.no_grad()
+    def _refuse_bidirectional(self) -> None:
+        """Raises DPAlignError if later tokens change earlier logits: such a model has no law of the next token."""
+        config = self.model.config.get_text_config()
+        half = min(16, getattr(config, "max_position_embeddings", None) or 16) // 2
+        ids = torch.arange(2 * half, device=self.device)[None] % config.vocab_size
+        other = torch.where(ids < half, ids, (ids + 1 + half) % config.vocab_size)
+        before, after = (self(row, torch.ones_like(row), 2 * half)[0][:, :half] for row in (ids, other))
+        rounding = 16 * torch.finfo(self.model.dtype).eps * float(before.abs().max())
+        if float((before - after).abs().max()) > rounding:
+            raise DPAlignError(
+                f"{type(self.model).__name__} reads later tokens too (in its config, is_decoder may be false): it "
+                "cannot be a policy; use a causal language model."
+            )
 
     @classmethod
     def load(cls, config: ModelConfig, device: str | torch.device = "cpu", given: Given | None = None) -> Policy:
@@ -84,6 +102,7 @@ class Policy(AdapterStack):
         policy = cls(base, tokenizer)
         if adapter:
             policy.model = load_adapter(base, adapter, is_trainable=False)
+            check_layers(policy.model, "earlier")
             policy.adapters.append("earlier")
             policy.eval()
         return policy

@@ -8,10 +8,10 @@ It reads text and has its own tokenizer, which need not be the policy's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -25,6 +25,7 @@ from ..errors import DPAlignError
 from ..files import write_json
 from . import embedded
 from .loading import check_weights, load_adapter, loaded, refuse_missing
+from .lora import check_layers
 from .objects import Given
 from .policy import Policy
 from .stack import AdapterStack, ModelConfig, load_pretrained
@@ -62,6 +63,9 @@ class Normalization:
 
 class RewardModel(AdapterStack):
     """Scores `(rows,)` of texts; the head is float32 whatever the base's dtype."""
+
+    auto_class = AutoModelForSequenceClassification
+    auto_options: ClassVar[dict[str, Any]] = {"num_labels": 1}
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextFormat | None = None):
         super().__init__(base, tokenizer)
@@ -102,8 +106,10 @@ class RewardModel(AdapterStack):
         if adapter is None:
             return model
         lora = loaded("an adapter", adapter, lambda: LoraConfig.from_pretrained(adapter))
+        model._refuse_saved_modules(adapter, lora.modules_to_save or [])
         lora.task_type = lora.modules_to_save = None
         model.model = load_adapter(base, adapter, config=lora)
+        check_layers(model.model, "earlier")
         model.adapters.append("earlier")
         model.requires_grad_(False)
         model.eval()
@@ -168,6 +174,16 @@ class RewardModel(AdapterStack):
 
     def heads(self) -> list[nn.Linear]:
         return [self.head]
+
+    def _refuse_saved_modules(self, folder: str, names: Collection[str]) -> None:
+        """Raises DPAlignError for an adapter that has trained more than the head: that would be dropped."""
+        found = [n for n, _ in self.classifier.named_modules() if any(f".{n}".endswith(f".{name}") for name in names)]
+        more = [name for name in found if name != self.head_name]
+        if more:
+            raise DPAlignError(
+                f"the adapter in {folder} is no plain LoRA: modules_to_save ({', '.join(more)}) would be used and then "
+                "be missing in the release; merge it into its base with peft, save that, and pass that folder."
+            )
 
     def reset_head(self) -> None:
         """Zero: all texts score alike at first, so there is no random score to unlearn under noise."""

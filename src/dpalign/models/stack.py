@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +25,7 @@ from ..domains import within
 from ..errors import DPAlignError
 from . import embedded
 from .loading import check_configuration, check_tokenizer, check_weights, loaded
+from .lora import check_adapter_folder, check_layers
 from .objects import SAVE_IT, Given, check_adapter, take_weights
 
 RELEASE_ADAPTER = "default"
@@ -80,6 +81,8 @@ class AdapterStack(nn.Module):
 
     excluded: list[str] | None = None  # layers that no adapter may take
     task_type: str | None = None  # peft's name for the kind of model; it decides which wrapper peft puts around
+    auto_class: Any  # of transformers, which loads the base
+    auto_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -135,6 +138,7 @@ class AdapterStack(nn.Module):
                 self.model = get_peft_model(self.model, lora, adapter_name=name)
         except ValueError as error:
             raise DPAlignError(f"the adapter cannot be added: {str(error).splitlines()[0]}") from None
+        check_layers(self.model, name)
         self.adapters.append(name)
 
     def checkpoint_activations(self, on: bool) -> None:
@@ -265,7 +269,8 @@ class AdapterStack(nn.Module):
         layers: dict[str, Any] = {
             n: m for n, m in self.model.base_model.model.named_modules() if isinstance(m, LoraLayer) and m.lora_A
         }
-        rank = sum(self.model.peft_config[a].r for a in self.adapters)
+        # Each layer has the ranks of its own stages' adapters (rank_pattern); what it lacks to the most is zero.
+        rank = max(sum(m.r[a] for a in self.adapters if a in m.lora_A) for m in layers.values())
         # Layers by their full names: the stages may adapt different ones. peft's own concatenation refuses that.
         config = LoraConfig(
             r=rank,
@@ -286,7 +291,9 @@ class AdapterStack(nn.Module):
                     layer.lora_A[RELEASE_ADAPTER].weight.zero_()[: len(down)] = down
                     layer.lora_B[RELEASE_ADAPTER].weight.zero_()[:, : len(down)] = up
             self.model.peft_config[RELEASE_ADAPTER].base_model_name_or_path = base_model
-            self.model.save_pretrained(folder, selected_adapters=[RELEASE_ADAPTER], safe_serialization=True)
+            self.model.save_pretrained(
+                folder, selected_adapters=[RELEASE_ADAPTER], safe_serialization=True, save_embedding_layers=False
+            )
         finally:
             self.model.delete_adapter(RELEASE_ADAPTER)
             self._activate(self.adapters, trainable=False)
@@ -311,6 +318,7 @@ def load_pretrained(
         raise DPAlignError(f"dtype {config.dtype!r} is not one of float32, bfloat16, float16.")
     adapter = None
     if (Path(path) / "adapter_config.json").exists():
+        check_adapter_folder(path, has_head="num_labels" in options)
         adapter = path
         path = embedded.resolve(loaded("an adapter", path, lambda: _base_of(path)))
     trust = {"trust_remote_code": config.trust_remote_code}

@@ -1,0 +1,93 @@
+"""What was written is what was trained: plain transformers and peft load it, and give the same logits on public ids.
+
+Both are computed in float32 (half-precision weights are widened, which is exact), so that what remains is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..errors import DPAlignError
+from .stack import AdapterStack
+
+# Of the largest logit: float32 rounds at 6e-8, and ranks that are concatenated are summed in another order.
+TOLERANCE = 1e-4
+ROWS, LENGTH = 4, 16
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """Within the block half-precision weights are float32; they are put back, not rounded back."""
+    narrow = [(p, p.data) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for parameter, data in narrow:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in narrow:
+            parameter.data = data
+
+
+def probe_ids(stack: AdapterStack) -> Tensor:
+    """`(ROWS, length)` ids from all over the vocabulary, the same in every run; they read no record."""
+    config = stack.model.config.get_text_config()
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    ids = torch.randint(0, config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
+    for padding in {stack.tokenizer.pad_token_id, config.pad_token_id} - {None}:
+        ids[:, -1][ids[:, -1] == padding] = (padding + 1) % config.vocab_size  # a classifier looks for the last token
+    return ids
+
+
+@torch.no_grad()
+def probe_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits of each row by itself, on the CPU."""
+    with widened(model):
+        batches = [ids[row : row + 1].to(model.device) for row in range(len(ids))]
+        rows = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in batches]
+    return torch.cat(rows).float().cpu()
+
+
+def check_release(stack: AdapterStack, folder: Path, base_model: str) -> None:
+    """Loads the adapter in `folder` on its base by plain peft, and compares.
+
+    Raises:
+        DPAlignError: it is not what was trained.
+    """
+    plain = load_plain(stack, base_model)
+    ids = probe_ids(stack)
+    check_logits(stack, probe_logits(PeftModel.from_pretrained(plain, str(folder)).eval(), ids), f"base {base_model!r}")
+
+
+def check_merged(stack: AdapterStack, folder: Path) -> None:
+    """Loads full weights by plain transformers, and compares them with the adapters on their base.
+
+    Raises:
+        DPAlignError: they are not the same.
+    """
+    check_logits(stack, probe_logits(load_plain(stack, str(folder)), probe_ids(stack)), "merged")
+
+
+def load_plain(stack: AdapterStack, folder: str) -> Any:
+    """The model in a folder, as plain transformers loads it, in the stack's dtype and on its device."""
+    base = stack.model.get_base_model() if isinstance(stack.model, PeftModel) else stack.model
+    trust = type(base).__module__.startswith("transformers_modules")
+    plain = stack.auto_class.from_pretrained(folder, dtype=base.dtype, trust_remote_code=trust, **stack.auto_options)
+    return plain.to(stack.device).eval()
+
+
+def check_logits(stack: AdapterStack, found: Tensor, where: str) -> None:
+    """Raises DPAlignError if logits of `probe_ids` are not those of the trained model."""
+    expected = probe_logits(stack.model, probe_ids(stack))
+    off, most = float((found - expected).abs().max()), TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not off <= most:
+        raise DPAlignError(
+            f"nothing was released: loaded by plain transformers and peft ({where}), its logits are {off:.3g} away "
+            f"from the trained model's, and rounding explains {most:.1g}. Is the base what it was when the run began?"
+        )
