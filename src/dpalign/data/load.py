@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..domains import within
 from ..errors import RECORDS_READ, DPAlignError
 from . import demo
+from .readers import ENDINGS, READERS, read_folder, read_hub
 
 Record = dict[str, Any]
 
@@ -23,7 +21,7 @@ class DataConfig:
 
     Args:
         name: declared name of the dataset, the ledger's key; every run on one name adds up.
-        path: .jsonl, .csv or .parquet file (.gz allowed), a folder written by `datasets`, a hub name, or
+        path: .jsonl, .json, .csv, .tsv or .parquet file (.gz allowed), a folder written by `datasets`, a hub name, or
             `demo:NAME/FILE`.
         split: split of a `datasets` folder or hub dataset.
         unit: column that names the privacy unit (a person, say); without one each record is a unit.
@@ -62,16 +60,15 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
     kind = file.name.removesuffix(".gz").rpartition(".")[2]
     try:
         if file.is_dir():
-            records = _read_folder(file, split)
-        elif kind in ("jsonl", "json", "ndjson", "csv", "parquet"):
+            records = read_folder(file, split)
+        elif kind.lower() in READERS:
             if not file.is_file():
                 raise DPAlignError(f"data file {path} does not exist.")
-            reader = {"csv": _read_csv, "parquet": _read_parquet}.get(kind, _read_jsonl)
-            records = reader(file)
+            records = READERS[kind.lower()](file)
         elif file.exists():
-            raise DPAlignError(f"data file {path} has an unknown ending: use .jsonl, .csv or .parquet (.gz allowed).")
+            raise DPAlignError(f"data file {path} has an unknown ending: use {ENDINGS} (.gz allowed).")
         else:
-            records = _read_hub(path, split, cache_dir)
+            records = read_hub(path, split, cache_dir)
     except UnicodeDecodeError as error:
         raise DPAlignError(f"data file {path} is not UTF-8 text (byte {error.start}): convert it first.") from None
     except (OSError, EOFError) as error:
@@ -119,78 +116,3 @@ def only_columns(
     if chosen is None or not any(others & set(record) for record in records):
         return records
     return [{name: value for name, value in record.items() if name not in others} for record in records]
-
-
-def _open(file: Path) -> TextIO:
-    return (
-        gzip.open(file, "rt", encoding="utf-8", newline="")
-        if file.suffix == ".gz"
-        else open(file, encoding="utf-8", newline="")
-    )
-
-
-def _read_jsonl(file: Path) -> list[Record]:
-    records = []
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise DPAlignError(f"line {number} of {file} is not JSON: expected one object per line.") from None
-            if not isinstance(record, dict):
-                raise DPAlignError(f"line {number} of {file} is not a JSON object.")
-            records.append(record)
-    return records
-
-
-def _read_csv(file: Path) -> list[Record]:
-    csv.field_size_limit(2**31 - 1)
-    with _open(file) as lines:
-        reader = csv.DictReader(lines)
-        try:
-            records = [dict(row) for row in reader]
-        except csv.Error:
-            raise DPAlignError(f"line {reader.line_num} of {file} is not valid CSV.") from None
-    if any(None in row or None in row.values() for row in records):
-        raise DPAlignError(f"{file} has rows with more or fewer fields than its header.")
-    return records
-
-
-def _read_parquet(file: Path) -> list[Record]:
-    import pyarrow.parquet
-
-    try:
-        records: list[Record] = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid:
-        raise DPAlignError(f"{file} is not a Parquet file.") from None
-    return records
-
-
-def _read_folder(folder: Path, split: str) -> list[Record]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        loaded = load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError):
-        raise DPAlignError(f"{folder} is not a folder written by datasets' save_to_disk.") from None
-    if isinstance(loaded, DatasetDict):
-        if split not in loaded:
-            raise DPAlignError(f"{folder} has no split {split!r}; it has {', '.join(loaded)}.")
-        loaded = loaded[split]
-    records: list[Record] = loaded.to_list()
-    return records
-
-
-def _read_hub(name: str, split: str, cache_dir: Path | None) -> list[Record]:
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(name, split=split, cache_dir=str(cache_dir) if cache_dir else None)
-        records: list[Record] = loaded.to_list()
-    except Exception as error:
-        raise DPAlignError(
-            f"{name!r} is neither a file here nor a dataset that the hub gave ({type(error).__name__})."
-        ) from None
-    return records

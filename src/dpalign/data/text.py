@@ -55,7 +55,7 @@ def read_text(value: Any) -> Text:
         DPAlignError: not a text, or a message that is none.
     """
     if isinstance(value, str):
-        return value
+        return _whole(value)
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         raise DPAlignError("expected a string or a list of chat messages")
     return [_read_message(message) for message in value]
@@ -80,7 +80,15 @@ def _read_message(message: Mapping[str, Any]) -> Message:
         content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise DPAlignError("the content of a chat message is neither text nor a list of text parts")
-    return read | {"role": ROLES.get(role, role), "content": content}
+    return read | {"role": ROLES.get(role, role), "content": _whole(content)}
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DPAlignError("the text holds half of a character (a lone surrogate): it is no valid Unicode") from None
+    return text
 
 
 def apart(asked: Any, answer: Any) -> tuple[Text, Text]:

@@ -1,0 +1,148 @@
+"""Files as Excel, TRL and `datasets` write them, to records. No message quotes a record."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import DPAlignError
+
+DELIMITERS = ",;\t"
+
+
+def open_text(file: Path) -> TextIO:
+    """UTF-8, with or without the byte order mark that Excel writes."""
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
+    return open(file, encoding="utf-8-sig", newline="")
+
+
+def read_json(file: Path) -> list[dict[str, Any]]:
+    """One object per line, or one array of objects."""
+    with open_text(file) as text:
+        start = text.read(1)
+        while start.isspace():
+            start = text.read(1)
+        text.seek(0)
+        return _read_array(file, text) if start == "[" else _read_lines(file, text)
+
+
+def _read_array(file: Path, text: TextIO) -> list[dict[str, Any]]:
+    try:
+        records = json.load(text)
+    except (ValueError, RecursionError) as error:
+        raise DPAlignError(f"{file} begins as a JSON array and is none{_line_of(error)}.") from None
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise DPAlignError(f"entry {number} of the array in {file} is not a JSON object.")
+    return list(records)
+
+
+def _read_lines(file: Path, text: TextIO) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DPAlignError(
+                f"line {number} of {file} is not JSON: expected one object per line, or one array of objects."
+            ) from None
+        if not isinstance(record, dict):
+            raise DPAlignError(f"line {number} of {file} is not a JSON object.")
+        records.append(record)
+    return records
+
+
+def _line_of(error: Exception) -> str:
+    return f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+
+
+def read_csv(file: Path) -> list[dict[str, Any]]:
+    """With a header; separated by commas, semicolons or tabs, whichever makes the most columns of the header."""
+    csv.field_size_limit(2**31 - 1)
+    with open_text(file) as text:
+        first = text.readline()
+        has_separator = first.lower().startswith("sep=")  # Excel says it in a line of its own
+        header = text.readline() if has_separator else first
+        delimiter = max(DELIMITERS, key=lambda d: len(next(csv.reader([header], delimiter=d), [])))
+        text.seek(0)
+        if has_separator:
+            text.readline()
+        try:
+            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+            names = list(reader.fieldnames or [])
+            _check_header(file, names)
+            records = [dict(row) for row in reader]
+        except csv.Error:
+            raise DPAlignError(f"{file} is not valid CSV: a quotation mark is not closed, or not doubled.") from None
+    for number, row in enumerate(records, 1):
+        if None in row or None in row.values():
+            raise DPAlignError(
+                f"record {number} of {file} has more or fewer fields than the header's {len(names)} (separated by "
+                f"{delimiter!r}): put texts that hold the separator between quotation marks."
+            )
+    return records
+
+
+def _check_header(file: Path, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DPAlignError(f"{file} has the column {twice[0]!r} twice: name each once.")
+    if any(not name.strip() for name in names):
+        raise DPAlignError(f"{file} has a column without a name: its first line must name every column.")
+
+
+def read_parquet(file: Path) -> list[dict[str, Any]]:
+    """Lists and structs become lists and dicts."""
+    import pyarrow.parquet
+
+    try:
+        records: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowInvalid:
+        raise DPAlignError(f"{file} is not a Parquet file.") from None
+    return records
+
+
+def read_folder(folder: Path, split: str) -> list[dict[str, Any]]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(folder))
+    except (FileNotFoundError, ValueError):
+        raise DPAlignError(f"{folder} is not a folder written by datasets' save_to_disk.") from None
+    if isinstance(loaded, DatasetDict):
+        if split not in loaded:
+            raise DPAlignError(f"{folder} has no split {split!r}; it has {', '.join(loaded)}.")
+        loaded = loaded[split]
+    records: list[dict[str, Any]] = loaded.to_list()
+    return records
+
+
+def read_hub(name: str, split: str, cache_dir: Path | None) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(name, split=split, cache_dir=str(cache_dir) if cache_dir else None)
+        records: list[dict[str, Any]] = loaded.to_list()
+    except Exception as error:
+        raise DPAlignError(
+            f"{name!r} is neither a file here nor a dataset that the hub gave ({type(error).__name__})."
+        ) from None
+    return records
+
+
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "jsonl": read_json,
+    "ndjson": read_json,
+    "json": read_json,
+    "csv": read_csv,
+    "tsv": read_csv,
+    "parquet": read_parquet,
+}
+ENDINGS = ", ".join(f".{kind}" for kind in READERS)
