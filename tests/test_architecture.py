@@ -12,7 +12,7 @@ ROOMS = [
     ["trainers"],
     ["sweep"],
     ["run"],
-    ["records", "workspace"],
+    ["records", "survey", "workspace"],
     ["plan", "release"],
     ["parsing", "provenance"],
     ["recipe"],

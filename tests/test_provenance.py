@@ -168,7 +168,7 @@ def test_updates_before_the_first_draw_belong_to_their_settings(tmp_path, capsys
 def test_what_is_declared_is_in_the_statement(tmp_path, capsys):
     reward = {"source": "mine:score", "is_public": True, "low": 0, "high": 1}
     recipe = write_recipe(tmp_path, sft=None, ppo={"max_steps": 1, "reward": reward})
-    found = call(capsys, "plan", recipe, "--json").json["assumptions"]
+    found = call(capsys, "plan", recipe, "--no_data", "--json").json["assumptions"]
     assert any("scores each row by itself (declared)" in a and "mine:score" in a for a in found)
 
 

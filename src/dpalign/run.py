@@ -43,9 +43,11 @@ from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normaliz
 from .rewards.learned import Learned
 from .rewards.load import RELEASED, is_reward_model
 from .stages import kind
+from .survey import Survey, survey
 from .training import Stage
 from .workspace import Workspace
 
+SURVEY = "data.json"  # in the private folder
 SAMPLES = 20  # public completions that are kept for people to read
 NORMALIZATION_ROWS = 512  # self-written texts that fix the scale of a reward model
 M = TypeVar("M", bound=AdapterStack)
@@ -88,7 +90,8 @@ def run_recipe(
         models = Models.load(recipe, policy, reward_model)
         shown = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
         shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in shown.items()}
-        check_inputs(plan, models, records, shown)
+        surveys = check_inputs(plan, models, records, shown)
+        write_json(workspace.private / SURVEY, {name: found.as_dict() for name, found in surveys.items()})
         run = Run(plan, workspace, data, models, shown, reporter or Reporter(quiet=True), reward_function)
         run.load_rewards()
         run.check_prompts_of_rewards(records)
@@ -96,6 +99,23 @@ def run_recipe(
         for stage in plan.stages.values():
             run.stage(stage)
         return run.finish(started)
+
+
+def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
+    """Every check of a run on its models, data and rewards, without a run: nothing is drawn or written.
+
+    Raises:
+        DPAlignError: what `run_recipe` would refuse.
+    """
+    records = {name: read_by(recipe, name, rows) for name, rows in read_stage_records(recipe).items()}
+    models = Models.load(recipe)
+    shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in read_public(recipe).items()}
+    surveys = check_inputs(plan, models, records, shown)
+    for stage in plan.stages.values():
+        for entering in stage.kind.entering(stage.config).values():
+            if isinstance(entering, RewardConfig) and entering.source != RELEASED:
+                load_reward(entering, models.reader(stage.kind.model_kind).device)
+    return surveys
 
 
 # The models ----------------------------------------------------------------------------------------------------------
@@ -154,17 +174,27 @@ class Models:
         return self.get(model_kind) or self.of(Policy)
 
 
-def check_inputs(plan: Plan, models: Models, records: Records, public: Mapping[str, tuple[list[Record], str]]) -> None:
-    """Refuses lengths and records that a stage cannot use, before the first draw."""
+def check_inputs(
+    plan: Plan, models: Models, records: Records, public: Mapping[str, tuple[list[Record], str]]
+) -> dict[str, Survey]:
+    """What the data does to each stage that can say so; for the data holder alone.
+
+    Raises:
+        DPAlignError: lengths or records that a stage cannot use.
+    """
+    surveys: dict[str, Survey] = {}
     for name, stage in plan.stages.items():
         model, source = models.reader(stage.kind.model_kind), plan.recipe.data_of(name)
         check_lengths(name, stage.kind.longest(stage.config), model.model.config)
         check = partial(stage.kind.check, stage.config, model.tokenizer)
-        check_records(records[name], source.path or source.name, stage.kind.columns, check)
+        readings = check_records(records[name], source.path or source.name, stage.kind.columns, check)
+        found = survey(readings, records[name], source.unit)
+        surveys |= {} if found is None else {name: found}
         if name in public:
             check_records(*public[name], stage.kind.columns, check)
         if isinstance(model, Policy):  # prompts that it writes itself are as those of the last stage
             model.asks_in_chats = are_chats(records[name], stage.kind.columns)
+    return surveys
 
 
 def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]:

@@ -161,6 +161,7 @@ class TrainingConfig(StageConfig):
 
 C = TypeVar("C", bound=StageConfig)  # settings
 T = TypeVar("T", bound=TrainingConfig)
+T_co = TypeVar("T_co")
 Model = TypeVar("Model", bound=AdapterStack)  # that the stage trains
 Example = TypeVar("Example")  # what a record becomes
 
@@ -171,6 +172,19 @@ class Tokens:
 
     trained: float = 0.0
     read: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a stage reads of one record: a function of private text, for its holder alone.
+
+    tokens: it has. limit: of these are read. learned: of those that are read have a gradient (of a pair the answer with
+    fewer; of a prompt, its own tokens).
+    """
+
+    tokens: int
+    limit: int
+    learned: int
 
 
 class StageKind(ABC, Generic[C]):
@@ -225,8 +239,12 @@ class StageKind(ABC, Generic[C]):
 
     @classmethod
     @abstractmethod
-    def check(cls, config: C, tokenizer: Tokenizer, record: Record) -> None:
-        """Raises DPAlignError for a record that cannot be used, in words that do not quote it."""
+    def check(cls, config: C, tokenizer: Tokenizer, record: Record) -> Reading | None:
+        """What the stage will read of a record, if it can say that.
+
+        Raises:
+            DPAlignError: the record cannot be used; in words that do not quote it.
+        """
 
     @classmethod
     def assumptions(cls, config: C) -> set[str]:
@@ -309,15 +327,21 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
 
 
 def check_records(
-    records: list[Record], path: str, columns: tuple[tuple[str, ...], ...], check: Callable[[Record], None]
-) -> None:
-    """Raises DPAlignError for a missing column, or the first record that cannot be used; names it, never quotes it."""
+    records: list[Record], path: str, columns: tuple[tuple[str, ...], ...], check: Callable[[Record], T_co]
+) -> list[T_co]:
+    """What `check` says of each record.
+
+    Raises:
+        DPAlignError: a missing column, or the first record that cannot be used; names it, never quotes it.
+    """
     require_columns(records, list(columns), path)
+    found = []
     for number, record in enumerate(records, 1):
         try:
-            check(record)
+            found.append(check(record))
         except DPAlignError as error:
             raise DPAlignError(f"record {number} of {path}: {error}.") from None
+    return found
 
 
 def encode_units(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..rewards import RewardConfig
 from ..rewards.load import given_columns
-from .base import Tokenizer, check_records
+from .base import Reading, Tokenizer, check_records
 
 CHATS = ("messages", "conversations", "text")  # columns whose chat is asked for its last answer
 PROMPT_COLUMNS = (("prompt",), *((name,) for name in CHATS))
@@ -33,6 +33,7 @@ class SamplingConfig:
 
     Args:
         max_prompt_length: most tokens of a prompt; a longer one is an error.
+        truncate_prompts: of a longer prompt the last tokens are read (and BOS, if it has one in front).
         prompt_min_tokens, prompt_max_tokens: cut `text` into a prompt of that many tokens (BOS not counted).
         prepend_bos: put the tokenizer's BOS in front of every prompt.
         max_completion_length: most tokens sampled per completion.
@@ -42,6 +43,7 @@ class SamplingConfig:
     """
 
     max_prompt_length: int = within(64, LENGTH)
+    truncate_prompts: bool = False
     prompt_min_tokens: int | None = within(None, LENGTH)
     prompt_max_tokens: int | None = within(None, LENGTH)
     prepend_bos: bool = False
@@ -95,15 +97,24 @@ def encode_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) 
     """Token ids of a record's prompt; None for a text with too few tokens (the unit then adds nothing)."""
     prompt = prompt_of(record)
     if prompt is not None:
-        return encode_prompt_text(tokenizer, prompt, prepend_bos=config.prepend_bos, options=template_options(record))
+        ids = encode_prompt_text(tokenizer, prompt, prepend_bos=config.prepend_bos, options=template_options(record))
+        return _cut_left(ids, config.max_prompt_length, tokenizer) if config.truncate_prompts else ids
     text = str(record["text"])
     low, high = config.prompt_min_tokens, config.prompt_max_tokens
     length = cut_length(text, low or high or 8, high or low or 8)
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    if len(ids) < length:
+    own: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    if len(own) < length:
         return None
     front = [tokenizer.bos_token_id] if config.prepend_bos and tokenizer.bos_token_id is not None else []
-    return front + ids[:length]
+    return front + own[:length]
+
+
+def _cut_left(ids: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+    """The last `length` ids, of which the first is BOS if it was."""
+    if len(ids) <= length:
+        return ids
+    front = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    return front + ids[len(ids) - length + len(front) :]
 
 
 def read_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -> Prompt | None:
@@ -151,11 +162,16 @@ def check_prompts(tokenizer: Tokenizer, records: list[Record], config: SamplingC
     check_records(records, path, PROMPT_COLUMNS, lambda record: check_prompt(tokenizer, record, config))
 
 
-def check_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -> None:
-    """Raises DPAlignError for a prompt longer than the limit; never quotes it."""
-    length = len(encode_prompt(tokenizer, record, config) or [])
-    if length > config.max_prompt_length:
+def check_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -> Reading:
+    """What is read of a prompt; nothing of a text that is too short for one.
+
+    Raises:
+        DPAlignError: a prompt longer than the limit, never quoted.
+    """
+    length = len(encode_prompt(tokenizer, record, replace(config, truncate_prompts=False)) or [])
+    if not config.truncate_prompts and length > config.max_prompt_length:
         raise DPAlignError(
             f"the prompt has {length} tokens, more than max_prompt_length {config.max_prompt_length}: raise the limit "
-            "or shorten the prompt"
+            "or set truncate_prompts"
         )
+    return Reading(length, config.max_prompt_length, min(length, config.max_prompt_length))

@@ -19,7 +19,7 @@ from ..domains import within
 from ..errors import DPAlignError
 from ..models import Policy
 from ..privacy.entropy import SystemEntropy
-from .base import Entering, Rows, Tokenizer, Tokens, TrainingConfig
+from .base import Entering, Reading, Rows, Tokenizer, Tokens, TrainingConfig
 from .pairs import PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_loss, preference_of
 
 
@@ -85,12 +85,15 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
         return Tokens(trained=2 * config.max_length, read=2 * config.max_length)  # the reference reads them too
 
     @classmethod
-    def check(cls, config: DPOConfig, tokenizer: Tokenizer, record: Record) -> None:
+    def check(cls, config: DPOConfig, tokenizer: Tokenizer, record: Record) -> Reading:
         check_pair(record)
         answers = encode_answers(tokenizer, record, config)
         length = max(answers.chosen.prompt_tokens, answers.rejected.prompt_tokens)
         if length >= config.max_length:
             raise DPAlignError(f"the prompt alone has {length} tokens, and max_length is {config.max_length}: raise it")
+        both = (answers.chosen, answers.rejected)
+        learned = min(sum(answer.learned[: config.max_length]) for answer in both)
+        return Reading(max(len(answer.ids) for answer in both), config.max_length, learned)
 
     def __init__(self, config: DPOConfig) -> None:
         super().__init__(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,8 +13,10 @@ from ..data.text import Text, joined, template_options
 from ..domains import within
 from ..models import ModelConfig, RewardModel, TextFormat
 from ..privacy.entropy import SystemEntropy
-from .base import Entering, Rows, Tokenizer, Tokens, TrainingConfig
+from .base import Entering, Reading, Rows, Tokenizer, Tokens, TrainingConfig
 from .pairs import PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_loss, preference_of
+
+UNCUT = 2**31  # tokens
 
 
 @dataclass(kw_only=True)
@@ -84,10 +86,13 @@ class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
         return Tokens(trained=2 * config.max_length)
 
     @classmethod
-    def check(cls, config: RewardModelConfig, tokenizer: Tokenizer, record: Record) -> None:
+    def check(cls, config: RewardModelConfig, tokenizer: Tokenizer, record: Record) -> Reading:
         check_pair(record)
-        for text in pair_texts(record):
-            config.text.encode(tokenizer, text, template_options(record))
+        whole = replace(config.text, max_length=UNCUT)
+        chosen, rejected = (whole.encode(tokenizer, text, template_options(record)) for text in pair_texts(record))
+        differ = chosen[-config.max_length :] != rejected[-config.max_length :]
+        learned = min(len(chosen), len(rejected), config.max_length) if differ else 0
+        return Reading(max(len(chosen), len(rejected)), config.max_length, learned)
 
     def __init__(self, config: RewardModelConfig) -> None:
         super().__init__(config)

@@ -21,7 +21,7 @@ from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
-from .base import Algorithm, Entering, Rows, Tokenizer, Tokens, TrainingConfig
+from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens, TrainingConfig
 from .basis import align_inputs
 from .completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
 
@@ -88,8 +88,8 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         return Tokens(trained=length * config.passes, read=2 * length)  # sampled, and read by the reference
 
     @classmethod
-    def check(cls, config: C, tokenizer: Tokenizer, record: Record) -> None:
-        check_prompt(tokenizer, record, config)
+    def check(cls, config: C, tokenizer: Tokenizer, record: Record) -> Reading:
+        return check_prompt(tokenizer, record, config)
 
     @classmethod
     def assumptions(cls, config: C) -> set[str]:

@@ -24,7 +24,7 @@ from ..errors import DPAlignError
 from ..models import Policy
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
-from .base import Algorithm, Entering, Rows, Tokenizer, Tokens, TrainingConfig
+from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens, TrainingConfig
 
 WHOLE = ("messages", "conversations", "text")  # columns that hold a whole text
 
@@ -78,9 +78,10 @@ class SFT(Algorithm[SFTConfig, Policy, Encoded]):
         return Tokens(trained=config.max_length)
 
     @classmethod
-    def check(cls, config: SFTConfig, tokenizer: Tokenizer, record: Record) -> None:
+    def check(cls, config: SFTConfig, tokenizer: Tokenizer, record: Record) -> Reading:
         """Any text will do (what is too long is cut); a chat must please its template."""
-        encode_record(tokenizer, record, config)
+        text = encode_record(tokenizer, record, config)
+        return Reading(len(text.ids), config.max_length, sum(text.learned[1 : config.max_length]))
 
     def __init__(self, config: SFTConfig) -> None:
         super().__init__(config)

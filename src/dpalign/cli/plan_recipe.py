@@ -21,29 +21,50 @@ from ..recipe import Recipe
 from ..records import count_undeclared
 from ..reporting.numbers import at_most
 from ..reporting.terminal import Terminal, plain
+from ..run import check_recipe
+from ..survey import Survey
 
 DESCRIPTION = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute.
-Draws nothing and writes nothing. Needs the data only where a dataset has no declared_units."""
+Makes every check that a run makes, and says what the data does to each stage: what is cut, what teaches nothing. These
+numbers have no noise: they are for the data holder, on this terminal and not in --json. Nothing is drawn or written.
+--no_data asks for the budget alone, which needs no data where the datasets have declared_units."""
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the plan."""
-    shown = plan_of(recipe_from("plan", arguments, DESCRIPTION))
+    with_data = "--no_data" not in arguments
+    recipe = recipe_from("plan", [word for word in arguments if word != "--no_data"], DESCRIPTION)
+    plan = planned(recipe)
+    is_here = with_data and not missing_data(recipe)
+    surveys = check_recipe(recipe, plan) if is_here else None
+    shown = _as_json(plan)
     if not as_json:
         _print(shown)
+        _print_surveys(surveys)
     return shown
 
 
 def plan_of(recipe: Recipe) -> dict[str, Any]:
-    """The plan of every stage, and of all together in parallel and in sequential composition, as JSON.
+    """The plan of every stage, and of all together in parallel and in sequential composition, as JSON."""
+    return _as_json(planned(recipe))
 
-    Units are counted, not split by the secret hash: a stage's number is its share of the declared or counted total,
-    as in a run.
-    """
+
+def missing_data(recipe: Recipe) -> bool:
+    """Whether stages name data that is not here."""
+    paths = [recipe.data_of(name).path for name in recipe.stages]
+    return any(not path or (Path(path).suffix and ":" not in path and not Path(path).exists()) for path in paths)
+
+
+def planned(recipe: Recipe) -> Plan:
+    """Units are counted, not split by the secret hash: a stage's number is its share of the declared or counted total,
+    as in a run."""
     recipe.check()
     units = declared_units(recipe, count_undeclared(recipe))
-    plan = make_plan(recipe, units, Past(check_provenance(recipe)))
-    parameters = parameter_count(recipe)
+    return make_plan(recipe, units, Past(check_provenance(recipe)))
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    recipe, parameters = plan.recipe, parameter_count(plan.recipe)
     shown: dict[str, Any] = {
         "target_epsilon": recipe.target_epsilon,
         "delta": plan.delta,
@@ -135,6 +156,18 @@ def _print(plan: dict[str, Any]) -> None:
         console.print("FLOPs need the model's configuration, which is not here.")
     for assumption in plan["assumptions"]:
         console.say(f"assumed: {assumption}")
+
+
+def _print_surveys(surveys: dict[str, Survey] | None) -> None:
+    console = Terminal()
+    if surveys is None:
+        console.print("Data, model and rewards were not checked.")
+        return
+    for name, survey in surveys.items():
+        for sentence in survey.sentences():
+            console.say(f"{name}, for the data holder alone: {sentence}.")
+    if surveys and not any(survey.sentences() for survey in surveys.values()):
+        console.print("The data: nothing is cut, and every record teaches something.")
 
 
 _CELLS: dict[str, Callable[[dict[str, Any]], str]] = {

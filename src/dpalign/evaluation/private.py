@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Entering, Schedule, StageConfig, StageKind, Tokenizer, Tokens
+from ..algorithms.base import Entering, Reading, Schedule, StageConfig, StageKind, Tokenizer, Tokens
 from ..algorithms.completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
 from ..data import UnitDataset
 from ..data.load import Record
@@ -91,8 +91,8 @@ class Measurement(StageKind[MeasurementConfig]):
         return Tokens(read=2 * cls.sampling(config).positions)  # the policy's completion, and its reference's
 
     @classmethod
-    def check(cls, config: MeasurementConfig, tokenizer: Tokenizer, record: Record) -> None:
-        check_prompt(tokenizer, record, cls.sampling(config))
+    def check(cls, config: MeasurementConfig, tokenizer: Tokenizer, record: Record) -> Reading:
+        return check_prompt(tokenizer, record, cls.sampling(config))
 
 
 @own_context()

@@ -39,6 +39,7 @@ LATER_SETTINGS = {
     "batched": False,
     "completion_only_loss": None,
     "assistant_only_loss": False,
+    "truncate_prompts": False,
 }  # that version 0.1.0 did not have, and what they are for a run of that version
 
 

@@ -1,0 +1,78 @@
+"""What the data does to a stage: what is cut, and what teaches nothing although it is paid for.
+
+These numbers are functions of private records without any noise. They are for the data holder: on the terminal that
+asks for them (`dpalign plan`) and in the run's private folder, never in anything that is published.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .algorithms.base import Reading
+from .data.load import Record
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of one stage's records.
+
+    limit: tokens that are read of a record. cut: records that have more. longest: tokens of the longest record, the
+    limit that cuts none; nine_in_ten: the limit that cuts one in ten. empty: records of which no token is learned.
+    idle_units: units that have no other records, out of `units`: they add nothing and are sampled all the same.
+    """
+
+    records: int
+    limit: int
+    cut: int
+    longest: int
+    nine_in_ten: int
+    empty: int
+    units: int
+    idle_units: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentences(self) -> list[str]:
+        """What a data holder should know, if there is anything."""
+        said = []
+        if self.cut:
+            said.append(
+                f"{self.cut:,} of {self.records:,} records are cut at {self.limit} tokens; {self.nine_in_ten} would "
+                f"hold nine in ten, {self.longest} all"
+            )
+        if self.empty:
+            said.append(
+                f"of {self.empty:,} records no token is learned; {self.idle_units:,} of {self.units:,} units have no "
+                "other: they are paid for and teach nothing"
+            )
+        return said
+
+
+def survey(readings: Sequence[Reading | None], records: Sequence[Record], unit: str | None) -> Survey | None:
+    """None of a stage that cannot say what it reads.
+
+    Args:
+        readings, records: of one stage, in the same order. unit: the column that names the privacy unit.
+    """
+    read = [reading for reading in readings if reading is not None]
+    if len(read) < len(records) or not read:
+        return None
+    learned: dict[object, int] = {}
+    for number, (reading, record) in enumerate(zip(read, records, strict=True)):
+        name = number if unit is None else str(record.get(unit))
+        learned[name] = learned.get(name, 0) + reading.learned
+    lengths = sorted(reading.tokens for reading in read)
+    return Survey(
+        records=len(read),
+        limit=read[0].limit,
+        cut=sum(reading.tokens > reading.limit for reading in read),
+        longest=lengths[-1],
+        nine_in_ten=lengths[math.ceil(0.9 * len(lengths)) - 1],
+        empty=sum(reading.learned == 0 for reading in read),
+        units=len(learned),
+        idle_units=sum(count == 0 for count in learned.values()),
+    )
