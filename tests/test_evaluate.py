@@ -184,8 +184,8 @@ def test_loading_a_judge():
 def state(folder: Path, private: bool, epsilon: float | str) -> Path:
     """A privacy.json of demo data, which is labelled like any other."""
     folder.mkdir(parents=True, exist_ok=True)
-    value = {"private": private, "epsilon": epsilon, "ledger": [{"dataset": "demo", "demo_data": True}]}
-    value |= {"stages": [], "assumptions": []}
+    value = json.loads((Path(__file__).parent / "formats" / "privacy_parallel.json").read_text(encoding="utf-8"))
+    value |= {"private": private, "epsilon": epsilon, "ledger": [{"dataset": "demo", "demo_data": True}]}
     (folder / "privacy.json").write_text(json.dumps(value))
     return folder
 
