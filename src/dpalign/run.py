@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from .algorithms.base import Algorithm, check_records
+from .algorithms.base import Algorithm, Reading, check_records
 from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
 from .algorithms.reward import RewardModelConfig
@@ -27,7 +27,7 @@ from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import measure_privately
 from .files import write_json
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
-from .models.loading import device_of
+from .models.loading import check_ids, device_of, embedding_rows
 from .models.reward_model import is_classifier, normalization_of
 from .plan import Plan, PlannedStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
@@ -186,7 +186,7 @@ def check_inputs(
     for name, stage in plan.stages.items():
         model, source = models.reader(stage.kind.model_kind), plan.recipe.data_of(name)
         check_lengths(name, stage.kind.longest(stage.config), model.model.config)
-        check = partial(stage.kind.check, stage.config, model.tokenizer)
+        check = partial(read_record, stage, model)
         readings = check_records(records[name], source.path or source.name, stage.kind.columns, check)
         found = survey(readings, records[name], source.unit)
         surveys |= {} if found is None else {name: found}
@@ -195,6 +195,18 @@ def check_inputs(
         if isinstance(model, Policy):  # prompts that it writes itself are as those of the last stage
             model.asks_in_chats = are_chats(records[name], stage.kind.columns)
     return surveys
+
+
+def read_record(stage: PlannedStage, model: AdapterStack, record: Record) -> Reading | None:
+    """What a stage reads of a record.
+
+    Raises:
+        DPAlignError: it cannot be used, or has a token that the model has no embedding for.
+    """
+    reading: Reading | None = stage.kind.check(stage.config, model.tokenizer, record)
+    if reading is not None:
+        check_ids([reading.largest], embedding_rows(model.model))
+    return reading
 
 
 def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]:

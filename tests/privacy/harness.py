@@ -70,7 +70,7 @@ class Trace:
     files: list[str] = field(default_factory=list)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A crash in the middle of a run."""
 
 

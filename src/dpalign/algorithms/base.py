@@ -21,6 +21,7 @@ from ..privacy.mechanism import Clipping, MetricRange
 from ..rewards import RewardConfig
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 Entering: TypeAlias = Mapping[str, ModelConfig | RewardConfig]  # by the setting that names it
 
 
@@ -179,12 +180,13 @@ class Reading:
     """What a stage reads of one record: a function of private text, for its holder alone.
 
     tokens: it has. limit: of these are read. learned: of those that are read have a gradient (of a pair the answer with
-    fewer; of a prompt, its own tokens).
+    fewer; of a prompt, its own tokens). largest: token id among them.
     """
 
     tokens: int
     limit: int
     learned: int
+    largest: int = 0
 
 
 class StageKind(ABC, Generic[C]):
@@ -341,15 +343,56 @@ def check_records(
             found.append(check(record))
         except DPAlignError as error:
             raise DPAlignError(f"record {number} of {path}: {error}.") from None
+        except Exception as error:  # of the tokenizer, say
+            raise DPAlignError(f"record {number} of {path} cannot be read: {type(error).__name__}.") from None
     return found
 
 
 def encode_units(
     algorithm: Algorithm[T, Model, Example], model: Model, units: list[list[Record]]
 ) -> list[list[Example]]:
-    """The examples of each unit, perhaps none; every record by itself."""
-    encoded = [[algorithm.encode(model, record) for record in unit] for unit in units]
+    """The examples of each unit, perhaps none; every record by itself.
+
+    All records were checked before the first draw. Should one raise something now, it has no example: other stages
+    have drawn, and the end of a run must not tell of a record.
+    """
+
+    def encode(record: Record) -> Example | None:
+        try:
+            return algorithm.encode(model, record)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:
+            return None
+
+    encoded = [[encode(record) for record in unit] for unit in units]
     return [[example for example in unit if example is not None] for unit in encoded]
+
+
+def rows_of_units(
+    algorithm: Algorithm[T, Model, Example], model: Model, units: list[list[Example]], coins: SystemEntropy | None
+) -> Rows:
+    """The rows of drawn units; a unit for which something is raised has none, and so adds zero.
+
+    Running out of memory is raised on: rows have constant shapes, so it tells of nobody's text.
+    """
+    try:
+        return algorithm.rows(model, units, coins)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:
+        parts = [algorithm.rows(model, [[] for _ in units], coins)]
+    for number, unit in enumerate(units):
+        try:
+            own = algorithm.rows(model, [unit], coins)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:
+            continue
+        parts.append(Rows(torch.full_like(own.unit, number), own.tensors))
+    parts = [part for part in parts if len(part.unit)] or parts[:1]
+    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+    return Rows(torch.cat([part.unit for part in parts]), tensors)
 
 
 def unit_means(row_values: Tensor, row_unit: Tensor, units: int) -> Tensor:

@@ -168,10 +168,11 @@ def check_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -
     Raises:
         DPAlignError: a prompt longer than the limit, never quoted.
     """
-    length = len(encode_prompt(tokenizer, record, replace(config, truncate_prompts=False)) or [])
+    ids = encode_prompt(tokenizer, record, replace(config, truncate_prompts=False)) or []
+    length = len(ids)
     if not config.truncate_prompts and length > config.max_prompt_length:
         raise DPAlignError(
             f"the prompt has {length} tokens, more than max_prompt_length {config.max_prompt_length}: raise the limit "
             "or set truncate_prompts"
         )
-    return Reading(length, config.max_prompt_length, min(length, config.max_prompt_length))
+    return Reading(length, config.max_prompt_length, min(length, config.max_prompt_length), max(ids, default=0))

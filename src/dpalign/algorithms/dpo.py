@@ -93,7 +93,8 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
             raise DPAlignError(f"the prompt alone has {length} tokens, and max_length is {config.max_length}: raise it")
         both = (answers.chosen, answers.rejected)
         learned = min(sum(answer.learned[: config.max_length]) for answer in both)
-        return Reading(max(len(answer.ids) for answer in both), config.max_length, learned)
+        largest = max((token for answer in both for token in answer.ids), default=0)
+        return Reading(max(len(answer.ids) for answer in both), config.max_length, learned, largest)
 
     def __init__(self, config: DPOConfig) -> None:
         super().__init__(config)

@@ -92,7 +92,8 @@ class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
         chosen, rejected = (whole.encode(tokenizer, text, template_options(record)) for text in pair_texts(record))
         differ = chosen[-config.max_length :] != rejected[-config.max_length :]
         learned = min(len(chosen), len(rejected), config.max_length) if differ else 0
-        return Reading(max(len(chosen), len(rejected)), config.max_length, learned)
+        largest = max([*chosen, *rejected], default=0)
+        return Reading(max(len(chosen), len(rejected)), config.max_length, learned, largest)
 
     def __init__(self, config: RewardModelConfig) -> None:
         super().__init__(config)

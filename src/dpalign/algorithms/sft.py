@@ -81,7 +81,9 @@ class SFT(Algorithm[SFTConfig, Policy, Encoded]):
     def check(cls, config: SFTConfig, tokenizer: Tokenizer, record: Record) -> Reading:
         """Any text will do (what is too long is cut); a chat must please its template."""
         text = encode_record(tokenizer, record, config)
-        return Reading(len(text.ids), config.max_length, sum(text.learned[1 : config.max_length]))
+        return Reading(
+            len(text.ids), config.max_length, sum(text.learned[1 : config.max_length]), max(text.ids, default=0)
+        )
 
     def __init__(self, config: SFTConfig) -> None:
         super().__init__(config)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Entering, Reading, Schedule, StageConfig, StageKind, Tokenizer, Tokens
+from ..algorithms.base import OUT_OF_MEMORY, Entering, Reading, Schedule, StageConfig, StageKind, Tokenizer, Tokens
 from ..algorithms.completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
 from ..data import UnitDataset
 from ..data.load import Record
@@ -152,7 +152,7 @@ def _measured_once(
     (drawn,) = gate.draw([step], first=0, attempt=0)
     mechanism = drawn.measurement()
     for chunk, count in policy.chunks(len(drawn.units), config.micro_batch_size):
-        values = _measure(policy, [data.units[drawn.units[i]] for i in chunk], reward, config, drawn.coins)
+        values = _contained(policy, [data.units[drawn.units[i]] for i in chunk], reward, config, drawn.coins)
         mechanism.add_metrics(values[:count])
     released = mechanism.release()[1] or {}
     deviation = plan.noise_multiplier * math.sqrt(len(block)) / data.declared_units
@@ -162,6 +162,20 @@ def _measured_once(
         "units": data.declared_units,
         "epsilon": plan.epsilon,
     }
+
+
+def _contained(
+    policy: Policy, units: list[list[Record]], reward: Reward, config: SamplingConfig, coins: SystemEntropy
+) -> torch.Tensor:
+    """`_measure`, in which a unit that raises something counts as one without a prompt: the others go on."""
+    try:
+        return _measure(policy, units, reward, config, coins)
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:
+        if len(units) == 1:
+            return torch.full((1, 3), torch.nan, dtype=torch.float64)
+    return torch.cat([_contained(policy, [unit], reward, config, coins) for unit in units])
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import Algorithm, Rows, encode_units, unit_means
+from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, encode_units, rows_of_units, unit_means
 from ..data.units import UnitDataset
 from ..errors import DPAlignError
 from ..files import append_line, private_folder
@@ -179,7 +179,7 @@ class Stage:
         steps = [self._private_step(sigma)] * self.plan.minibatches
         samples = self.gate.draw(steps, step, attempt)
         union = sorted(set().union(*(sample.units for sample in samples)))
-        rows = self.algorithm.rows(self.model, [self.examples[unit] for unit in union], samples[0].coins)
+        rows = rows_of_units(self.algorithm, self.model, [self.examples[unit] for unit in union], samples[0].coins)
         place = {unit: position for position, unit in enumerate(union)}
         for sample in samples:
             released = self._step(rows, [place[u] for u in sample.units], sample, step)
@@ -227,13 +227,26 @@ class Stage:
         if len(batch.unit) == 0:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
         units = len(positions)
-        with self.gradients.collect(batch.unit, units):
-            losses, metrics = self.algorithm.row_losses(self.model, batch)
-            unit_means(losses, batch.unit, units).sum().backward()  # type: ignore[no-untyped-call]
+        try:
+            with self.gradients.collect(batch.unit, units):
+                losses, metrics = self.algorithm.row_losses(self.model, batch)
+                unit_means(losses, batch.unit, units).sum().backward()  # type: ignore[no-untyped-call]
+        except (DPAlignError, *OUT_OF_MEMORY):
+            raise  # of the model's structure, or of sizes that are everyone's
+        except Exception:
+            self._accumulate_alone(mechanism, rows, positions, count)
+            return
         with torch.no_grad():
             rowless = torch.bincount(batch.unit, minlength=units) == 0  # NaN adds zero, as it would alone
             means = unit_means(metrics, batch.unit, units).masked_fill(rowless.unsqueeze(1), torch.nan)
             mechanism.add([g[:count] for g in self.gradients.grads()], means[:count])
+
+    def _accumulate_alone(self, mechanism: GaussianMechanism, rows: Rows, positions: list[int], count: int) -> None:
+        """Something was raised for one of some units: each again, as often as it fills a micro-batch; it adds zero."""
+        if len(set(positions)) == 1:
+            return
+        for position in positions[:count]:
+            self._accumulate(mechanism, rows, [position] * len(positions), 1)
 
     def _schedule(self, step: int) -> float:
         config, steps = self.config, self.plan.steps
