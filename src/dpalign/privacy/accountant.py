@@ -48,6 +48,8 @@ class SampledGaussian:
             )
         if not self.noise_multiplier >= 0:
             raise DPAlignError(f"noise multiplier {self.noise_multiplier} must be 0 or positive.")
+        if not self.metrics_noise_multiplier >= 0:
+            raise DPAlignError(f"metrics noise multiplier {self.metrics_noise_multiplier} must be 0 or positive.")
         if self.steps < 0 or self.passes < 1:
             raise DPAlignError(f"steps={self.steps} and passes={self.passes} must be at least 0 and 1.")
         if self.steps > LARGEST_STEPS or self.steps * self.sampling_rate > LARGEST_DRAWS:
