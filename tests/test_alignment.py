@@ -33,7 +33,7 @@ LEARNED = {"reward": {"source": "reward_model"}, "max_steps": 2}
 def write_data(folder: Path) -> dict[str, Any]:
     """Texts, pairs and prompts of different people, and public pairs and prompts; the recipe's sections for them."""
     files = {
-        "texts": reviews(40), "pairs": judged(40, start=100), "prompts": [r | {"id": f"q{r['id']}"} for r in reviews(40)],
+        "texts": reviews(40), "pairs": judged(40, start=100), "prompts": [r | {"id": f"q{r['id']}"} for r in reviews(80)[40:]],
         "public_pairs": judged(6, "public"), "public_prompts": reviews(6, "public"),
     }  # fmt: skip
     paths = {name: str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in files.items()}
@@ -305,7 +305,7 @@ def test_dpalign_reward_and_rloo_alone(tmp_path, capsys):
         "synthetic_steps": 1, "synthetic_batch_size": 4,
         "reward": {"source": f"reward_model:{tmp_path / 'a' / 'reward_model'}"},
     }  # fmt: skip
-    held_out = {"name": "held-out", "path": str(write_jsonl(tmp_path / "h.jsonl", reviews(60)[40:])), "unit": "id"}
+    held_out = {"name": "held-out", "path": str(write_jsonl(tmp_path / "h.jsonl", reviews(100)[80:])), "unit": "id"}
     recipe = write_recipe(
         tmp_path, sft=None, ppo=None, rloo=rollouts, measurement={"noise_multiplier": 2.0}, measurement_data=held_out,
         units_disjoint="declared", output_dir=str(tmp_path / "b"), **sections | {"sft_data": None, "reward_model_data": None, "ppo_data": None, "rloo_data": sections["ppo_data"]},

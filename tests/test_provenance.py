@@ -300,7 +300,10 @@ def test_a_private_measurement_states_what_it_and_the_model_spent(two, capsys):
     sft = statement(folder / "one")["epsilon"]
     assert found["epsilon"] <= 2 and found["epsilon_with_the_models"] == pytest.approx(max(found["epsilon"], sft))
     assert any("'apart', 'reviews' are disjoint" in a for a in found["assumptions"])
-    same = call(capsys, *ask, "--dataset_name", "reviews", "--output_dir", folder / "same", "--epsilon", 2).json
+    again = (*ask, "--dataset_name", "reviews", "--output_dir", folder / "same", "--epsilon", 2)
+    assert "40 of the 40 records of 'reviews'" in call(capsys, *again).error  # they are 'apart' already
+    others = write_jsonl(folder / "others.jsonl", reviews(40, "dusk"))
+    same = call(capsys, *again, "--data", others).json
     assert same["epsilon_with_the_models"] > 1.01 * max(same["epsilon"], sft)  # the units have paid for SFT too
     # The folder belongs to this model: with other weights at its place it is another measurement.
     assert call(capsys, *apart, "--epsilon", 2).json == found

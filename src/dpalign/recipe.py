@@ -49,6 +49,9 @@ class Recipe:
         measurement_data: another dataset for the measurement alone.
         units_disjoint: `checked` compares the unit columns of separate datasets; `declared` takes your word,
             and the statement says so.
+        shared_texts: `checked` compares the texts of all datasets with each other, with public records and with what
+            the ledger has drawn from under other names; `declared` takes your word that equal ones are different units'
+            or public (form letters, say), and the statement says so.
         eval_prompts: most public prompts that are measured at the end; default: all.
         eval_seed: seed of the sampling that is measured.
         reference_reward: a second reward for the measurement at the end, which trains nothing and decides nothing: a
@@ -82,6 +85,7 @@ class Recipe:
     rloo_data: DataConfig | None = None
     measurement_data: DataConfig | None = None
     units_disjoint: Literal["checked", "declared"] = "checked"
+    shared_texts: Literal["checked", "declared"] = "checked"
     eval_prompts: int | None = within(None, COUNT)
     eval_seed: int = within(0, SEEDS)
     reference_reward: RewardConfig | None = None

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from .algorithms.pairs import PairAlgorithm
 from .algorithms.rollouts import RolloutAlgorithm
-from .data.load import Record, read_records
+from .data.load import Record, read_records, unread_columns
+from .data.overlap import DECLARED, Texts, check_contents, hash_texts
 from .data.units import UnitDataset, build_units, check_disjoint, count_units
 from .errors import DPAlignError
 from .plan import Units, split_parts
 from .privacy.ledger import Ledger
 from .recipe import Recipe
+from .rewards import RewardConfig
 from .stages import kind
 
 Records = Mapping[str, list[Record]]  # by stage
@@ -44,8 +46,21 @@ def stage_units(recipe: Recipe, records: Records, ledger: Ledger) -> tuple[dict[
     assumptions = check_disjoint(
         {name: (records[name], config) for name, config in configs.items()}, recipe.units_disjoint == "declared"
     )
+    if recipe.shared_texts == "declared":
+        assumptions.append(DECLARED)
     parts = split_parts(recipe)
-    return {n: build_units(records[n], configs[n], ledger, *parts[n]) for n in configs}, set(assumptions)
+    # A record is the same unit in all stages, whichever of its columns each of them reads.
+    units = {n: build_units(records[n], configs[n], ledger, *parts[n]) for n in configs}
+    unread = {n: unread_columns(records[n], kind(n).columns, kept_by(recipe, n)) for n in configs}
+    return {n: units[n].without(unread[n]) for n in configs}, set(assumptions)
+
+
+def kept_by(recipe: Recipe, name: str) -> set[str]:
+    """Columns that a stage is given whether or not it reads them as text: its unit's and its rewards'."""
+    stage = kind(name)
+    entering = stage.entering(stage.completed(recipe.stages[name], recipe.stages.values()))
+    rewards = [entry for entry in entering.values() if isinstance(entry, RewardConfig)]
+    return {recipe.data_of(name).unit or "", *(column for reward in rewards for column in reward.columns)}
 
 
 def count_undeclared(recipe: Recipe) -> dict[str, int]:
@@ -73,3 +88,34 @@ def read_public(recipe: Recipe) -> dict[str, tuple[list[Record], str]]:
         if data.eval_path and data.eval_is_public and issubclass(kind(name), PairAlgorithm | RolloutAlgorithm):
             public[name] = (read_records(data.eval_path, data.eval_split), data.eval_path)
     return public
+
+
+def check_shared_texts(
+    recipe: Recipe, records: Records, public: Mapping[str, tuple[list[Record], str]], ledger: Ledger
+) -> list[Texts]:
+    """Compares the contents of all datasets, whatever their columns say, with each other, with records that are
+    declared public, and with what the ledger has drawn from under other names.
+
+    Returns:
+        What `remember_contents` is to put into the ledger before the first draw.
+
+    Raises:
+        DPAlignError: texts are in two of them, and nobody declares that they are different units'.
+    """
+    read = {name: [c for columns in kind(name).columns for c in columns] for name in recipe.stages}
+    private, shown, seen = [], [], set()
+    for name in recipe.stages:
+        data = recipe.data_of(name)
+        if (data.name, id(records[name]), tuple(read[name])) in seen:
+            continue  # a file that several stages share
+        seen.add((data.name, id(records[name]), tuple(read[name])))
+        source = f"{data.name!r} ({name})"
+        private.append(
+            hash_texts(records[name], read[name], ledger, name=data.name, is_public=data.is_demo, source=source)
+        )
+    for name, (rows, source) in public.items():
+        source = f"{source} (declared public)"
+        shown.append(hash_texts(rows, read[name], ledger, name=None, is_public=True, source=source))
+    if recipe.shared_texts != "declared":
+        check_contents([*private, *shown], ledger)
+    return private

@@ -20,6 +20,7 @@ from .algorithms.pairs import PairAlgorithm
 from .algorithms.reward import RewardModelConfig
 from .algorithms.rollouts import RolloutConfig
 from .data.load import Record, only_columns
+from .data.overlap import remember_contents
 from .data.units import UnitDataset
 from .errors import DPAlignError
 from .evaluation import Evaluation, agreement_on, evaluate_stages, public_prompts
@@ -35,7 +36,7 @@ from .privacy.context import own_context
 from .privacy.statement import PrivacyStatement, state_privacy
 from .provenance import past_stages
 from .recipe import Recipe
-from .records import Records, read_public, read_stage_records, stage_units, units_of
+from .records import Records, check_shared_texts, kept_by, read_public, read_stage_records, stage_units, units_of
 from .release import RELEASE, REWARD_MODEL, write_release, write_reward_model
 from .reporting.progress import Reporter
 from .results import Results
@@ -83,8 +84,8 @@ def run_recipe(
     with Workspace.open(recipe) as workspace:
         origins = workspace.origins(recipe)
         records = records or read_stage_records(recipe, workspace.private / "cache")
-        records = {name: read_by(recipe, name, rows) for name, rows in records.items()}
         data, assumptions = stage_units(recipe, records, workspace.ledger)
+        records = {name: read_by(recipe, name, rows) for name, rows in records.items()}
         units = units_of(recipe, records, data)
         plan = make_plan(recipe, units, workspace.past(recipe, origins, delta_of(recipe, units)), assumptions)
         models = Models.load(recipe, policy, reward_model)
@@ -92,10 +93,12 @@ def run_recipe(
         shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in shown.items()}
         surveys = check_inputs(plan, models, records, shown)
         write_json(workspace.private / SURVEY, {name: found.as_dict() for name, found in surveys.items()})
+        texts = check_shared_texts(recipe, records, shown, workspace.ledger)
         run = Run(plan, workspace, data, models, shown, reporter or Reporter(quiet=True), reward_function)
         run.load_rewards()
         run.check_prompts_of_rewards(records)
         workspace.remember(origins)
+        remember_contents(texts, workspace.ledger)
         for stage in plan.stages.values():
             run.stage(stage)
         return run.finish(started)
@@ -211,9 +214,7 @@ def read_record(stage: PlannedStage, model: AdapterStack, record: Record) -> Rea
 
 def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]:
     """A stage's records without the texts that it does not read; its unit's column and its rewards' stay."""
-    rewards = [e for e in kind(name).entering(recipe.stages[name]).values() if isinstance(e, RewardConfig)]
-    keep = {recipe.data_of(name).unit or "", *(column for reward in rewards for column in reward.columns)}
-    return only_columns(records, kind(name).columns, keep)
+    return only_columns(records, kind(name).columns, kept_by(recipe, name))
 
 
 def are_chats(records: list[Record], columns: tuple[tuple[str, ...], ...]) -> bool:

@@ -58,6 +58,8 @@ class _DPTrainer:
         max_records_per_unit: int = 1,
         units_disjoint: Literal["checked", "declared"] = "checked",
         composition: Literal["parallel", "sequential"] = "parallel",
+        dataset_version: str = "",
+        shared_texts: Literal["checked", "declared"] = "checked",
         ledger: str | None = None,
         eval_is_public: bool = False,
         report_to: str = "none",
@@ -79,16 +81,16 @@ class _DPTrainer:
         stages: dict[str, Any] = {
             self.algorithm.name: dataclasses.replace(args, target_epsilon=None) if shares else args
         }
+        counted: dict[str, Any] = {"declared_units": declared_units, "max_records_per_unit": max_records_per_unit}
         self._recipe = Recipe(
             output_dir=output_dir,
             model=_config_of(model, output_dir, model_is_public),
-            data=DataConfig(
-                name=dataset_name, unit=unit, declared_units=declared_units, max_records_per_unit=max_records_per_unit
-            ),
+            data=DataConfig(name=dataset_name, unit=unit, version=dataset_version, **counted),
             target_epsilon=args.target_epsilon if args.target_epsilon is not None else float("inf"),
             target_delta=args.target_delta,
             units_disjoint=units_disjoint,
             composition=composition,
+            shared_texts=shared_texts,
             ledger=ledger,
             report_to=report_to,  # type: ignore[arg-type]
             **stages,
@@ -187,6 +189,7 @@ class DPSFTTrainer(_DPTrainer):
         unit: column that names the privacy unit.
         units_disjoint: `declared` takes your word that this dataset shares no unit with those of the model's past.
         composition: `sequential` makes args.target_epsilon the target of this stage and the model's past together.
+        dataset_version, shared_texts: `data.version` and `shared_texts` of a recipe.
     """
 
     algorithm = SFT

@@ -84,6 +84,7 @@ def recipe_of(given: argparse.Namespace) -> Recipe:
             target_epsilon=given.epsilon, noise_multiplier=given.noise_multiplier, sampling=sampling
         ),
         units_disjoint="declared",
+        shared_texts=given.shared_texts,
         ledger=given.ledger,
         device=given.device,
     )
@@ -112,6 +113,12 @@ def _parser() -> Parser:
     parser.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
     parser.add_argument("--unit", help="column that names the privacy unit; without one each record is a unit")
     parser.add_argument("--max_records_per_unit", type=int, default=1)
+    parser.add_argument(
+        "--shared_texts",
+        choices=("checked", "declared"),
+        default="checked",
+        help="checked: no text of these is in other data that the ledger knows; declared: equal ones are other units'",
+    )
     parser.add_argument("--declared_units", type=int, help="public number of units (default: counted, and so public)")
     parser.add_argument(
         "--model_is_public", action="store_true", help="declare a model without a privacy statement public"

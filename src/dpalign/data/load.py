@@ -25,6 +25,8 @@ class DataConfig:
             `demo:NAME/FILE`.
         split: split of a `datasets` folder or hub dataset.
         unit: column that names the privacy unit (a person, say); without one each record is a unit.
+        version: label for a state of data without a unit column: name another one when records came, went or changed,
+            and what is spent on both is added up, since nobody can tell who is in which part.
         max_records_per_unit: records of a unit beyond this many are left out, by keyed hash.
         declared_units: public number of units; q, steps and delta use it. Default: the number in the file,
             which thereby counts as public.
@@ -38,6 +40,7 @@ class DataConfig:
     path: str = ""
     split: str = "train"
     unit: str | None = None
+    version: str = ""
     max_records_per_unit: int = within(1, "[1, 1000000]")
     declared_units: int | None = within(None, "[1, 1000000000000]")
     eval_path: str | None = None
@@ -111,8 +114,15 @@ def only_columns(
 
     What is read is chosen once for a file: a later record that has another text as well is not read otherwise.
     """
-    chosen = next((columns for columns in alternatives if all(c in records[0] for c in columns)), None)
-    others = {c for columns in alternatives for c in columns} - {*(chosen or ()), *keep}
-    if chosen is None or not any(others & set(record) for record in records):
+    others = unread_columns(records, alternatives, keep)
+    if not any(others & set(record) for record in records):
         return records
     return [{name: value for name, value in record.items() if name not in others} for record in records]
+
+
+def unread_columns(
+    records: list[Record], alternatives: Sequence[tuple[str, ...]], keep: Collection[str] = ()
+) -> set[str]:
+    """Columns of the alternatives that the first record does not choose, but for `keep`; none if it lacks them all."""
+    chosen = next((columns for columns in alternatives if all(c in records[0] for c in columns)), None)
+    return set() if chosen is None else {c for columns in alternatives for c in columns} - {*chosen, *keep}

@@ -7,7 +7,12 @@ and nobody without the ledger can tell in which. Each unit's place is independen
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+import re
+import unicodedata
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
 
 from ..errors import DPAlignError
 from ..privacy.gate import Gate
@@ -22,8 +27,8 @@ class UnitDataset:
 
     units: records of each unit (at least one, at most max_records_per_unit).
     ids: keyed hash of each unit's identity, in the order of `units`.
-    part: the dataset's name, and the range of the hash that the units come from; its identity is the keyed name of
-        what was hashed (the unit column, or, without one, the whole file).
+    part: the dataset's name, and the range of the hash that the units come from; its identity is a random name that the
+        ledger keeps for what was hashed: the unit column, or, without one, the records of one version of the data.
     declared_units: public number of units that q and the divisor use: the declared total times high - low.
     fingerprint: keyed hash of the contents.
     """
@@ -34,6 +39,11 @@ class UnitDataset:
     declared_units: float
     unit: str
     fingerprint: str
+
+    def without(self, columns: set[str]) -> UnitDataset:
+        """The same units, and who they are as before, without these columns of their records."""
+        units = [[{c: v for c, v in row.items() if c not in columns} for row in rows] for rows in self.units]
+        return replace(self, units=units) if columns else self
 
     def gate(self, ledger: Ledger, *, run: str, stage: str, config_hash: str, insecure_seed: int | None = None) -> Gate:
         """The only door to them, for one stage of a run."""
@@ -57,7 +67,8 @@ def build_units(
     """Groups records by unit, keeps the units whose hash falls into [low, high), bounds each unit.
 
     Raises:
-        DPAlignError: no name, a missing unit column, or an empty part.
+        DPAlignError: no name, a missing unit column, an empty part, or a part of records where parts were drawn before
+            from other ones.
     """
     if not config.name:
         raise DPAlignError("the data needs a declared name (data.name): the ledger adds up all runs on that name.")
@@ -76,9 +87,6 @@ def build_units(
         else:
             identity = ledger.keyed_hash(config.name, b"unit", unit_key(record, config.unit, number).encode())
         grouped.setdefault(identity, []).append((ledger.keyed_hash(config.name, b"order", content), record))
-    # Without a unit column an identity is a content: parts of another version of the file are other units.
-    kind = [b"column", config.unit.encode()] if config.unit else [b"records", *sorted(grouped)]
-    identity_name = ledger.keyed_hash(config.name, b"split", *kind).hex()[:16]
     total = config.declared_units if config.declared_units is not None else len(grouped)
     if total < 1:
         raise DPAlignError(f"declared_units {total} must be positive.")
@@ -92,13 +100,31 @@ def build_units(
         content_hashes += [order for order, _ in rows]
     fingerprint = ledger.keyed_hash(config.name, b"fingerprint", *kept, *content_hashes).hex()
     return UnitDataset(
-        part=Part(config.name, identity_name, low, high),
+        part=Part(config.name, _split_of(config, ledger, sorted(grouped), low, high), low, high),
         units=units,
         ids=list(kept),
         declared_units=total * (high - low),
         unit="record" if config.unit is None else config.unit,
         fingerprint=fingerprint,
     )
+
+
+def _split_of(config: DataConfig, ledger: Ledger, identities: list[bytes], low: float, high: float) -> str:
+    """The name under which parts are compared: random, so that it tells nothing of the records."""
+    if config.unit is not None or (low, high) == (0.0, 1.0):
+        contents = None  # places rest on the units' names alone; and whoever is in the data is in the whole
+    else:
+        contents = ledger.keyed_hash(config.name, b"records", *identities)
+    kind = f"records {config.version}" if config.unit is None else f"column {config.unit}"
+    name = ledger.split(config.name, kind, contents, is_public=config.is_demo)
+    if name is None:
+        raise DPAlignError(
+            f"the data {config.name!r} has changed since this run began, or another one that took a part of it: "
+            "without a unit column nobody can tell which records are the same. Restore it; or name a unit column "
+            "(data.unit), or this state of the data (data.version), and what it spends is added to what was spent "
+            "before."
+        )
+    return name
 
 
 def count_units(records: list[Record], config: DataConfig) -> int:
@@ -109,19 +135,38 @@ def count_units(records: list[Record], config: DataConfig) -> int:
 
 
 def unit_key(record: Record, column: str, number: int) -> str:
-    """A unit's name as text: spaces around it and integral floats do not make another unit.
+    """A unit's name, written as `same_name` does.
 
     Raises:
         DPAlignError: no name, or neither text nor a whole number.
     """
-    value = record.get(column)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+    name = same_name(record.get(column))
+    if name is None:
         raise DPAlignError(
             f"record {number} names no unit in column {column!r}: every record needs text or a whole number there."
         )
-    return str(value).strip()
+    return name
+
+
+def same_name(value: object) -> str | None:
+    """One spelling for all spellings of a unit's name; None of what names nobody.
+
+    Composed and decomposed letters (Unicode NFC), spaces around and doubled within, and 7, 7.0, "7" and "7.0" make no
+    other unit; capitals do, and so do leading zeros.
+    """
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value.as_integer_ratio()[1] == 1:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    name = same_text(str(value))
+    if re.fullmatch(r"-?[0-9]+\.0+", name, re.ASCII):
+        name = name.partition(".")[0]
+    return ("0" if name == "-0" else name) or None
+
+
+def same_text(text: str) -> str:
+    """Unicode NFC, one space where there are several, none around."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: bool) -> list[str]:
@@ -132,19 +177,22 @@ def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: 
         declared: the user declares the units of different datasets disjoint.
 
     Raises:
-        DPAlignError: an overlap (it says of how many units), or nothing to check and nothing declared.
+        DPAlignError: an overlap (it says of how many units), one file under two names, or nothing to check and nothing
+            declared.
     """
     assumptions = []
     stages = list(parts)
     for i, a in enumerate(stages):
         for b in stages[i + 1 :]:
             (records_a, config_a), (records_b, config_b) = parts[a], parts[b]
-            same_file = (config_a.path, config_a.split) == (config_b.path, config_b.split)
-            if config_a.name == config_b.name and same_file and config_a.unit == config_b.unit:
-                continue  # one file, split by the hash of its units
-            if config_a.name == config_b.name and config_a.unit and config_a.unit == config_b.unit:
-                continue  # two files, split by the same hash of the same units
-            if config_a.unit and config_b.unit:
+            if _are_one(config_a, config_b):
+                continue  # split by one hash of one kind of unit
+            if config_a.name != config_b.name and _file(config_a) == _file(config_b) != ("", ""):
+                raise DPAlignError(
+                    f"{config_a.name!r} ({a}) and {config_b.name!r} ({b}) are one file, {config_a.path}: give it "
+                    "one name."
+                )
+            if config_a.unit is not None and config_a.unit == config_b.unit:
                 shared = unit_keys(records_a, config_a.unit) & unit_keys(records_b, config_b.unit)
                 if shared:
                     raise DPAlignError(
@@ -154,11 +202,25 @@ def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: 
             elif not declared:
                 raise DPAlignError(
                     f"whether {config_a.name!r} ({a}) and {config_b.name!r} ({b}) share units cannot be checked "
-                    "without a unit column in both: name one, or declare units_disjoint: declared."
+                    "without one unit column in both, of the same name: name it in both, or declare "
+                    "units_disjoint: declared."
                 )
             else:
                 assumptions.append(f"the units of {config_a.name!r} and {config_b.name!r} are disjoint (declared)")
     return assumptions
+
+
+def _are_one(a: DataConfig, b: DataConfig) -> bool:
+    """Whether parts of both are compared by one hash: of one unit column, or of one file's records."""
+    return a.name == b.name and a.unit == b.unit and (a.unit is not None or _file(a) == _file(b))
+
+
+def _file(config: DataConfig) -> tuple[str, str]:
+    """What a path leads to, and its split where it has some; empty for records in memory."""
+    path = Path(config.path)
+    if not config.path or not path.exists():
+        return config.path, config.split if config.path else ""
+    return str(path.resolve()), config.split if path.is_dir() else ""
 
 
 def unit_keys(records: list[Record], unit: str) -> set[str]:

@@ -16,7 +16,8 @@ import hmac
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             sampling_rate, noise_multiplier, metrics_noise_multiplier, passes, max_grad_norm, unit, units, fingerprint,
             config_hash, private, UNIQUE (dataset, run, stage, step, attempt))""",
     ),
+    (
+        """CREATE TABLE IF NOT EXISTS splits (dataset TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
+            contents BLOB, PRIMARY KEY (dataset, kind))""",
+        # hashes: 16 bytes each, at most SHELF of them in a row, each once in a dataset.
+        """CREATE TABLE IF NOT EXISTS texts (dataset TEXT NOT NULL, is_public INTEGER NOT NULL, shelf INTEGER NOT NULL,
+            hashes BLOB NOT NULL, PRIMARY KEY (dataset, is_public, shelf))""",
+        "CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, secret BLOB NOT NULL)",
+    ),
 )
+SHELF = 1 << 16
 COLUMNS = (
     "dataset",
     "run",
@@ -126,6 +136,7 @@ class Ledger:
     def __init__(self, path: str | Path | None = None, begins: Callable[[str, int], None] | None = None) -> None:
         self.path = Path(path) if path is not None else default_path()
         self._begins = begins
+        self._secrets: dict[str, bytes] = {}
         try:
             if str(self.path) != ":memory:":
                 with owner_only():
@@ -177,8 +188,11 @@ class Ledger:
 
     def secret(self, dataset: str) -> bytes:
         """The dataset's secret key: fixed for its name, so that splits and hashes agree across runs."""
-        self._db.execute("INSERT OR IGNORE INTO datasets VALUES (?, ?)", (dataset, secrets.token_bytes(32)))
-        return bytes(self._db.execute("SELECT secret FROM datasets WHERE name = ?", (dataset,)).fetchone()[0])
+        if dataset not in self._secrets:  # asked for every record
+            self._db.execute("INSERT OR IGNORE INTO datasets VALUES (?, ?)", (dataset, secrets.token_bytes(32)))
+            row = self._db.execute("SELECT secret FROM datasets WHERE name = ?", (dataset,)).fetchone()
+            self._secrets[dataset] = bytes(row[0])
+        return self._secrets[dataset]
 
     def keyed_hash(self, dataset: str, *parts: bytes) -> bytes:
         """HMAC-SHA256 under the dataset's secret: confirms nothing to somebody without the ledger."""
@@ -186,6 +200,76 @@ class Ledger:
         for part in parts:
             mac.update(len(part).to_bytes(8, "little") + part)
         return mac.digest()
+
+    def split(self, dataset: str, kind: str, contents: bytes | None, *, is_public: bool = False) -> str | None:
+        """Random name of how a dataset's units are spread over [0, 1): one for each kind of unit.
+
+        Args:
+            contents: hash of what the units' places rest on beside their names; None where that is nothing.
+            is_public: other contents get another name, which is no secret then.
+
+        Returns:
+            None if parts were drawn under the name with other contents: they could not be compared with new ones.
+        """
+        with self._transaction():
+            where = (dataset, kind)
+            row = self._db.execute("SELECT name, contents FROM splits WHERE dataset = ? AND kind = ?", where).fetchone()
+            if row is not None and (contents is None or row[1] == contents):
+                return str(row[0])
+            drawn = self._db.execute(
+                "SELECT max(low > 0 OR high < 1) FROM intents WHERE dataset = ? AND split = ?",
+                (dataset, row and row[0]),
+            ).fetchone()[0]
+            if drawn and row[1] is not None and not is_public:
+                return None
+            # Wholes are compared whatever they hold; a name that nothing was drawn under may be another process's.
+            keeps = row is not None and (row[1] is None or drawn == 0)
+            name = str(row[0]) if keeps else secrets.token_hex(8)
+            self._db.execute("INSERT OR REPLACE INTO splits VALUES (?, ?, ?, ?)", (*where, name, contents))
+            return name
+
+    def key(self, name: str) -> bytes:
+        """A secret of this ledger."""
+        self._db.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (name, secrets.token_bytes(32)))
+        return bytes(self._db.execute("SELECT secret FROM keys WHERE name = ?", (name,)).fetchone()[0])
+
+    def remember_texts(self, dataset: str, is_public: bool, hashes: bytes) -> None:
+        """Puts hashes of 16 bytes each, in a row and none of them there yet, on disk; all or none."""
+        with self._transaction():
+            (first,) = self._db.execute(
+                "SELECT count(*) FROM texts WHERE dataset = ? AND is_public = ?", (dataset, is_public)
+            ).fetchone()
+            for number, start in enumerate(range(0, len(hashes), 16 * SHELF), first):
+                blob = hashes[start : start + 16 * SHELF]
+                self._db.execute("INSERT INTO texts VALUES (?, ?, ?, ?)", (dataset, is_public, number, blob))
+
+    def texts(self, dataset: str, is_public: bool) -> Iterator[bytes]:
+        """The hashes of a dataset, 16 bytes each, a shelf at a time."""
+        where, values = "WHERE dataset = ? AND is_public = ?", (dataset, is_public)
+        shelves = self._db.execute(f"SELECT shelf FROM texts {where} ORDER BY shelf", values).fetchall()
+        for (shelf,) in shelves:
+            yield bytes(
+                self._db.execute(f"SELECT hashes FROM texts {where} AND shelf = ?", (*values, shelf)).fetchone()[0]
+            )
+
+    def known_texts(self) -> list[tuple[str, bool]]:
+        """Datasets that something was drawn from, and whether they were declared public then."""
+        drawn = "SELECT DISTINCT dataset, is_public FROM texts WHERE dataset IN (SELECT dataset FROM intents)"
+        return [(name, bool(is_public)) for name, is_public in self._db.execute(f"{drawn} ORDER BY 1, 2")]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise DPAlignError(
+                f"the ledger {self.path} cannot be written ({error}): nothing was drawn from the data."
+            ) from None
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
 
     def write(self, intents: list[Intent]) -> None:
         """Puts the intents on disk, all or none; returns only when they are durable."""
