@@ -37,6 +37,7 @@ from dpalign.algorithms.base import Rows, encode_units, unit_means
 from dpalign.algorithms.ppo import PPO, PPOConfig
 from dpalign.gradients import PerUnitGradients
 from dpalign.models import AdapterConfig, Policy
+from dpalign.models.kernels import chunks
 from dpalign.privacy.entropy import SystemEntropy
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.rewards import Reward
@@ -92,7 +93,7 @@ class DPPPO:
             metrics_noise_multiplier=10.0,
             device=self.policy.device,
         )
-        for units, count in self.policy.chunks(len(self.examples), config.micro_batch_size):
+        for units, count in chunks(len(self.examples), config.micro_batch_size):
             batch = phase.of(units)
             with self.gradients.collect(batch.unit, len(units)):
                 losses, metrics = self.algorithm.row_losses(self.policy, batch)

@@ -56,6 +56,7 @@ from dpalign.algorithms.rloo import RLOO
 from dpalign.algorithms.sft import SFT
 from dpalign.data import UnitDataset
 from dpalign.models import AdapterConfig, Policy, embedded
+from dpalign.models.kernels import chunks
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.privacy.parts import Part
@@ -236,7 +237,7 @@ def run_plain(job: Job, policy: Policy, clock: Clock) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     lengths = {"min_new_tokens": job.completion_tokens, "max_new_tokens": job.completion_tokens}
     sampling = lengths | {"do_sample": True, "top_k": 0, "eos_token_id": 0, "pad_token_id": 0}
-    rows_at_once = job.micro_batch_size if policy.constant_rows else 256  # as the library
+    rows_at_once = job.micro_batch_size  # as the library
     given, width = random_ids(job, policy), job.learned
 
     def loss_of(ids: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ def forward_pass(job: Job, policy: Policy, clock: Clock) -> float:
     ids, times = random_ids(job, policy)[:, :-1], []
     for _ in range(job.repeats):
         start = clock.now()
-        for chunk, _ in policy.chunks(len(ids), job.micro_batch_size):
+        for chunk, _ in chunks(len(ids), job.micro_batch_size):
             policy(ids[chunk], torch.ones_like(ids[chunk]), job.learned)
         times.append(clock.now() - start)
     return statistics.median(times)

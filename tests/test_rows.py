@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 
+from dpalign.algorithms import Algorithm, SamplingConfig
 from dpalign.algorithms.base import Rows
+from dpalign.algorithms.completions import sample
+from dpalign.algorithms.rollouts import in_micro_batches
+from dpalign.models import AdapterConfig, RewardModel, TextFormat
+from dpalign.privacy.entropy import SystemEntropy
+from tiny import OTHERS, dataset, tiny_policy, words
+
+sys.path.append(str(Path(__file__).with_name("privacy")))
+from harness import dpo, ppo, reward, rloo, run_stage, sft
 
 ROWS = Rows(torch.tensor([0, 0, 2, 1, 2]), {"a": torch.tensor([10, 11, 12, 13, 14]), "b": torch.arange(10).view(5, 2)})
 
@@ -22,3 +39,83 @@ def test_units_without_rows_keep_their_place():
     for nothing in (ROWS.of([]), ROWS.of([5, 6])):
         assert nothing.unit.shape == (0,) and nothing.unit.dtype == torch.int64
         assert nothing.tensors["b"].shape == (0, 2)
+
+
+# Company -----------------------------------------------------------------------------------------------------
+
+KINDS = ["gpt2", "llama", *OTHERS]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = os.environ.get("DPALIGN_TEST_DEVICE", "cpu")
+FULL = [[{"id": f"m{i}", "text": words(40, i), "prompt": words(8, i), "score": 3.0 * i}] for i in range(7)]
+SHORT = [[{"id": f"s{i}", "text": "w1 w2", "prompt": "w3", "score": -1.0}] for i in range(6)]
+ONE = [{"id": "x", "text": words(9, 50), "prompt": words(4, 50), "score": 2.0}]
+for unit in (*FULL, *SHORT, ONE):
+    unit[0] |= {"chosen": unit[0]["text"], "rejected": unit[0]["prompt"]}
+PERSON = [{**ONE[0], "text": words(i + 3, i), "prompt": f"w5 w{i}"} for i in range(3)]
+# Micro-batches are of 8 units: at the first or last place among others that fill their rows, in the last one, or alone.
+COMPANIES = {"first": [ONE, *FULL], "end": [*FULL, ONE], "last": [*FULL, *SHORT[:2], ONE], "alone": [ONE]}
+COMPANIES |= {
+    "short": [*SHORT[:3], ONE, *SHORT[3:]],
+    "persons": [PERSON, ONE, PERSON, *FULL],
+    "far": [*FULL, PERSON, ONE],
+}
+
+
+def own_gradients(algorithm: Callable[..., Algorithm], kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The clipped gradient of unit `x`, by who is there."""
+    found, adapter = {}, AdapterConfig(r=2, target_modules=["q_proj", "v_proj"] if kind in OTHERS else None)
+    for name, units in COMPANIES.items():
+        records = [[record | {"id": str(i)} for record in unit] for i, unit in enumerate(units)]
+        trace = run_stage(
+            algorithm(adapter=adapter, micro_batch_size=8), dataset(records, 16), kind=kind, dtype=dtype, device=DEVICE
+        )
+        found[name] = trace.contributions[0][units.index(ONE)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_shares_a_micro_batch_moves_no_bit_of_a_gradient(kind, dtype):
+    for algorithm in (sft, ppo, dpo) if kind in ("gpt2", "llama") else (sft,):
+        found = own_gradients(algorithm, kind, dtype)
+        assert found["alone"].norm() > 0.1
+        for name, gradient in found.items():
+            assert torch.equal(gradient, found["alone"]), (algorithm.__name__, name)
+
+
+@pytest.mark.parametrize("algorithm", [rloo, reward, partial(ppo, num_ppo_epochs=2, num_generations=2)])
+def test_the_same_for_groups_pairs_and_kept_numbers(algorithm):
+    found = own_gradients(algorithm, "llama", torch.bfloat16)
+    assert found["alone"].norm() > 0.1 and all(torch.equal(g, found["alone"]) for g in found.values())
+
+
+class KnownCoins(SystemEntropy):
+    """Every row has the same coins."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def uniforms(self, count: int) -> np.ndarray:
+        self.step += 1
+        return np.full(count, 0.618 * self.step % 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_shares_a_micro_batch_moves_no_token_and_no_score(kind, dtype):
+    policy = tiny_policy(kind, dtype)
+    policy.to(DEVICE)
+    scorer = RewardModel.from_policy(policy, TextFormat(max_length=24))
+    torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(1))
+    settings = SamplingConfig(max_prompt_length=8, max_completion_length=12, micro_batch_size=8)
+    seen = []
+    for units in COMPANIES.values():
+        place, prompts = units.index(ONE), [unit[0]["prompt"] for unit in units]
+        ids, mask = policy.encode_prompts([policy.tokenizer(prompt).input_ids for prompt in prompts], 8)
+        with torch.no_grad():
+            rollouts = sample(policy, ids, mask, settings, KnownCoins())
+            logprobs, _ = in_micro_batches(policy, rollouts, settings)
+            scores = scorer.score([unit[0]["text"] for unit in units], rows_at_once=8)
+        seen.append((rollouts.completion_ids[place], logprobs[place], scores[place]))
+    assert all(torch.equal(a, b) for other in seen for a, b in zip(other, seen[0], strict=True))
+    assert logprobs[place].sum() < 0 and scores[place] != 0

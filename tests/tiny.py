@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -34,9 +35,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="w0")
 
 
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+OTHERS: dict[str, dict] = {
+    "qwen2": {}, "qwen3": {"head_dim": 16}, "gemma": {"head_dim": 16}, "gemma2": {"head_dim": 16, "sliding_window": 8},
+    "mistral": {"sliding_window": 8}, "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}  # fmt: skip
+
+
 def tiny_base(kind: str) -> PreTrainedModel:
-    """A random `gpt2` (Conv1D, learned positions, tied head) or `llama` (Linear, rotary, grouped heads)."""
+    """A random `gpt2` (Conv1D, learned positions, tied head), `llama` (Linear, rotary, grouped heads), or other kind."""
     torch.manual_seed(0)
+    if kind in OTHERS:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **OTHERS[kind]))
     if kind == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(

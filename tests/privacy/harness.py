@@ -11,7 +11,7 @@ import json
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from dpalign.algorithms import (
     RLOOConfig,
     SFTConfig,
 )
+from dpalign.algorithms.base import micro_batches
 from dpalign.algorithms.rollouts import RolloutConfig
 from dpalign.algorithms.rollouts import sample as own_sample
 from dpalign.data import UnitDataset
@@ -104,6 +105,7 @@ def run_stage(
     *,
     kind: str = "gpt2",
     dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
     stage_class: type[Stage] = Stage,
     mechanism: type[GaussianMechanism] = GaussianMechanism,
     sampler: Sampler = everyone,
@@ -129,7 +131,7 @@ def run_stage(
 
         def add(self, grads: list[Tensor], metrics: Tensor | None = None) -> None:
             super().add(grads, metrics)
-            flat = torch.cat([g.flatten(1) for g in grads], 1).double()
+            flat = torch.cat([g.flatten(1) for g in grads], 1)[: calls["here"]].double().cpu()
             factors = self.clip_factors(flat.norm(dim=1)).unsqueeze(1)
             clipped = torch.where(factors > 0, flat * factors, 0.0)
             trace.contributions[-1] = torch.cat([trace.contributions[-1], clipped])
@@ -149,6 +151,11 @@ def run_stage(
         calls["samples"] += 1
         return np.array(sampler(data, calls["samples"]), dtype=np.int64)
 
+    def parts(*arguments) -> Iterator[list[int]]:
+        for part in micro_batches(*arguments):
+            calls["here"] = len(part)  # a micro-batch is filled up with units that are none
+            yield part
+
     setup = algorithm.setup
 
     def wide_setup(model) -> None:
@@ -158,7 +165,7 @@ def run_stage(
         generator = torch.Generator().manual_seed(7)
         for p in model.parameters():
             if p.requires_grad:
-                p.data = 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+                p.data = 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
 
     algorithm.setup = wide_setup  # type: ignore[method-assign]
     ledger = ledger or Ledger(":memory:")
@@ -166,12 +173,13 @@ def run_stage(
         tempfile.TemporaryDirectory() as temporary,
         patch("dpalign.privacy.gate.GaussianMechanism", Recorder),
         patch("dpalign.privacy.gate.poisson_sample", draw),
+        patch("dpalign.training.loop.micro_batches", parts),
         patch("dpalign.algorithms.rollouts.sample", completions_of_prompts if completions_are_fixed else own_sample),
         suppress(Interrupted),
     ):
         folder = folder or Path(temporary)
         log = folder / "metrics.jsonl"
-        model: AdapterStack = tiny_policy(kind, dtype)
+        model: AdapterStack = tiny_policy(kind, dtype).to(device)
         if isinstance(algorithm, RewardModelling):
             model = RewardModel.from_policy(model, algorithm.config.text)
         stage = stage_class(model, algorithm, data, folder=folder, run="run", ledger=ledger, log=log)

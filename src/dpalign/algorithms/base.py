@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
@@ -277,6 +277,31 @@ class Rows:
         rows = order[firsts[wanted][unit] + place]
         return Rows(unit, {name: tensor[rows] for name, tensor in self.tensors.items()})
 
+    def filled(self, size: int, example: int, unit: int) -> Rows:
+        """At least `size` rows: these, and then the last `example` ones over and over, which belong to `unit`."""
+        count, device = len(self.unit), self.unit.device
+        if count >= size:
+            return self
+        more = count - example + torch.arange(size - count, device=device) % example
+        rows = torch.cat([torch.arange(count, device=device), more])
+        units = torch.cat([self.unit, torch.full_like(more, unit)])
+        return Rows(units, {name: tensor[rows] for name, tensor in self.tensors.items()})
+
+
+def micro_batches(rows: Rows, units: list[int], most_units: int, most_rows: int) -> Iterator[list[int]]:
+    """`units` in their order, in parts of at most so many units and rows; a unit with more rows is alone."""
+    counts = torch.bincount(rows.unit, minlength=max(units, default=0) + 1).tolist()
+    part: list[int] = []
+    total = 0
+    for unit in units:
+        if part and (len(part) == most_units or total + counts[unit] > most_rows):
+            yield part
+            part, total = [], 0
+        part.append(unit)
+        total += counts[unit]
+    if part:
+        yield part
+
 
 class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     """A loss per row; the loop averages a unit's rows, clips once per unit and never looks inside.
@@ -285,6 +310,7 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     """
 
     metrics: tuple[MetricRange, ...]  # the metrics block and its declared ranges
+    rows_per_example: int = 1  # at most; a micro-batch has always as many rows as if each had that many
 
     def __init__(self, config: T) -> None:
         self.config = config

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data.load import Record
@@ -89,7 +90,7 @@ def sample(
         config.max_completion_length,
         min_new_tokens=config.min_completion_length,
         coins=coins,
-        rows_at_once=config.micro_batch_size if policy.constant_rows else 256,  # filled-up rows cost time
+        rows_at_once=256 if coins is None and policy.model.dtype == torch.float32 else config.micro_batch_size,
     )
 
 

@@ -18,6 +18,7 @@ from ..data.text import Encoded, encode_completion, read_text, shared_prompt, te
 from ..domains import within
 from ..errors import DPAlignError
 from ..models import Policy
+from ..models.kernels import chunks
 from ..privacy.entropy import SystemEntropy
 from .base import Entering, Reading, Rows, Tokenizer, Tokens, TrainingConfig
 from .pairs import PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_loss, preference_of
@@ -154,7 +155,7 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
     def _read(self, policy: Policy, rows: Rows) -> Tensor:
         """`(rows,)` log-probabilities of the answers, `micro_batch_size` pairs at a time."""
         parts = []
-        for chunk, count in policy.chunks(len(rows.unit) // 2, self.config.micro_batch_size):
+        for chunk, count in chunks(len(rows.unit) // 2, self.config.micro_batch_size):
             places = [place for pair in chunk for place in (2 * pair, 2 * pair + 1)]
             here = Rows(rows.unit[places], {name: tensor[places] for name, tensor in rows.tensors.items()})
             parts.append(answer_logprobs(policy, here)[: 2 * count])

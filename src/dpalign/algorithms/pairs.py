@@ -24,6 +24,7 @@ class PairAlgorithm(Algorithm[T, Model, Example], Generic[T, Model, Example], is
     """Learns which of two texts is better; what it has learned can be compared with public pairs."""
 
     columns = (("chosen", "rejected"),)
+    rows_per_example = 2
 
     @abstractmethod
     def differences(self, model: Model, records: list[Record]) -> Tensor:

@@ -40,7 +40,7 @@ class RLOO(RolloutAlgorithm[RLOOConfig]):
         mask, scores = rollouts.completion_mask, rows.tensors["scores"]
         logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length)
         kl = ((logprobs.detach() - rows.tensors["ref_logprobs"]) * mask).sum(1)
-        group = rows.tensors["prompt"] * (rows.unit.max() + 1) + rows.unit  # a unit that fills up comes twice
+        group = rows.tensors["prompt"] * (rows.unit.max() + 1) + rows.unit  # rows that fill up are another unit's
         advantages = leave_one_out(scores - self.beta * kl, group)
         loss = -advantages * (logprobs * mask).sum(1) / config.max_completion_length
         return loss, torch.stack([scores, kl, mask.sum(1)], 1)

@@ -17,6 +17,7 @@ from ..domains import SCALE, within
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.generation import Prompt, answers, padded, write_prompts
+from ..models.kernels import chunks
 from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
@@ -102,6 +103,7 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
 
     def __init__(self, config: C, reward: Reward) -> None:
         super().__init__(config)
+        self.rows_per_example = config.num_generations
         self.reward = reward
         self.beta = config.beta
         self.metrics = (
@@ -233,7 +235,7 @@ def in_micro_batches(policy: Policy, rollouts: Rollouts, config: SamplingConfig)
     """Log-probabilities and values `(rows, completion)` of rollouts, `micro_batch_size` rows at a time."""
     parts = [
         (policy.completion_logprobs(rollouts[chunk], config.min_completion_length), count)
-        for chunk, count in policy.chunks(len(rollouts.input_ids), config.micro_batch_size)
+        for chunk, count in chunks(len(rollouts.input_ids), config.micro_batch_size)
     ]
     if not parts:
         return rollouts.completion_mask.clone(), rollouts.completion_mask.clone()

@@ -23,6 +23,7 @@ from ..errors import DPAlignError
 from ..files import private_folder, write_json
 from ..models import Policy
 from ..models.generation import answers
+from ..models.kernels import chunks
 from ..privacy.context import own_context
 from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import Gate, PrivateStep
@@ -151,7 +152,7 @@ def _measured_once(
     step = PrivateStep(plan.mechanism(), max_grad_norm=1.0, divisor=data.declared_units, metrics=block)
     (drawn,) = gate.draw([step], first=0, attempt=0)
     mechanism = drawn.measurement()
-    for chunk, count in policy.chunks(len(drawn.units), config.micro_batch_size):
+    for chunk, count in chunks(len(drawn.units), config.micro_batch_size):
         values = _contained(policy, [data.units[drawn.units[i]] for i in chunk], reward, config, drawn.coins)
         mechanism.add_metrics(values[:count])
     released = mechanism.release()[1] or {}

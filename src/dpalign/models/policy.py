@@ -20,10 +20,11 @@ from transformers import (
 from ..data.text import turn_end
 from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
+from .kernels import chunks
 from .loading import load_adapter, refuse_missing
 from .lora import check_layers
 from .objects import Given
-from .sampling import DrawToken
+from .sampling import Dealt, DrawToken
 from .stack import AdapterStack, ModelConfig, load_pretrained
 
 
@@ -237,13 +238,14 @@ class Policy(AdapterStack):
         coins: SystemEntropy | None = None,
     ) -> Rollouts:
         """On-policy completions for `(rows, prompt)` ids in chunks of a fixed size, with merged weights."""
+        drawn = None if coins is None else [coins.uniforms(len(ids)) for _ in range(max_new_tokens)]
+        parts = []
         with self.merged():
-            parts = [
-                self.generate(ids[chunk], mask[chunk], max_new_tokens, min_new_tokens=min_new_tokens, coins=coins)[
-                    :count
-                ]
-                for chunk, count in self.chunks(len(ids), rows_at_once)
-            ]
+            for chunk, count in chunks(len(ids), rows_at_once):
+                rows = chunk[:count] if drawn is None else chunk  # public rows need no company
+                dealt = None if drawn is None else Dealt([step[rows] for step in drawn])
+                part = self.generate(ids[rows], mask[rows], max_new_tokens, min_new_tokens=min_new_tokens, coins=dealt)
+                parts.append(part[:count])
         if not parts:  # an empty sample
             nothing = ids.new_zeros(0, ids.shape[1] + max_new_tokens)
             return Rollouts(nothing, nothing, torch.zeros(0, max_new_tokens, device=ids.device))

@@ -24,6 +24,7 @@ from ..domains import LENGTH, check_settings, within
 from ..errors import DPAlignError
 from ..files import write_json
 from . import embedded
+from .kernels import chunks
 from .loading import check_weights, load_adapter, loaded, refuse_missing
 from .lora import check_layers
 from .objects import Given
@@ -231,7 +232,7 @@ class RewardModel(AdapterStack):
         encoded = [self.encode(text, o) for text, o in zip(texts, options or [{}] * len(texts), strict=True)]
         parts = [
             self(*self.pad([encoded[i] for i in chunk]))[:count].cpu()
-            for chunk, count in self.chunks(len(texts), rows_at_once)
+            for chunk, count in chunks(len(texts), rows_at_once)
         ]
         return torch.cat(parts) if parts else torch.zeros(0)
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from ..privacy.entropy import SystemEntropy
+
+
+class Dealt(SystemEntropy):
+    """Uniforms that were drawn before, one array a step: a row's own, whichever rows it is computed with."""
+
+    def __init__(self, steps: list[np.ndarray]) -> None:
+        self._steps = iter(steps)
+
+    def uniforms(self, count: int) -> np.ndarray:
+        return next(self._steps)
 
 
 class DrawToken(LogitsProcessor):

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..domains import within
 from ..errors import DPAlignError
 from . import embedded
+from .kernels import constant_kernels
 from .loading import check_configuration, check_tokenizer, check_weights, loaded
 from .lora import check_adapter_folder, check_layers
 from .objects import SAVE_IT, Given, check_adapter, take_weights
@@ -99,9 +100,7 @@ class AdapterStack(nn.Module):
         self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
-        # In half precision a row's rounding depends on how many rows are computed together: then every
-        # micro-batch is filled up to the same size, so that nobody's rounding tells who else is there.
-        self.constant_rows = base.dtype != torch.float32
+        constant_kernels(base)
 
     @property
     def device(self) -> torch.device:
@@ -254,13 +253,6 @@ class AdapterStack(nn.Module):
         finally:
             for layer, original in zip(layers, originals, strict=True):
                 layer.get_base_layer().weight.data = original
-
-    def chunks(self, rows: int, size: int) -> Iterator[tuple[list[int], int]]:
-        """Row numbers in chunks of `size`, and how many of each count: see `constant_rows`."""
-        for start in range(0, rows, size):
-            chunk = list(range(start, min(rows, start + size)))
-            filler = [chunk[-1]] * (size - len(chunk)) if self.constant_rows else []
-            yield chunk + filler, len(chunk)
 
     # Release -----------------------------------------------------------------------------------------
 

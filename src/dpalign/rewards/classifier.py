@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..data.text import Text, as_string
 from ..errors import DPAlignError
+from ..models.kernels import chunks, constant_kernels
 from ..models.loading import (
     check_configuration,
     check_ids,
@@ -30,6 +31,7 @@ def classifier(path: str, config: RewardConfig, device: str | torch.device = "cp
     check_tokenizer(model, tokenizer)
     check_ids(tokenizer.get_vocab().values(), embedding_rows(model))  # what a policy writes may hold any of them
     model.to(device).eval()
+    constant_kernels(model)
     labels = {str(name): index for index, name in model.config.id2label.items()}
     if config.label is not None and config.label not in labels:
         raise DPAlignError(f"classifier {path!r} has no label {config.label!r}; it has {', '.join(labels)}.")
@@ -45,16 +47,16 @@ def classifier(path: str, config: RewardConfig, device: str | torch.device = "cp
         if config.text not in (None, "completion"):
             texts = [as_string(p) + c for p, c in zip(prompts, completions, strict=True)]
         scores: list[float] = []
-        for start in range(0, len(texts), 32):
+        for chunk, count in chunks(len(texts), 32):
             batch = tokenizer(
-                texts[start : start + 32],
+                [texts[i] for i in chunk],
                 return_tensors="pt",
                 truncation=True,
                 max_length=length,
                 padding="max_length",
             )
             logits = model(**batch.to(device)).logits
-            scores += (logits if config.use_logit else logits.softmax(-1))[:, index].tolist()
+            scores += (logits if config.use_logit else logits.softmax(-1))[:count, index].tolist()
         return scores
 
     return score

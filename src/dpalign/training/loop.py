@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, encode_units, rows_of_units, unit_means
+from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, encode_units, micro_batches, rows_of_units, unit_means
 from ..data.units import UnitDataset
 from ..errors import DPAlignError
 from ..files import append_line, private_folder
@@ -116,6 +116,7 @@ class Stage:
         self._check_same_run()
         torch.manual_seed(self.config.seed)
         self.algorithm.setup(self.model)
+        self.rows_at_once = self.algorithm.rows_per_example * self.config.micro_batch_size
         if self.config.gradient_checkpointing:
             self.model.checkpoint_activations(True)
         self.gradients = PerUnitGradients(self.model)
@@ -207,8 +208,8 @@ class Stage:
         released = None
         for passed in range(self.plan.passes):
             mechanism = sample.mechanism([p.shape for p in self.gradients.parameters], self.model.device)
-            for chunk, count in self.model.chunks(len(positions), config.micro_batch_size):
-                self._accumulate(mechanism, rows, [positions[i] for i in chunk], count)
+            for units in micro_batches(rows, positions, config.micro_batch_size, self.rows_at_once):
+                self._accumulate(mechanism, rows, units)
             noisy, metrics = mechanism.release()
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
                 p.grad = gradient.to(p.dtype)
@@ -221,32 +222,33 @@ class Stage:
             algorithm.adapt(released)
         return released
 
-    def _accumulate(self, mechanism: GaussianMechanism, rows: Rows, positions: list[int], count: int) -> None:
-        # Units beyond the first `count` only fill the micro-batch up, and are dropped.
-        batch = rows.of(positions)
+    def _accumulate(self, mechanism: GaussianMechanism, rows: Rows, units: list[int]) -> None:
+        # Always the same number of units and rows: nobody's rounding may tell how many others there are.
+        size, batch = self.config.micro_batch_size, rows.of(units)
         if len(batch.unit) == 0:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
-        units = len(positions)
+        filled = batch.filled(self.rows_at_once, self.algorithm.rows_per_example, unit=size)
+        places = size + (len(filled.unit) > len(batch.unit))  # the last one is of the rows that fill up, and dropped
         try:
-            with self.gradients.collect(batch.unit, units):
-                losses, metrics = self.algorithm.row_losses(self.model, batch)
-                unit_means(losses, batch.unit, units).sum().backward()  # type: ignore[no-untyped-call]
+            with self.gradients.collect(filled.unit, places):
+                losses, metrics = self.algorithm.row_losses(self.model, filled)
+                unit_means(losses, filled.unit, places).sum().backward()  # type: ignore[no-untyped-call]
         except (DPAlignError, *OUT_OF_MEMORY):
             raise  # of the model's structure, or of sizes that are everyone's
         except Exception:
-            self._accumulate_alone(mechanism, rows, positions, count)
+            self._accumulate_alone(mechanism, rows, units)
             return
         with torch.no_grad():
-            rowless = torch.bincount(batch.unit, minlength=units) == 0  # NaN adds zero, as it would alone
-            means = unit_means(metrics, batch.unit, units).masked_fill(rowless.unsqueeze(1), torch.nan)
-            mechanism.add([g[:count] for g in self.gradients.grads()], means[:count])
+            rowless = torch.bincount(filled.unit, minlength=places) == 0  # NaN adds zero, as it would alone
+            means = unit_means(metrics, filled.unit, places).masked_fill(rowless.unsqueeze(1), torch.nan)
+            mechanism.add([g[:size] for g in self.gradients.grads()], means[:size])
 
-    def _accumulate_alone(self, mechanism: GaussianMechanism, rows: Rows, positions: list[int], count: int) -> None:
-        """Something was raised for one of some units: each again, as often as it fills a micro-batch; it adds zero."""
-        if len(set(positions)) == 1:
+    def _accumulate_alone(self, mechanism: GaussianMechanism, rows: Rows, units: list[int]) -> None:
+        """Something was raised for one of some units: each again by itself; that one adds zero."""
+        if len(units) == 1:
             return
-        for position in positions[:count]:
-            self._accumulate(mechanism, rows, [position] * len(positions), 1)
+        for unit in units:
+            self._accumulate(mechanism, rows, [unit])
 
     def _schedule(self, step: int) -> float:
         config, steps = self.config, self.plan.steps

@@ -1,0 +1,79 @@
+"""What a model computes with: the same kernels on the same shapes, whatever the rows of a micro-batch hold.
+
+transformers leaves the attention mask out when no row is padded, and groups tokens by the expert they are sent to: then
+who shares a micro-batch chooses a kernel or the shape of a product, and with it everybody's rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ..errors import DPAlignError
+
+NAME = "dpalign"
+
+
+def constant_kernels(model: PreTrainedModel) -> None:
+    """Has a model compute with the functions below; what it computes stays the same but for rounding.
+
+    Raises:
+        DPAlignError: its experts cannot be computed so.
+    """
+    if model.config._attn_implementation != "eager":  # which always has its mask
+        if not model._can_set_attn_implementation():
+            raise DPAlignError(
+                f"{type(model).__name__} chooses its attention kernel in a way of its own, so that a record's gradient "
+                "would depend on who else is there: align another model."
+            )
+        model.set_attn_implementation(NAME)
+    if any(hasattr(module, "num_experts") for module in model.modules()):
+        if not model._can_set_experts_implementation():
+            raise DPAlignError(
+                f"{type(model).__name__} groups tokens of different records by expert in a way of its own, so that a "
+                "record's gradient would depend on who else is there: align a model without experts."
+            )
+        model.set_experts_implementation(NAME)
+
+
+def chunks(rows: int, size: int) -> Iterator[tuple[list[int], int]]:
+    """Row numbers in chunks of `size`, and how many of each count; the last chunk's other rows repeat its last one.
+
+    A row's rounding depends on how many rows are computed together, but not on what the others hold.
+    """
+    for start in range(0, rows, size):
+        chunk = list(range(start, min(rows, start + size)))
+        yield chunk + [chunk[-1]] * (size - len(chunk)), len(chunk)
+
+
+def _mask(*args: Any, **options: Any) -> Tensor | None:
+    """Never left out: with one, every row is computed by the same kernel."""
+    return sdpa_mask(*args, **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+def _all_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Every expert on every token: on zeros, times zero, where the router did not choose it.
+
+    Args:
+        hidden: `(tokens, hidden)`. chosen, weights: `(tokens, k)`, the router's experts and their weights.
+    """
+    share = weights.new_zeros(len(hidden), experts.num_experts).scatter_add(1, chosen, weights)
+    loop = type(experts).forward.__wrapped__  # over the experts that are chosen by any token
+    out = torch.zeros_like(hidden)
+    for number in range(experts.num_experts):
+        here = share[:, number : number + 1]
+        own = torch.where(here != 0, hidden, 0.0)
+        out = out + loop(experts, own, torch.full_like(chosen[:, :1], number), here)
+    return out
+
+
+AttentionInterface.register(NAME, sdpa_attention_forward)
+AttentionMaskInterface.register(NAME, _mask)
+ALL_EXPERTS_FUNCTIONS.register(NAME, _all_experts)
