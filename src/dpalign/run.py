@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from .algorithms.base import Algorithm, Reading, check_records
+from .algorithms.base import Algorithm, Reading, TrainingConfig, check_records
 from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
 from .algorithms.reward import RewardModelConfig
@@ -28,7 +28,7 @@ from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import measure_privately
 from .files import write_json
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
-from .models.loading import check_ids, device_of, embedding_rows
+from .models.loading import check_ids, check_targets, device_of, embedding_rows
 from .models.reward_model import is_classifier, normalization_of
 from .plan import Plan, PlannedStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
@@ -189,6 +189,9 @@ def check_inputs(
     for name, stage in plan.stages.items():
         model, source = models.reader(stage.kind.model_kind), plan.recipe.data_of(name)
         check_lengths(name, stage.kind.longest(stage.config), model.model.config)
+        if isinstance(stage.config, TrainingConfig):
+            adapter = stage.config.adapter
+            check_targets(model.model, adapter.target_modules, adapter.layers)
         check = partial(read_record, stage, model)
         readings = check_records(records[name], source.path or source.name, stage.kind.columns, check)
         found = survey(readings, records[name], source.unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,3 +135,29 @@ def load_adapter(base: Any, folder: str, **options: Any) -> Any:
     refuse_missing(folder, expected - saved)
     check_weights(model, f"the release {folder}")
     return model
+
+
+def check_targets(model: Any, targets: list[str] | str | None, layers: list[int] | None) -> None:
+    """Refuses layers that the model does not have: peft passes over those of several that it does not find.
+
+    Raises:
+        DPAlignError: which of target_modules or layers is not there.
+    """
+    names = [name.removeprefix("base_model.model.") for name, _ in model.named_modules()]
+    if isinstance(targets, list):
+        absent = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if absent or not targets:
+            raise DPAlignError(
+                f"adapter.target_modules: the model has no layer {', '.join(absent) or '(none is named)'}."
+            )
+    elif targets is not None and targets != "all-linear":
+        try:
+            found = any(re.fullmatch(targets, name) for name in names)
+        except re.error as error:
+            raise DPAlignError(f"adapter.target_modules {targets!r} is no pattern: {error}.") from None
+        if not found:
+            raise DPAlignError(f"adapter.target_modules {targets!r} fits no layer of the model.")
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    beyond = [layer for layer in layers or [] if count is not None and layer >= count]
+    if beyond or layers == []:
+        raise DPAlignError(f"adapter.layers {layers}: the model has layers 0 to {(count or 1) - 1}.")
