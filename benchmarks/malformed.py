@@ -16,12 +16,13 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from malformed import all_cases, judge
+    from malformed_inputs import all_cases, judge
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="one JSON line a case")
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     for case in asked:
         if (case.group, case.name) in rows:
             continue
-        with tempfile.TemporaryDirectory(prefix="malformed-") as folder:
+        with tempfile.TemporaryDirectory(prefix="malformed-") as folder, patch.dict(os.environ):
             os.environ["DPALIGN_LEDGER"] = str(Path(folder) / "ledger.sqlite")
             row = {"group": case.group, "name": case.name, **asdict(judge(case, Path(folder)))}
         with open(given.output, "a", encoding="utf-8") as file:

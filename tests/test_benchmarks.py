@@ -186,6 +186,12 @@ def check_profile(out: str, folder: Path) -> None:
     assert [row["variant"] for row in rows] == ["private", "nonprivate", "plain"]
 
 
+def check_malformed(out: str, folder: Path) -> None:
+    found = last_json(out)
+    assert found["inputs"] == 3 and not found["faults"] and found["slowest_s"] < 20
+    assert len((folder / "malformed.jsonl").read_text().splitlines()) == 3
+
+
 # The commands as documents and benchmarks give them ------------------------------------------------------------------
 
 
@@ -232,6 +238,7 @@ SMOKE = {
     ),
     "profile_iteration.py --show docs/results/profile_h200_first.jsonl": Smoke("", check_shown),
     "profile_iteration.py --show docs/results/profile_h200.jsonl": Smoke("", check_shown),
+    "malformed.py --output malformed.jsonl": Smoke("--groups together file ledgers --most 1", check_malformed),
     "profile_iteration.py --device cuda --dtype bfloat16 --model gpt2 --micro_batch_size 512 --output FILE": Smoke(
         "--device cpu --model tiny --micro_batch_size 2 --prompts 2 --prompt_tokens 2 --completion_tokens 2 --repeats 1 "
         "--algorithms ppo",

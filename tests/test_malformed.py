@@ -1,10 +1,10 @@
-"""No malformed input is accepted, ends in an internal error, is refused after a draw, or takes long; see `malformed`."""
+"""No malformed input is accepted, ends in an internal error, is refused after a draw, or takes long; see `malformed_inputs`."""
 
 from __future__ import annotations
 
 import pytest
 
-from malformed import all_cases, judge
+from malformed_inputs import all_cases, judge
 
 CASES = all_cases(per_field=1)
 GROUPS = ["fields", "together", "file", "models", "statements", "rewards"]
