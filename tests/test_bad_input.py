@@ -231,7 +231,7 @@ SETTINGS = {
     "no stage": ({"sft": None, "ppo": None}, "no stage"),
     "split above 1": ({"split": {"sft": 0.8, "ppo": 0.8}}, "add up to at most 1"),
     "split without a stage": ({"split": {"sft": 0.5}}, "gives stage ppo no fraction"),
-    "no such layers": ({"sft": {"adapter": {"target_modules": ["nothing"]}}}, "adapter cannot be added"),
+    "no such layers": ({"sft": {"adapter": {"target_modules": ["nothing"]}}}, "the model has no layer nothing"),
     "undeclared model": (undeclared_model, "must be declared public"),
     "empty model folder": (lambda folder: {"model": {"name_or_path": str(folder), "is_public": True}}, "cannot load"),
     "no such dtype": ({"model": {"dtype": "int8"}}, "field model.dtype: expected"),
