@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def measured(summary: dict) -> dict:
     row = dict(summary)
     row["gain"] = row["reward_private"] - row["reward_sft"]
     row["gain_nonprivate"] = row["reward_nonprivate"] - row["reward_sft"]
-    row["share"] = row["gain"] / row["gain_nonprivate"]
+    row["share"] = row["gain"] / row["gain_nonprivate"] if row["gain_nonprivate"] else math.nan
     row["perplexity_ratio"] = row["perplexity"] / row["perplexity_sft"]
     row["distinct_2_ratio"] = row["distinct_2"] / row["distinct_2_sft"]
     return {name: row[name] for name in MEASURED}

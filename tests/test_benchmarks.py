@@ -165,7 +165,7 @@ def check_quickstart_seeds(out: str, folder: Path) -> None:
 
 def check_dpo_pairs(out: str, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    assert [(row["epsilon"], row["overrides"][2:]) for row in rows] == [("4", []), ("inf", ["dpo.learning_rate=1e-2"])]
+    assert [(row["epsilon"], row["overrides"][4:]) for row in rows] == [("4", []), ("inf", ["dpo.learning_rate=1e-2"])]
     assert rows[0]["spent"] <= 4 and rows[0]["noise_multiplier"] > 0 == rows[1]["noise_multiplier"]
     assert out.count(" of the best without privacy") == 2
 
@@ -229,7 +229,8 @@ SMOKE = {
         check_quickstart_seeds, demo,
     ),
     "dpo_pairs.py --epsilons 4 inf --seeds 3 --at inf dpo.learning_rate=1e-2": Smoke(
-        "--seeds 1 --all dpo.max_steps=1 dpo.expected_batch_size=4 --output pairs.jsonl", check_dpo_pairs, demo
+        "--seeds 1 --all dpo.max_steps=1 dpo.expected_batch_size=4 model.name_or_path=small model.is_public=true "
+        "--output pairs.jsonl", check_dpo_pairs, demo
     ),
     "ukp_convincingness.py --data ukpconvarg1_full.jsonl.gz --threads 1 --max-votes 4": Smoke(
         "--epsilons 4 --pair-batch-size 4 --pair-steps 1 --annotator-batch-size 2 --annotator-steps 1 --max-length 16 "
