@@ -237,7 +237,7 @@ def run_plain(job: Job, policy: Policy, clock: Clock) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     lengths = {"min_new_tokens": job.completion_tokens, "max_new_tokens": job.completion_tokens}
     sampling = lengths | {"do_sample": True, "top_k": 0, "eos_token_id": 0, "pad_token_id": 0}
-    rows_at_once = job.micro_batch_size  # as the library
+    rows_at_once = 256 if policy.model.dtype == torch.float32 else job.micro_batch_size  # about as the library
     given, width = random_ids(job, policy), job.learned
 
     def loss_of(ids: Tensor) -> Tensor:

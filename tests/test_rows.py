@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpalign.algorithms import Algorithm, SamplingConfig
-from dpalign.algorithms.base import Rows
+from dpalign.algorithms import Algorithm, PPOConfig, SamplingConfig
+from dpalign.algorithms.base import Rows, micro_batches
 from dpalign.algorithms.completions import sample
 from dpalign.algorithms.rollouts import in_micro_batches
 from dpalign.models import AdapterConfig, RewardModel, TextFormat
@@ -41,6 +41,28 @@ def test_units_without_rows_keep_their_place():
         assert nothing.tensors["b"].shape == (0, 2)
 
 
+def test_micro_batches_and_what_fills_them_worked_by_hand():
+    rows = Rows(torch.tensor([0, 0, 2, 1, 2, 2, 4]), {"a": torch.arange(7)})  # unit 2 has three rows, and unit 3 none
+    assert list(micro_batches(rows, [0, 1, 3, 4], 3, 3)) == [[0, 1, 3], [4]]  # no more than three units
+    assert list(micro_batches(rows, [0, 1, 2, 4], 3, 2)) == [
+        [0],
+        [1],
+        [2],
+        [4],
+    ]  # or two rows, but for a unit that has more
+    assert list(micro_batches(rows, [], 3, 3)) == []
+    found = ROWS.of([2, 0]).filled(7, 2, unit=5)
+    assert found.unit.tolist() == [0, 0, 1, 1, 5, 5, 5] and found.tensors["a"].tolist() == [12, 14, 10, 11, 10, 11, 10]
+    assert ROWS.of([2, 0]).filled(4, 2, unit=5).unit.tolist() == [0, 0, 1, 1]
+
+
+def test_a_phase_is_sampled_in_equal_parts_of_public_size():
+    config = PPOConfig(expected_batch_size=512, num_generations=1, micro_batch_size=32)
+    assert config.sampled_at_once == 184  # (512 + 22.6) rows in 3 parts, in eights
+    assert PPOConfig(expected_batch_size=8, micro_batch_size=4).sampled_at_once == 16
+    assert PPOConfig(expected_batch_size=8, micro_batch_size=64).sampled_at_once == 64
+
+
 # Company -----------------------------------------------------------------------------------------------------
 
 KINDS = ["gpt2", "llama", *OTHERS]
@@ -48,7 +70,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = os.environ.get("DPALIGN_TEST_DEVICE", "cpu")
 FULL = [[{"id": f"m{i}", "text": words(40, i), "prompt": words(8, i), "score": 3.0 * i}] for i in range(7)]
 SHORT = [[{"id": f"s{i}", "text": "w1 w2", "prompt": "w3", "score": -1.0}] for i in range(6)]
-ONE = [{"id": "x", "text": words(9, 50), "prompt": words(4, 50), "score": 2.0}]
+ONE = [{"id": "x", "text": words(40, 50), "prompt": words(8, 50), "score": 2.0}]  # nothing of it is padding
 for unit in (*FULL, *SHORT, ONE):
     unit[0] |= {"chosen": unit[0]["text"], "rejected": unit[0]["prompt"]}
 PERSON = [{**ONE[0], "text": words(i + 3, i), "prompt": f"w5 w{i}"} for i in range(3)]
@@ -61,14 +83,15 @@ COMPANIES |= {
 }
 
 
-def own_gradients(algorithm: Callable[..., Algorithm], kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def own_gradients(
+    algorithm: Callable[..., Algorithm], kind: str, dtype: torch.dtype, **changes: int
+) -> dict[str, torch.Tensor]:
     """The clipped gradient of unit `x`, by who is there."""
     found, adapter = {}, AdapterConfig(r=2, target_modules=["q_proj", "v_proj"] if kind in OTHERS else None)
     for name, units in COMPANIES.items():
         records = [[record | {"id": str(i)} for record in unit] for i, unit in enumerate(units)]
-        trace = run_stage(
-            algorithm(adapter=adapter, micro_batch_size=8), dataset(records, 16), kind=kind, dtype=dtype, device=DEVICE
-        )
+        made = algorithm(adapter=adapter, micro_batch_size=8, **changes)
+        trace = run_stage(made, dataset(records, 16), kind=kind, dtype=dtype, device=DEVICE)
         found[name] = trace.contributions[0][units.index(ONE)]
     return found
 
@@ -76,11 +99,13 @@ def own_gradients(algorithm: Callable[..., Algorithm], kind: str, dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_shares_a_micro_batch_moves_no_bit_of_a_gradient(kind, dtype):
-    for algorithm in (sft, ppo, dpo) if kind in ("gpt2", "llama") else (sft,):
-        found = own_gradients(algorithm, kind, dtype)
-        assert found["alone"].norm() > 0.1
+    # One position a row: then products are small enough for their rounding to depend on the number of rows here.
+    cases = [(sft, {}), (sft, {"max_length": 2})]
+    for algorithm, changes in cases + ([(ppo, {}), (dpo, {})] if kind in ("gpt2", "llama") else []):
+        found = own_gradients(algorithm, kind, dtype, **changes)
+        assert found["alone"].norm() > 0.01
         for name, gradient in found.items():
-            assert torch.equal(gradient, found["alone"]), (algorithm.__name__, name)
+            assert torch.equal(gradient, found["alone"]), (algorithm.__name__, changes, name)
 
 
 @pytest.mark.parametrize("algorithm", [rloo, reward, partial(ppo, num_ppo_epochs=2, num_generations=2)])
@@ -105,17 +130,22 @@ class KnownCoins(SystemEntropy):
 def test_who_shares_a_micro_batch_moves_no_token_and_no_score(kind, dtype):
     policy = tiny_policy(kind, dtype)
     policy.to(DEVICE)
-    scorer = RewardModel.from_policy(policy, TextFormat(max_length=24))
+    scorer = RewardModel.from_policy(policy)
     torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(1))
-    settings = SamplingConfig(max_prompt_length=8, max_completion_length=12, micro_batch_size=8)
-    seen = []
-    for units in COMPANIES.values():
-        place, prompts = units.index(ONE), [unit[0]["prompt"] for unit in units]
-        ids, mask = policy.encode_prompts([policy.tokenizer(prompt).input_ids for prompt in prompts], 8)
-        with torch.no_grad():
-            rollouts = sample(policy, ids, mask, settings, KnownCoins())
-            logprobs, _ = in_micro_batches(policy, rollouts, settings)
-            scores = scorer.score([unit[0]["text"] for unit in units], rows_at_once=8)
-        seen.append((rollouts.completion_ids[place], logprobs[place], scores[place]))
-    assert all(torch.equal(a, b) for other in seen for a, b in zip(other, seen[0], strict=True))
-    assert logprobs[place].sum() < 0 and scores[place] != 0
+    for prompt_length, length in ((8, 12), (1, 1)):
+        scorer.text = TextFormat(max_length=prompt_length + length)
+        settings = SamplingConfig(
+            max_prompt_length=prompt_length, max_completion_length=length, min_completion_length=length,
+            micro_batch_size=64 if kind == "qwen2_moe" else 8,  # its gate has one number a position: see docs/privacy.md
+        )  # fmt: skip
+        seen = []
+        for units in COMPANIES.values():
+            place, prompts = units.index(ONE), [policy.tokenizer(unit[0]["prompt"]).input_ids for unit in units]
+            ids, mask = policy.encode_prompts([prompt[:prompt_length] for prompt in prompts], prompt_length)
+            with torch.no_grad():
+                rollouts = sample(policy, ids, mask, settings, KnownCoins())
+                logprobs, _ = in_micro_batches(policy, rollouts, settings)
+                scores = scorer.score([unit[0]["text"] for unit in units], rows_at_once=8)
+            seen.append((rollouts.completion_ids[place], logprobs[place], scores[place]))
+        assert all(torch.equal(a, b) for other in seen for a, b in zip(other, seen[0], strict=True))
+        assert logprobs[place].sum() < 0 and scores[place] != 0

@@ -22,6 +22,7 @@ from ..rewards.load import given_columns
 from .base import Reading, Tokenizer, check_records
 
 CHATS = ("messages", "conversations", "text")  # columns whose chat is asked for its last answer
+MOST_ROWS = 256  # that a float32 model samples together
 PROMPT_COLUMNS = (("prompt",), *((name,) for name in CHATS))
 
 
@@ -75,6 +76,11 @@ class SamplingConfig:
         return self.prompt_max_tokens or self.prompt_min_tokens or 8
 
     @property
+    def sampled_at_once(self) -> int:
+        """Rows that a float32 model samples together: a constant, because rounding depends on it."""
+        return self.micro_batch_size
+
+    @property
     def positions(self) -> int:
         """That the model must hold."""
         return self.max_prompt_length + self.max_completion_length
@@ -84,13 +90,16 @@ def sample(
     policy: Policy, ids: Tensor, mask: Tensor, config: SamplingConfig, coins: SystemEntropy | None = None
 ) -> Rollouts:
     """Completions of `(rows, prompt)` ids with the config's lengths; `coins` as in `Policy.generate`."""
+    at_once = config.micro_batch_size
+    if policy.model.dtype == torch.float32:
+        at_once = MOST_ROWS if coins is None else config.sampled_at_once
     return policy.sample(
         ids,
         mask,
         config.max_completion_length,
         min_new_tokens=config.min_completion_length,
         coins=coins,
-        rows_at_once=256 if coins is None and policy.model.dtype == torch.float32 else config.micro_batch_size,
+        rows_at_once=at_once,
     )
 
 

@@ -5,6 +5,7 @@ A unit is a prompt with its rollouts, or all prompts of a person. Nothing here i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,7 +25,7 @@ from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
 from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens, TrainingConfig
 from .basis import align_inputs
-from .completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
+from .completions import MOST_ROWS, PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,14 @@ class RolloutConfig(TrainingConfig, SamplingConfig):
     synthetic_steps: int = within(0, "[0, 100000]")
     synthetic_batch_size: int = within(256, "[1, 65536]")
     synthetic_learning_rate: float = within(4e-3, "[0, 1000]")
+
+    @property
+    def sampled_at_once(self) -> int:
+        """As many rows as split those of a phase evenly, if it has a standard deviation more units than expected."""
+        units = self.expected_batch_size * self.minibatches
+        rows = math.ceil((units + math.sqrt(units)) * self.num_generations)
+        parts = math.ceil(rows / MOST_ROWS)
+        return max(self.micro_batch_size, 8 * math.ceil(rows / parts / 8))
 
     def validate(self) -> None:
         super().validate()
