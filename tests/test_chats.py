@@ -17,13 +17,15 @@ from dpalign.algorithms.reward import encode_pair
 from dpalign.algorithms.sft import SFT
 from dpalign.data.load import only_columns
 from dpalign.data.text import encode_completion, turn_end
+from dpalign.errors import DPAlignError
 from dpalign.models import Policy, RewardModel, TextFormat
 from dpalign.models.generation import answers, padded, write_prompts
 from dpalign.models.policy import Rollouts
+from dpalign.release import PromptFormat, as_trained, prompt_format_of
 from dpalign.rewards import Reward
 from dpalign.rewards.base import PROBES
 from dpalign.rewards.learned import Learned
-from helpers import call, write_jsonl, write_recipe
+from helpers import call, merged, write_jsonl, write_recipe
 
 NOUNS = ["film", "play", "novel", "series", "concert", "game"]
 
@@ -70,7 +72,8 @@ def said(words: str) -> dict:
 
 CHATS = [{"id": i, "messages": [asked(i), said(f"Yes, {NOUNS[i % 6]} {i} is.")]} for i in range(64)]
 PAIRS = [
-    {"id": 1000 + i, "prompt": [asked(i)], "chosen": [said("Yes.")], "rejected": [said(f"No {i}.")]} for i in range(64)
+    {"id": 1000 + i, "prompt": [asked(1000 + i)], "chosen": [said("Yes.")], "rejected": [said(f"No {i}.")]}
+    for i in range(64)
 ]
 
 
@@ -171,7 +174,7 @@ def chat_recipe(folder: Path, **changes) -> Path:
             "max_completion_length": 8, "adapter": {"r": 2}, "reward": {"source": "reward_model"},
         },
     }  # fmt: skip
-    return write_recipe(folder, **sections, **changes)
+    return write_recipe(folder, **merged(sections, changes))
 
 
 def test_sft_reward_and_rloo_on_chats(tmp_path, capsys, monkeypatch):
@@ -208,6 +211,33 @@ def test_one_record_that_is_no_chat_is_named_before_a_draw(file, record, says, t
         f.write(json.dumps({"id": 9999} | record) + "\n")
     called = call(capsys, "run", recipe, "--json")
     assert re.search(says, called.error) and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_release_says_how_its_prompts_were_made(tmp_path, capsys):
+    call(
+        capsys, "run", chat_recipe(tmp_path, reward_model=None, reward_model_data=None, rloo={"reward": None}), "--json"
+    )
+    release = tmp_path / "run" / "release"
+    assert prompt_format_of(release) == PromptFormat(prepend_bos=False, chats=True)
+    found = call(capsys, "generate", release, "--prompt", "Is it?", "--max_completion_length", 2, "--json").json
+    tokenizer = AutoTokenizer.from_pretrained(release)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Is it?"}], add_generation_prompt=True)
+    assert found["completions"][0]["prompt"] == tokenizer.decode(chat["input_ids"])
+    plain = call(capsys, "generate", release, "--prompt", "Is it?", "--no-chat", "--max_completion_length", 2, "--json")
+    assert plain.json["completions"][0]["prompt"] == "Is it?"
+    (release / "prompts.json").write_text('{"prepend_bos": 1}')
+    assert "does not say how prompts are made" in call(capsys, "generate", release, "--prompt", "Is it?").error
+
+
+def test_releases_that_differ_are_asked_about(tmp_path):
+    for name, prepend in (("one", True), ("two", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.json").write_text(json.dumps({"prepend_bos": prepend, "chats": False}))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert as_trained([one, "tiny-review-lm"], None) and not as_trained([two], None)
+    assert as_trained([two], True) and not as_trained([one], False)
+    with pytest.raises(DPAlignError, match="one was trained with BOS in front"):
+        as_trained([one, two], None)
 
 
 def test_a_later_record_with_another_text_is_not_read_otherwise(tmp_path):

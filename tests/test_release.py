@@ -21,7 +21,7 @@ from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, Re
 from dpalign.models.verify import check_merged, check_release, probe_ids, probe_logits
 from dpalign.privacy.statement import PrivacyStatement
 from dpalign.recipe import Recipe
-from dpalign.release import write_release
+from dpalign.release import PromptFormat, write_release
 from dpalign.run import run_recipe
 from helpers import call, files_below, reviews
 from tiny import tiny_base, tiny_folder, tiny_tokenizer, words
@@ -188,14 +188,14 @@ def test_a_release_that_is_not_what_was_trained_is_not_left(dtype, factor, tmp_p
     policy, base = trained(tmp_path, dtype)
     before = {n: p.clone() for n, p in policy.named_parameters()}
     release = tmp_path / "release"
-    write_release(release, policy, STATEMENT, base, "t")
+    write_release(release, policy, STATEMENT, base, "t", PromptFormat())
     old = {f: f.read_bytes() for f in files_below(release)}
     policy.__class__ = scaled(factor)
     if factor == 1:
-        write_release(release, policy, STATEMENT, base, "t")
+        write_release(release, policy, STATEMENT, base, "t", PromptFormat())
     else:
         with pytest.raises(DPAlignError, match=r"nothing was released: .* away from the trained model's"):
-            write_release(release, policy, STATEMENT, base, "t")
+            write_release(release, policy, STATEMENT, base, "t", PromptFormat())
         assert {f: f.read_bytes() for f in files_below(release)} == old
     assert {p.name for p in tmp_path.iterdir()} == {"base", "release"}
     assert all(torch.equal(p, before[n]) and p.dtype == before[n].dtype for n, p in policy.named_parameters())
@@ -216,7 +216,7 @@ def test_a_base_that_has_changed_since_the_run_began_is_noticed(tmp_path):
     file = tmp_path / "base" / "model.safetensors"
     save_file({k: v * 1.01 if "embed" in k else v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(DPAlignError, match="Is the base what it was when the run began"):
-        write_release(tmp_path / "release", policy, STATEMENT, base, "t")
+        write_release(tmp_path / "release", policy, STATEMENT, base, "t", PromptFormat())
     assert not (tmp_path / "release").exists()
 
 
@@ -239,7 +239,7 @@ def test_a_merged_export_is_checked_and_keeps_its_stop_ids(tmp_path, capsys, mon
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     policy, name = trained(tmp_path)
-    write_release(tmp_path / "release", policy, STATEMENT, name, "t")
+    write_release(tmp_path / "release", policy, STATEMENT, name, "t", PromptFormat())
     assert call(capsys, "export", tmp_path / "release", "--to", tmp_path / "out", "--merge").status == 0
     assert Policy.load(ModelConfig(str(tmp_path / "out"))).stop_ids == [1, 5]
     check_merged(policy, tmp_path / "out")

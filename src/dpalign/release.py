@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
+from .errors import DPAlignError
 from .files import replace_folder, write_json, write_text
 from .models import Normalization, Policy, RewardModel
 from .models.verify import check_release
@@ -16,6 +20,7 @@ from .printable import code_span
 from .privacy.statement import PrivacyStatement
 from .reporting.numbers import all_runs, at_most
 
+PROMPTS_FILE = "prompts.json"
 RELEASE, REWARD_MODEL = "release", "reward_model"  # folders of a run that are for sharing
 
 # Whatever a stranger's statement, a data set or a path may have named is code: nothing in it is markup.
@@ -76,7 +81,57 @@ standard deviation 1 on the SFT model's own text, are in `reward.json`. As the r
 """
 
 
-def write_release(folder: Path, policy: Policy, statement: PrivacyStatement, base_model: str, title: str) -> None:
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a release's prompts were made, so that whoever uses it need not know: prompts.json.
+
+    prepend_bos: of strings. chats: whether they are chats, made by the tokenizer's template.
+    """
+
+    prepend_bos: bool = False
+    chats: bool = False
+
+
+def prompt_format_of(folder: str | Path) -> PromptFormat | None:
+    """None of a base model, or of a release of version 0.1.0.
+
+    Raises:
+        DPAlignError: it is damaged.
+    """
+    path = Path(folder) / PROMPTS_FILE
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        found = PromptFormat(value["prepend_bos"], value["chats"])
+        if not (isinstance(found.prepend_bos, bool) and isinstance(found.chats, bool)):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise DPAlignError(f"{path} does not say how prompts are made: copy the release again.") from None
+    return found
+
+
+def as_trained(models: Sequence[str], prepend_bos: bool | None) -> bool:
+    """Whether prompts get a BOS: what is asked for, or else what the releases among the models say of themselves.
+
+    Raises:
+        DPAlignError: they differ.
+    """
+    if prepend_bos is not None:
+        return prepend_bos
+    said = {model: found.prepend_bos for model in models if (found := prompt_format_of(model)) is not None}
+    if len(set(said.values())) > 1:
+        with_bos = [model for model, yes in said.items() if yes]
+        raise DPAlignError(
+            f"{', '.join(with_bos)} was trained with BOS in front of prompts, another one was not: say --prepend_bos "
+            "or --no-prepend_bos for all."
+        )
+    return any(said.values())
+
+
+def write_release(
+    folder: Path, policy: Policy, statement: PrivacyStatement, base_model: str, title: str, prompts: PromptFormat
+) -> None:
     """Writes the release folder in one move: the old one or the whole new one.
 
     Raises:
@@ -85,6 +140,7 @@ def write_release(folder: Path, policy: Policy, statement: PrivacyStatement, bas
     with replace_folder(folder) as temporary:
         policy.save_adapter(temporary, base_model)
         check_release(policy, temporary, base_model)
+        write_json(temporary / PROMPTS_FILE, asdict(prompts))
         _describe(temporary, statement, base_model, title, auto_class="AutoModelForCausalLM", options="", pooling="")
 
 

@@ -37,7 +37,7 @@ from .privacy.statement import PrivacyStatement, state_privacy
 from .provenance import past_stages
 from .recipe import Recipe
 from .records import Records, check_shared_texts, kept_by, read_public, read_stage_records, stage_units, units_of
-from .release import RELEASE, REWARD_MODEL, write_release, write_reward_model
+from .release import RELEASE, REWARD_MODEL, PromptFormat, write_release, write_reward_model
 from .reporting.progress import Reporter
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
@@ -389,7 +389,8 @@ class Run:
             title = f"{folder.name}, {'aligned privately' if statement.private else 'aligned WITHOUT privacy'}"
             results.release = folder / RELEASE
             with self.reporter.status("writing the release"):
-                write_release(results.release, policy, statement, self.base_of(policy, plan.recipe.model), title)
+                base, prompts = self.base_of(policy, plan.recipe.model), self.prompt_format(policy)
+                write_release(results.release, policy, statement, base, title, prompts)
         self.measure_on_public_prompts()
         resources = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
         write_json(self.workspace.private / "resources.json", resources)
@@ -397,6 +398,12 @@ class Run:
             results.resources = resources  # of private data, time and memory would tell how long the longest record is
         write_json(folder / "summary.json", results.to_json())
         return results
+
+    def prompt_format(self, policy: Policy) -> PromptFormat:
+        """As the last stage that trains the policy reads them."""
+        configs = [stage.config for stage in self.plan.stages.values() if stage.kind.model_kind is Policy]
+        given = [config.prepend_bos for config in configs if hasattr(config, "prepend_bos")]
+        return PromptFormat(bool(given and given[-1]), policy.asks_in_chats)
 
     def release_reward_model(self, stage: PlannedStage, model: RewardModel, seed: int) -> None:
         """Written once, when its stage ends, with its scale on text that the SFT model writes itself."""

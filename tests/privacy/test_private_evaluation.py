@@ -178,18 +178,19 @@ def test_the_intent_says_what_is_spent(tmp_path):
     assert delta == pytest.approx(1e-5, rel=0.02)
 
 
-def test_a_finished_measurement_is_read_back_and_a_lost_one_stays_lost(tmp_path):
+def test_a_finished_measurement_is_read_back_and_a_lost_one_stays_lost(tmp_path, monkeypatch):
     ledger = Ledger(":memory:")
     first, _ = measure(dataset(HELD_OUT), tmp_path / "a", ledger=ledger)
     again, _ = measure(dataset(HELD_OUT), tmp_path / "a", ledger=ledger)
     assert again == first and len(ledger.intents()) == 1
 
-    def dies(prompts, completions, score):
+    def dies(*arguments):
         raise KeyboardInterrupt
 
     ledger, calls = Ledger(":memory:"), []
-    with pytest.raises(KeyboardInterrupt):
-        measure(dataset(HELD_OUT), tmp_path / "b", ledger=ledger, reward=Reward(dies, LOW, HIGH))
+    with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+        dying.setattr("dpalign.evaluation.private._contained", dies)
+        measure(dataset(HELD_OUT), tmp_path / "b", ledger=ledger)
     counting = Reward(lambda prompts, completions, score: calls.append(1) or score, LOW, HIGH)
     assert measure(dataset(HELD_OUT), tmp_path / "b", ledger=ledger, reward=counting)[0] is None
     assert len(ledger.intents()) == 1 and not calls

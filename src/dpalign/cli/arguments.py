@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from ..errors import DPAlignError
 
+PREPEND_BOS = "put BOS in front of prompts (default: as the release was trained)"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one sentence."""

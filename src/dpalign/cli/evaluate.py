@@ -10,10 +10,11 @@ from ..algorithms import SamplingConfig
 from ..errors import DPAlignError
 from ..evaluation import Comparison, compare
 from ..files import write_json
+from ..release import as_trained
 from ..reporting.progress import Reporter
 from ..reporting.tables import OUTSIDE, print_evaluation
 from ..rewards import RewardConfig
-from .arguments import Parser
+from .arguments import PREPEND_BOS, Parser
 
 DESCRIPTION = """Samples one completion per public prompt from each model and measures them side by side:
 reward, KL to the model's own base (nats per completion), perplexity under that base, distinct-1, -2 and -3, length;
@@ -70,7 +71,7 @@ def _compare(given: argparse.Namespace, reporter: Reporter) -> Comparison:
             max_prompt_length=given.max_prompt_length,
             max_completion_length=given.max_completion_length,
             prompt_max_tokens=given.prompt_tokens,
-            prepend_bos=given.prepend_bos,
+            prepend_bos=as_trained(given.models, given.prepend_bos),
             reward=_reward(given, "reward"),
         ),
         prompts_are_public=given.eval_is_public,
@@ -111,7 +112,7 @@ def _parser() -> Parser:
     data.add_argument("--prompt_tokens", type=int, help="cut `text` into prompts of this many tokens (default 8)")
     data.add_argument("--max_prompt_length", type=int, default=64, help="a longer prompt is an error (default 64)")
     data.add_argument("--max_completion_length", type=int, default=16, help="tokens that are sampled (default 16)")
-    data.add_argument("--prepend_bos", action="store_true", help="put BOS in front, as the recipes here do")
+    data.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
     data.add_argument("--seed", type=int, default=0, help="of the sampling, the same for every model")
     data.add_argument(
         "--reference_column",

@@ -14,12 +14,13 @@ from ..evaluation.private import MeasurementConfig
 from ..files import write_json
 from ..models import ModelConfig
 from ..recipe import Recipe
+from ..release import as_trained
 from ..reporting.numbers import all_runs, at_most
 from ..reporting.progress import Reporter
 from ..reporting.terminal import Terminal
 from ..rewards import RewardConfig
 from ..run import run_recipe
-from .arguments import Parser
+from .arguments import PREPEND_BOS, Parser
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
 model and of its base, and how often the model wins, as one Gaussian release. It is journaled in the ledger under the
@@ -63,7 +64,7 @@ def recipe_of(given: argparse.Namespace) -> Recipe:
         max_prompt_length=given.max_prompt_length,
         max_completion_length=given.max_completion_length,
         prompt_max_tokens=given.prompt_tokens,
-        prepend_bos=given.prepend_bos,
+        prepend_bos=as_trained([given.model], given.prepend_bos),
         reward=RewardConfig(
             source=given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high
         ),
@@ -135,7 +136,7 @@ def _parser() -> Parser:
     parser.add_argument("--prompt_tokens", type=int, help="cut `text` into prompts of this many tokens (default 8)")
     parser.add_argument("--max_prompt_length", type=int, default=64)
     parser.add_argument("--max_completion_length", type=int, default=16)
-    parser.add_argument("--prepend_bos", action="store_true", help="put BOS in front, as the recipes here do")
+    parser.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--ledger", help="the ledger file (default: as for `dpalign run`)")
     parser.add_argument("--output_dir", required=True, help="folder of this measurement")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
-from rich.text import Text
+from rich.text import Text as Rich
 
 from ..data.load import Record, read_records, require_columns
-from ..data.text import encode_prompt_text, read_text, template_options
+from ..data.text import Text, encode_prompt_text, read_text, template_options
 from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
+from ..release import PromptFormat, as_trained, prompt_format_of
 from ..reporting.terminal import Terminal, plain
-from .arguments import Parser
+from .arguments import PREPEND_BOS, Parser
 
 DESCRIPTION = """Samples completions of prompts from a model or a release. Sampling from a release costs no privacy, as
 long as the prompts are not private themselves: they are echoed."""
@@ -28,7 +30,12 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("--num_generations", type=int, default=1, help="completions per prompt")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--prepend_bos", action="store_true", help="put BOS in front, as the recipes here do")
+    parser.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="ask a prompt that is a string as a chat's user would (default: as the release was trained)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     asked: list[Record] = [{"prompt": prompt} for prompt in given.prompt]
@@ -39,9 +46,12 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     if not asked:
         raise DPAlignError("give at least one --prompt, or a file with --prompts.")
     policy = Policy.load(ModelConfig(name_or_path=given.model))
-    prompts = [(read_text(record["prompt"]), template_options(record)) for record in asked]
+    said = prompt_format_of(given.model) or PromptFormat()
+    as_chats = said.chats if given.chat is None else given.chat
+    prompts = [(_prompt(record, as_chats), template_options(record)) for record in asked]
+    prepend_bos = as_trained([given.model], given.prepend_bos)
     encoded = [
-        encode_prompt_text(policy.tokenizer, prompt, prepend_bos=given.prepend_bos, options=options)
+        encode_prompt_text(policy.tokenizer, prompt, prepend_bos=prepend_bos, options=options)
         for prompt, options in prompts
         for _ in range(given.num_generations)
     ]
@@ -64,5 +74,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         console = Terminal()
         for row in rows:
             prompt, completion = plain(row["prompt"], "dim", lines=True), plain(row["completion"], lines=True)
-            console.print(Text.assemble(prompt, completion))
+            console.print(Rich.assemble(prompt, completion))
     return {"model": given.model, "completions": rows}
+
+
+def _prompt(record: Record, as_chat: bool) -> Text:
+    prompt = read_text(record["prompt"])
+    return [{"role": "user", "content": prompt}] if as_chat and isinstance(prompt, str) else prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
             records = read_hub(path, split, cache_dir)
     except UnicodeDecodeError as error:
         raise DPAlignError(f"data file {path} is not UTF-8 text (byte {error.start}): convert it first.") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DPAlignError(f"data file {path} cannot be read: {type(error).__name__}.") from None
     if not records:
         raise DPAlignError(f"data file {path} is empty: there is nothing to train on.")

@@ -76,7 +76,7 @@ def build_units(
         raise DPAlignError(f"max_records_per_unit {config.max_records_per_unit} must be at least 1.")
     grouped: dict[bytes, list[tuple[bytes, Record]]] = {}
     for number, record in enumerate(records, 1):
-        content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode()
+        content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
         if config.unit is None:
             # Equal records are different units: the second copy's identity counts it.
             identity = ledger.keyed_hash(config.name, b"record", content)
