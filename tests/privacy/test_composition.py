@@ -432,7 +432,7 @@ def test_a_crash_never_lifts_the_stages_above_their_common_target(dying, tmp_pat
     spendings, told = two_stages(tmp_path, dying)
     for name in ("sft", "reward_model"):
         draws = [s.mechanism for s in spendings if s.stage == name]
-        assert sum(m.steps for m in draws) == 12 + 2 * (name in dying) and len(draws) == 1 + (name in dying)
+        assert sum(m.steps for m in draws) == 12 + (name in dying) and len(draws) == 1 + (name in dying)
     assert sum("stay spent" in message for message in told) == len(dying)
     assert 0.9 * TARGET < epsilon([s.mechanism for s in spendings], DELTA) <= TARGET
 
