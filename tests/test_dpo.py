@@ -168,17 +168,18 @@ def test_dpalign_dpo(tmp_path, capsys):
 def test_the_trainer_reports_public_pairs(tmp_path):
     rows = [
         {"prompt": words(2, s), "chosen": " " + words(3, 100 + s), "rejected": " " + words(3, 200 + s)}
-        for s in range(32)
+        for s in range(37)
     ]
+    rows, shown = rows[:32], rows[32:]
     config = DPOConfig(
         target_epsilon=8.0, expected_batch_size=8, max_steps=2, max_length=10, adapter=AdapterConfig(r=2)
     )
     options = {"dataset_name": "toy", "output_dir": str(tmp_path / "run"), "model_is_public": True, "quiet": True}
     model = tiny_object("llama", tmp_path / "base")
     trainer = DPDPOTrainer(
-        model, config, rows, rows[:5], tiny_tokenizer(), eval_is_public=True, **options,
+        model, config, rows, shown, tiny_tokenizer(), eval_is_public=True, **options,
     )  # fmt: skip
     summary = trainer.train()
     assert summary["dpo"]["pairs"] == 5 and 0 < summary["epsilon"] <= 8 and trainer.privacy["private"]
     with pytest.raises(DPAlignError, match="eval_is_public=True"):
-        DPDPOTrainer(model, config, rows, rows[:5], tiny_tokenizer(), **options)
+        DPDPOTrainer(model, config, rows, shown, tiny_tokenizer(), **options)

@@ -39,16 +39,17 @@ def test_a_survey_counts_records_and_units():
 def test_what_each_stage_reads():
     tokenizer = byte_tokenizer()
     record = {"prompt": "aaaa", "completion": "bb"}
-    assert SFT.check(SFTConfig(max_length=8), tokenizer, record) == Reading(7, 8, 3)  # EOS too
-    assert SFT.check(SFTConfig(max_length=4), tokenizer, record) == Reading(7, 4, 0)
-    assert SFT.check(SFTConfig(max_length=4), tokenizer, {"text": "aaaa"}) == Reading(5, 4, 3)
+    a, b, c, y = (tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in "abcy")
+    assert SFT.check(SFTConfig(max_length=8), tokenizer, record) == Reading(7, 8, 3, b)  # EOS too
+    assert SFT.check(SFTConfig(max_length=4), tokenizer, record) == Reading(7, 4, 0, b)
+    assert SFT.check(SFTConfig(max_length=4), tokenizer, {"text": "aaaa"}) == Reading(5, 4, 3, a)
     pair = {"prompt": "aa", "chosen": "bbb", "rejected": "c"}
-    assert DPO.check(DPOConfig(max_length=8), tokenizer, pair) == Reading(6, 8, 2)
-    assert RewardModelling.check(RewardModelConfig(max_length=8), tokenizer, pair) == Reading(5, 8, 3)
+    assert DPO.check(DPOConfig(max_length=8), tokenizer, pair) == Reading(6, 8, 2, c)
+    assert RewardModelling.check(RewardModelConfig(max_length=8), tokenizer, pair) == Reading(5, 8, 3, c)
     same_end = {"chosen": "abcccc", "rejected": "xycccc"}
-    assert RewardModelling.check(RewardModelConfig(max_length=4), tokenizer, same_end) == Reading(6, 4, 0)
+    assert RewardModelling.check(RewardModelConfig(max_length=4), tokenizer, same_end) == Reading(6, 4, 0, y)
     config = PPOConfig(prompt_max_tokens=3, max_prompt_length=4)
-    assert PPO.check(config, tokenizer, {"prompt": "aaa"}) == Reading(3, 4, 3)
+    assert PPO.check(config, tokenizer, {"prompt": "aaa"}) == Reading(3, 4, 3, a)
     assert PPO.check(config, tokenizer, {"text": "aa"}) == Reading(0, 4, 0)
 
 
@@ -58,7 +59,8 @@ def test_a_long_prompt_keeps_its_end_where_that_is_asked():
     with pytest.raises(DPAlignError, match="set truncate_prompts"):
         PPO.check(config, tokenizer, {"prompt": "abcdef"})
     config.truncate_prompts = True
-    assert PPO.check(config, tokenizer, {"prompt": "abcdef"}) == Reading(7, 4, 4)
+    f = tokenizer("f", add_special_tokens=False).input_ids[0]
+    assert PPO.check(config, tokenizer, {"prompt": "abcdef"}) == Reading(7, 4, 4, f)
     assert tokenizer.decode(encode_prompt(tokenizer, {"prompt": "abcdef"}, config)) == "<bos>def"
     config.prepend_bos = False
     assert tokenizer.decode(encode_prompt(tokenizer, {"prompt": "abcdef"}, config)) == "cdef"
