@@ -25,6 +25,7 @@ from dpalign.release import PromptFormat, as_trained, prompt_format_of
 from dpalign.rewards import Reward
 from dpalign.rewards.base import PROBES
 from dpalign.rewards.learned import Learned
+from dpalign.run import Run
 from helpers import call, merged, write_jsonl, write_recipe
 
 NOUNS = ["film", "play", "novel", "series", "concert", "game"]
@@ -181,6 +182,7 @@ def test_sft_reward_and_rloo_on_chats(tmp_path, capsys, monkeypatch):
     read: list[list[int]] = []
     real = RewardModel.pad
     monkeypatch.setattr(RewardModel, "pad", lambda model, rows: read.extend(rows) or real(model, rows))
+    monkeypatch.setattr(Run, "self_check", lambda *_: None)  # it writes random chats, some of them longer
     assert call(capsys, "run", chat_recipe(tmp_path), "--json").json["epsilon"] <= 2
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     system = tokenizer.apply_chat_template([asked(0)])["input_ids"]

@@ -109,7 +109,7 @@ def ended_in_sft(place: str, at: int, folder: Path, capsys, monkeypatch) -> str:
 
 def test_what_is_done_is_saved_when_it_ends(tmp_path, capsys, monkeypatch):
     """Between two updates the state is whole: the one draw that was under way is lost, and no other."""
-    said = ended_in_sft("dpalign.training.loop:PerUnitGradients.collect", 6, tmp_path, capsys, monkeypatch)
+    said = ended_in_sft("dpalign.training.loop:Stage._accumulate", 6, tmp_path, capsys, monkeypatch)
     assert "resumes after step 5 of 8" in said and "1 drawn steps were lost" in said
     assert ledger_rows(tmp_path, attempt=0) == 6
 

@@ -52,13 +52,15 @@ def secrets(monkeypatch) -> Secrets:
 
     def watched_add(self, grads, metrics=None):
         if metrics is not None:
-            self.raw = [*getattr(self, "raw", []), metrics.double().nan_to_num(0.0)]
+            drawn = metrics[~metrics.isnan().all(1)]  # the others only fill the micro-batch up
+            self.raw = [*getattr(self, "raw", []), drawn.double().nan_to_num(0.0)]
         norms = torch.cat([g.flatten(1) for g in grads], 1).norm(dim=1).double()
         found.numbers.update([norms.mean().item(), norms.max().item(), norms.min().item()])
         add(self, grads, metrics)
 
     def watched_release(self):
-        self.rows = torch.cat(self.raw)  # (units, metrics)
+        nothing = [torch.zeros(1, len(self.metrics)).double()]  # where a run tries its stages on text of its own
+        self.rows = torch.cat(getattr(self, "raw", nothing))  # (units, metrics)
         for statistic in (self.rows.sum(0), self.rows.mean(0), self.rows.sum(0) / self.divisor, self.rows.std(0)):
             found.numbers.update(statistic.tolist())
         found.numbers.update((self._metrics_sum * self.metrics_grid).tolist())

@@ -46,6 +46,7 @@ from .rewards.load import RELEASED, is_reward_model
 from .stages import kind
 from .survey import Survey, survey
 from .training import Stage
+from .training.self_check import check_stage
 from .workspace import Workspace
 
 SURVEY = "data.json"  # in the private folder
@@ -97,6 +98,7 @@ def run_recipe(
         run = Run(plan, workspace, data, models, shown, reporter or Reporter(quiet=True), reward_function)
         run.load_rewards()
         run.check_prompts_of_rewards(records)
+        run.self_check(records)
         workspace.remember(origins)
         remember_contents(texts, workspace.ledger)
         for stage in plan.stages.values():
@@ -171,6 +173,11 @@ class Models:
             raise DPAlignError(f"the recipe loads no {model_kind.__name__}: name a model in its section model.")
         self._made.append(RewardModel.from_policy(policy, self._text))
         return self.of(model_kind)
+
+    def on_trial(self, model_kind: type[AdapterStack]) -> AdapterStack:
+        """The model of a kind, or one like what it will be, which is forgotten again."""
+        found = self.get(model_kind)
+        return RewardModel.from_policy(self.of(Policy), self._text) if found is None else found
 
     def reader(self, model_kind: type[AdapterStack]) -> AdapterStack:
         """The model that a kind is, or will be made of: the same tokenizer and body."""
@@ -300,6 +307,31 @@ class Run:
                     source = self.plan.recipe.data_of(name)
                     check = partial(check_asked, model.tokenizer)
                     check_records(records[name], source.path or source.name, stage.kind.columns, check)
+
+    def self_check(self, records: Records) -> None:
+        """Tries every private stage that is still to come on text that the run writes itself, of the kind of its data.
+
+        Raises:
+            DPAlignError: one unit would change what another one contributes.
+        """
+        with self.reporter.status("trying the stages on self-written text"):
+            for stage in self.plan.stages.values():
+                if stage.plan.noise_multiplier == 0 or is_done(stage, self.workspace) or stage.is_measurement:
+                    continue
+                entering = stage.kind.entering(stage.config)
+                rewards = {name: self.known(c) for name, c in entering.items() if isinstance(c, RewardConfig)}
+                data, model = self.plan.recipe.data_of(stage.name), self.models.on_trial(stage.kind.model_kind)
+                people = data.unit is not None and data.max_records_per_unit > 1
+                chats = are_chats(records[stage.name], stage.kind.columns)
+                check_stage(model, stage.kind, stage.config, rewards, people=people, chats=chats)
+
+    def known(self, config: RewardConfig) -> Reward:
+        """A reward that was loaded; for one that the run has still to train, a constant with its range."""
+        for loaded, reward in self.rewards:
+            if loaded == config:
+                return reward
+        low, high = -4.0 if config.low is None else config.low, 4.0 if config.high is None else config.high
+        return Reward(lambda prompts, completions, **_: [low] * len(completions), low, high, rows_at_once=None)
 
     def reward(self, config: RewardConfig) -> Reward:
         """The reward that a section describes, loaded once."""
@@ -488,6 +520,11 @@ class Run:
         results.evaluation = {name: row.without_reference() for name, row in rows.items()}
 
 
+def is_done(stage: PlannedStage, workspace: Workspace) -> bool:
+    """Whether a stage has been trained to its end."""
+    return any((workspace.private / stage.name / "final").glob("step-*"))
+
+
 def still_beside(planned: PlannedStage, plan: Plan, workspace: Workspace) -> tuple[tuple[SampledGaussian, ...], ...]:
     """What a stage's units meet elsewhere: what other stages have drawn, and what they are still to draw."""
     if not any(planned.plan.beside):
@@ -499,7 +536,7 @@ def still_beside(planned: PlannedStage, plan: Plan, workspace: Workspace) -> tup
         drawn = workspace.ledger.spendings(run=workspace.identity, dataset=stage.part.dataset, stage=name)
         left = stage.plan.steps - sum(s.mechanism.steps for s in drawn)
         others += drawn
-        if left > 0 and not any((workspace.private / name / "final").glob("step-*")):
+        if left > 0 and not is_done(stage, workspace):
             others.append(stage.at(replace(stage.plan, steps=left)))
     return beside(planned, others)
 

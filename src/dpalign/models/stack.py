@@ -154,6 +154,16 @@ class AdapterStack(nn.Module):
         """Freezes what the stage trained."""
         self.requires_grad_(False)
 
+    def drop_newest(self) -> None:
+        """Takes the newest adapter off again, as if it had never been added."""
+        name = self.adapters.pop()
+        if self.adapters:
+            self.model.delete_adapter(name)
+            self._activate(self.adapters, trainable=False)
+        else:
+            self.model = self.model.unload()
+        self.requires_grad_(False)
+
     def heads(self) -> list[nn.Linear]:
         """Trainable layers beside the adapters; none here."""
         return []

@@ -227,21 +227,15 @@ class Stage:
         size, batch = self.config.micro_batch_size, rows.of(units)
         if len(batch.unit) == 0:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
-        filled = batch.filled(self.rows_at_once, self.algorithm.rows_per_example, unit=size)
-        places = size + (len(filled.unit) > len(batch.unit))  # the last one is of the rows that fill up, and dropped
         try:
-            with self.gradients.collect(filled.unit, places):
-                losses, metrics = self.algorithm.row_losses(self.model, filled)
-                unit_means(losses, filled.unit, places).sum().backward()  # type: ignore[no-untyped-call]
+            grads, means = unit_gradients(self.model, self.algorithm, self.gradients, batch, size)
         except (DPAlignError, *OUT_OF_MEMORY):
             raise  # of the model's structure, or of sizes that are everyone's
         except Exception:
             self._accumulate_alone(mechanism, rows, units)
             return
         with torch.no_grad():
-            rowless = torch.bincount(filled.unit, minlength=places) == 0  # NaN adds zero, as it would alone
-            means = unit_means(metrics, filled.unit, places).masked_fill(rowless.unsqueeze(1), torch.nan)
-            mechanism.add([g[:size] for g in self.gradients.grads()], means[:size])
+            mechanism.add(grads, means)
 
     def _accumulate_alone(self, mechanism: GaussianMechanism, rows: Rows, units: list[int]) -> None:
         """Something was raised for one of some units: each again by itself; that one adds zero."""
@@ -385,6 +379,23 @@ class Stage:
             if f"model/{name}" not in tensors or tensors[f"model/{name}"].shape != value.shape:
                 raise DPAlignError(f"the checkpoint in {self.folder} has no fitting {name}: it is of another model.")
             value.copy_(tensors[f"model/{name}"])
+
+
+def unit_gradients(
+    model: AdapterStack, algorithm: Algorithm[Any, Any, Any], gradients: PerUnitGradients, rows: Rows, units: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Gradients `(units, *shape)` of every trainable, and raw metrics `(units, metrics)`, of at most `units` units.
+
+    Computed with as many units and rows as a full micro-batch of `units` has.
+    """
+    filled = rows.filled(algorithm.rows_per_example * units, algorithm.rows_per_example, unit=units)
+    places = units + (len(filled.unit) > len(rows.unit))  # the last one is of the rows that fill up, and dropped
+    with gradients.collect(filled.unit, places):
+        losses, metrics = algorithm.row_losses(model, filled)
+        unit_means(losses, filled.unit, places).sum().backward()  # type: ignore[no-untyped-call]
+    rowless = torch.bincount(filled.unit, minlength=places) == 0  # NaN adds zero, as it would alone
+    means = unit_means(metrics.detach(), filled.unit, places).masked_fill(rowless.unsqueeze(1), torch.nan)
+    return [g[:units] for g in gradients.grads()], means[:units]
 
 
 def hash_of(settings: dict[str, Any]) -> str:
