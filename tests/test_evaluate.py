@@ -325,7 +325,7 @@ def test_partial_references_are_not_silent(here, capsys):
         (("--data", "texts.jsonl"), "long enough for a prompt"),
         (("--max_prompt_length", "2"), "more than max_prompt_length 2"),
         (("--max_completion_length", "5000"), "lower --max_completion_length"),
-        (("--num_prompts", "0"), "--num_prompts 0 must be at least 1"),
+        (("--num_prompts", "0"), "--num_prompts: 0 must be at least 1"),
         (("--baseline", "runs/nowhere/release"), "model 'runs/nowhere/release' is neither a folder here"),
         (("--judge", "judges:first"), "name the one to compare with by --baseline"),
         (("--judge", "judges:nothing", "--baseline", "tiny-review-lm"), "cannot be imported"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from copy import deepcopy
 
@@ -92,15 +93,15 @@ def test_default_delta_and_the_table(capsys):
     [
         (("--batch-size", 10), "missing: epsilon, noise multiplier, steps"),
         (("--batch-size", 10, "--steps", 5, "--epsilon", 1, "--noise-multiplier", 1), "all of them are given"),
-        (("--batch-size", 10, "--steps", 5, "--epsilon", 0), "epsilon 0.0"),
-        (("--batch-size", 10, "--steps", 5, "--epsilon", -1), "epsilon -1.0"),
-        (("--batch-size", 10, "--steps", 5, "--epsilon", "nan"), "epsilon nan"),
-        (("--batch-size", 10, "--steps", 5, "--epsilon", 1, "--delta", 1), "delta 1.0"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", 0), "0.0 must be above 0"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", -1), "-1.0 must be above 0"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", "nan"), "nan must be above 0"),
+        (("--batch-size", 10, "--steps", 5, "--epsilon", 1, "--delta", 1), "1.0 must be above 0 and below 1"),
         (("--batch-size", 101, "--steps", 5, "--epsilon", 1), "batch size 101"),
-        (("--batch-size", 10, "--steps", 0, "--epsilon", 1), "steps 0"),
+        (("--batch-size", 10, "--steps", 0, "--epsilon", 1), "0 must be at least 1"),
         (("--batch-size", 10, "--steps", "many", "--epsilon", 1), "many"),
-        (("--batch-size", 10, "--steps", 5, "--noise-multiplier", -1), "noise multiplier -1"),
-        (("--batch-size", 10, "--steps", 5, "--noise-multiplier", 1, "--passes", 0), "passes=0"),
+        (("--batch-size", 10, "--steps", 5, "--noise-multiplier", -1), "-1.0 must be at least 0"),
+        (("--batch-size", 10, "--steps", 5, "--noise-multiplier", 1, "--passes", 0), "0 must be at least 1"),
     ],
 )
 def test_what_cannot_be_planned(capsys, arguments, says):
@@ -113,3 +114,21 @@ def test_planning_leaves_the_recipe_as_it_was(tmp_path):
     before = deepcopy(given)
     plan = plan_of(given)
     assert plan["stages"][0]["units"] == 32 and given == before and given.data.declared_units is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("plan", "--units", 100, "--passes", 0), "--passes.*: 0 must be at least 1"),
+        (("plan", "--units", 100, "--passes", "9" * 20), "must be at least 1 and at most 1024"),
+        (("plan", "--units", "nan"), "nan must be above 0"),
+        (("plan", "--units", 100, "--noise-multiplier", "inf"), "inf must be at least 0 and at most 100000"),
+        (("plan", "--units", 100, "--steps", "1e3"), "'1e3' is no whole number"),
+        (("generate", "tiny-review-lm", "--prompt", "x", "--max_completion_length", 0), "0 must be at least 1"),
+        (("generate", "tiny-review-lm", "--prompt", "x", "--temperature", "nan"), "nan must be above 0"),
+        (("evaluate", "tiny-review-lm", "--data", "x", "--num_prompts", -1), "-1 must be at least 1"),
+        (("ledger", "--delta", 1), "must be above 0 and below 1"),
+    ],
+)
+def test_every_number_of_a_command_has_an_interval(capsys, arguments, says):
+    assert re.search(says, call(capsys, *arguments, "--json").error)

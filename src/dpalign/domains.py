@@ -52,9 +52,13 @@ def within(default: Any, interval: str, *, or_inf: bool = False, ordered: bool =
     Args:
         or_inf: infinity is meant too. ordered: of two numbers, the second is the larger.
     """
+    return field(default=default, metadata={"domain": domain_of(interval, or_inf=or_inf, ordered=ordered)})
+
+
+def domain_of(interval: str, *, or_inf: bool = False, ordered: bool = False) -> Domain:
+    """What `within` makes of an interval."""
     low, high = interval[1:-1].split(",")
-    domain = Domain(float(low), float(high), interval[0] == "[", interval[-1] == "]", or_inf, ordered)
-    return field(default=default, metadata={"domain": domain})
+    return Domain(float(low), float(high), interval[0] == "[", interval[-1] == "]", or_inf, ordered)
 
 
 def check_settings(settings: Any, path: str = "") -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..algorithms import SamplingConfig
+from ..domains import COUNT, LENGTH, SCALE, SEEDS
 from ..errors import DPAlignError
 from ..evaluation import Comparison, compare
 from ..files import write_json
@@ -14,7 +15,7 @@ from ..release import as_trained
 from ..reporting.progress import Reporter
 from ..reporting.tables import OUTSIDE, print_evaluation
 from ..rewards import RewardConfig
-from .arguments import PREPEND_BOS, Parser
+from .arguments import PREPEND_BOS, Parser, number
 
 DESCRIPTION = """Samples one completion per public prompt from each model and measures them side by side:
 reward, KL to the model's own base (nats per completion), perplexity under that base, distinct-1, -2 and -3, length;
@@ -108,32 +109,26 @@ def _parser() -> Parser:
     data = parser.add_argument_group("prompts")
     data.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
     data.add_argument("--eval_is_public", action="store_true", help="declare the prompts public")
-    data.add_argument("--num_prompts", type=int, help="use only the first so many prompts")
-    data.add_argument("--prompt_tokens", type=int, help="cut `text` into prompts of this many tokens (default 8)")
-    data.add_argument("--max_prompt_length", type=int, default=64, help="a longer prompt is an error (default 64)")
-    data.add_argument("--max_completion_length", type=int, default=16, help="tokens that are sampled (default 16)")
+    data.add_argument("--num_prompts", type=number(int, COUNT), help="use only the first so many prompts")
+    data.add_argument(
+        "--prompt_tokens", type=number(int, LENGTH), help="cut `text` into prompts of this many tokens (default 8)"
+    )
+    data.add_argument(
+        "--max_prompt_length", type=number(int, LENGTH), default=64, help="a longer prompt is an error (default 64)"
+    )
+    data.add_argument(
+        "--max_completion_length",
+        type=number(int, "[1, 100000]"),
+        default=16,
+        help="tokens that are sampled (default 16)",
+    )
     data.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
-    data.add_argument("--seed", type=int, default=0, help="of the sampling, the same for every model")
+    data.add_argument("--seed", type=number(int, SEEDS), default=0, help="of the sampling, the same for every model")
     data.add_argument(
         "--reference_column",
         help="column of reference texts for ROUGE-1, -2 and -L (default: `completion` if every record has one)",
     )
-    rewards = parser.add_argument_group("rewards")
-    rewards.add_argument(
-        "--reward", default="vader", help="vader (default), classifier:PATH, reward_model:PATH or module:function"
-    )
-    rewards.add_argument("--reward_is_public", action="store_true", help="declare a classifier or function public")
-    rewards.add_argument("--reward_low", type=float, help="declared range of the reward, for module:function")
-    rewards.add_argument("--reward_high", type=float)
-    rewards.add_argument("--reward_columns", nargs="*", default=[], help="columns of the data that functions are given")
-    rewards.add_argument("--reference_reward", help="a second reward, in a column of its own; may be non-private")
-    rewards.add_argument(
-        "--reference_reward_is_public",
-        action="store_true",
-        help="declare a classifier or function public; without it, its column is labelled",
-    )
-    rewards.add_argument("--reference_reward_low", type=float)
-    rewards.add_argument("--reference_reward_high", type=float)
+    _add_rewards(parser)
     wins = parser.add_argument_group("win rate")
     wins.add_argument("--baseline", help="a model: how often is each of the others better on the same prompt?")
     wins.add_argument(
@@ -147,6 +142,27 @@ def _parser() -> Parser:
     out.add_argument("--plot", help="reward against KL with intervals: a file ending in .png, .pdf or .svg")
     out.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     return parser
+
+
+def _add_rewards(parser: Parser) -> None:
+    rewards = parser.add_argument_group("rewards")
+    rewards.add_argument(
+        "--reward", default="vader", help="vader (default), classifier:PATH, reward_model:PATH or module:function"
+    )
+    rewards.add_argument("--reward_is_public", action="store_true", help="declare a classifier or function public")
+    rewards.add_argument(
+        "--reward_low", type=number(float, SCALE), help="declared range of the reward, for module:function"
+    )
+    rewards.add_argument("--reward_high", type=number(float, SCALE))
+    rewards.add_argument("--reward_columns", nargs="*", default=[], help="columns of the data that functions are given")
+    rewards.add_argument("--reference_reward", help="a second reward, in a column of its own; may be non-private")
+    rewards.add_argument(
+        "--reference_reward_is_public",
+        action="store_true",
+        help="declare a classifier or function public; without it, its column is labelled",
+    )
+    rewards.add_argument("--reference_reward_low", type=number(float, SCALE))
+    rewards.add_argument("--reference_reward_high", type=number(float, SCALE))
 
 
 def _check(given: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..algorithms import SamplingConfig
 from ..data.load import DataConfig
+from ..domains import LENGTH, SCALE
 from ..errors import DPAlignError
 from ..evaluation.private import MeasurementConfig
 from ..files import write_json
@@ -20,7 +21,7 @@ from ..reporting.progress import Reporter
 from ..reporting.terminal import Terminal
 from ..rewards import RewardConfig
 from ..run import run_recipe
-from .arguments import PREPEND_BOS, Parser
+from .arguments import PREPEND_BOS, Parser, number
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
 model and of its base, and how often the model wins, as one Gaussian release. It is journaled in the ledger under the
@@ -113,29 +114,37 @@ def _parser() -> Parser:
     parser.add_argument("--dataset_name", required=True, help="declared name of the held-out data, the ledger's key")
     parser.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
     parser.add_argument("--unit", help="column that names the privacy unit; without one each record is a unit")
-    parser.add_argument("--max_records_per_unit", type=int, default=1)
+    parser.add_argument("--max_records_per_unit", type=number(int, "[1, 1000000]"), default=1)
     parser.add_argument(
         "--shared_texts",
         choices=("checked", "declared"),
         default="checked",
         help="checked: no text of these is in other data that the ledger knows; declared: equal ones are other units'",
     )
-    parser.add_argument("--declared_units", type=int, help="public number of units (default: counted, and so public)")
+    parser.add_argument(
+        "--declared_units",
+        type=number(int, "[1, 1000000000000]"),
+        help="public number of units (default: counted, and so public)",
+    )
     parser.add_argument(
         "--model_is_public", action="store_true", help="declare a model without a privacy statement public"
     )
-    parser.add_argument("--epsilon", type=float, help="epsilon of the measurement")
-    parser.add_argument("--noise_multiplier", type=float, help="sigma instead of epsilon")
-    parser.add_argument("--delta", type=float, help="default: min(1e-5, 1/(10 units))")
+    parser.add_argument("--epsilon", type=number(float, "(0, 1000]", or_inf=True), help="epsilon of the measurement")
+    parser.add_argument("--noise_multiplier", type=number(float, "[0, 100000]"), help="sigma instead of epsilon")
+    parser.add_argument("--delta", type=number(float, "(0, 1)"), help="default: min(1e-5, 1/(10 units))")
     parser.add_argument(
         "--reward", default="vader", help="vader, classifier:PATH, reward_model:PATH or module:function"
     )
     parser.add_argument("--reward_is_public", action="store_true", help="declare any reward but vader public")
-    parser.add_argument("--reward_low", type=float, help="declared range of the reward; values are clipped to it")
-    parser.add_argument("--reward_high", type=float)
-    parser.add_argument("--prompt_tokens", type=int, help="cut `text` into prompts of this many tokens (default 8)")
-    parser.add_argument("--max_prompt_length", type=int, default=64)
-    parser.add_argument("--max_completion_length", type=int, default=16)
+    parser.add_argument(
+        "--reward_low", type=number(float, SCALE), help="declared range of the reward; values are clipped to it"
+    )
+    parser.add_argument("--reward_high", type=number(float, SCALE))
+    parser.add_argument(
+        "--prompt_tokens", type=number(int, LENGTH), help="cut `text` into prompts of this many tokens (default 8)"
+    )
+    parser.add_argument("--max_prompt_length", type=number(int, LENGTH), default=64)
+    parser.add_argument("--max_completion_length", type=number(int, "[1, 100000]"), default=16)
     parser.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--ledger", help="the ledger file (default: as for `dpalign run`)")

@@ -10,11 +10,12 @@ from rich.text import Text as Rich
 
 from ..data.load import Record, read_records, require_columns
 from ..data.text import Text, encode_prompt_text, read_text, template_options
+from ..domains import SEEDS
 from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
 from ..release import PromptFormat, as_trained, prompt_format_of
 from ..reporting.terminal import Terminal, plain
-from .arguments import PREPEND_BOS, Parser
+from .arguments import PREPEND_BOS, Parser, number
 
 DESCRIPTION = """Samples completions of prompts from a model or a release. Sampling from a release costs no privacy, as
 long as the prompts are not private themselves: they are echoed."""
@@ -26,17 +27,17 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument("model", help="folder of a release, folder or hub name of a base model, or tiny-review-lm")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     parser.add_argument("--prompts", help="file with a column `prompt` (.jsonl, .csv, .parquet)")
-    parser.add_argument("--max_completion_length", type=int, default=32)
-    parser.add_argument("--num_generations", type=int, default=1, help="completions per prompt")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--max_completion_length", type=number(int, "[1, 100000]"), default=32)
+    parser.add_argument("--num_generations", type=number(int, "[1, 10000]"), default=1, help="completions per prompt")
+    parser.add_argument("--temperature", type=number(float, "(0, 100]"), default=1.0)
+    parser.add_argument("--top_p", type=number(float, "(0, 1]"), default=1.0)
     parser.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
         help="ask a prompt that is a string as a chat's user would (default: as the release was trained)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, SEEDS), default=0)
     given = parser.parse_args(arguments)
     asked: list[Record] = [{"prompt": prompt} for prompt in given.prompt]
     if given.prompts:

@@ -15,7 +15,7 @@ from ..privacy.parts import epsilon_of
 from ..privacy.statement import account
 from ..reporting.numbers import all_runs, at_most
 from ..reporting.terminal import Terminal, plain
-from .arguments import Parser
+from .arguments import Parser, number
 
 DESCRIPTION = """Replays the ledger: every run on a dataset's declared name adds up, finished or not. The ledger is
 private; its epsilon is an upper bound on what all releases made from that data reveal together."""
@@ -26,7 +26,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser = Parser(prog="dpalign ledger", description=DESCRIPTION)
     parser.add_argument("--ledger", help=f"the ledger file (default: {default_path()})")
     parser.add_argument("--dataset", help="only this dataset")
-    parser.add_argument("--delta", type=float, help="delta of the totals (default: by the dataset's units)")
+    parser.add_argument(
+        "--delta", type=number(float, "(0, 1)"), help="delta of the totals (default: by the dataset's units)"
+    )
     given = parser.parse_args(arguments)
     path = default_path() if given.ledger is None else given.ledger
     if not Path(path).is_file():

@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
+from ..domains import STEPS
 from ..errors import DPAlignError
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
 from ..reporting.numbers import at_most
 from ..reporting.terminal import Terminal
-from .arguments import Parser
+from .arguments import Parser, number
 
 DESCRIPTION = """Computes any one of epsilon, noise multiplier, batch size and steps from the others, for Poisson
 samples of privacy units (add or remove one unit). Shows how the noise per update falls with the batch size and
@@ -29,13 +30,32 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
         return plan_recipe.run(arguments, as_json)
     parser = Parser(prog="dpalign plan", description=DESCRIPTION)
-    parser.add_argument("--units", "--declared_units", type=float, required=True, help="privacy units of the stage")
-    parser.add_argument("--batch-size", "--expected_batch_size", type=float, help="expected units in a sample")
-    parser.add_argument("--steps", "--max_steps", type=int, help="number of samples drawn")
-    parser.add_argument("--passes", "--num_ppo_epochs", type=int, default=1, help="passes over each sample (T_PPO)")
-    parser.add_argument("--delta", "--target_delta", type=float, help="default: min(1e-5, 1/(10 units))")
-    parser.add_argument("--epsilon", "--target_epsilon", type=float, help="target, or inf")
-    parser.add_argument("--noise-multiplier", "--noise_multiplier", type=float, help="sigma of each pass")
+    parser.add_argument(
+        "--units",
+        "--declared_units",
+        type=number(float, "(0, 1000000000000]"),
+        required=True,
+        help="privacy units of the stage",
+    )
+    parser.add_argument(
+        "--batch-size",
+        "--expected_batch_size",
+        type=number(float, "(0, 1000000000000]"),
+        help="expected units in a sample",
+    )
+    parser.add_argument("--steps", "--max_steps", type=number(int, STEPS), help="number of samples drawn")
+    parser.add_argument(
+        "--passes", "--num_ppo_epochs", type=number(int, "[1, 1024]"), default=1, help="passes over each sample (T_PPO)"
+    )
+    parser.add_argument(
+        "--delta", "--target_delta", type=number(float, "(0, 1)"), help="default: min(1e-5, 1/(10 units))"
+    )
+    parser.add_argument(
+        "--epsilon", "--target_epsilon", type=number(float, "(0, 1000]", or_inf=True), help="target, or inf"
+    )
+    parser.add_argument(
+        "--noise-multiplier", "--noise_multiplier", type=number(float, "[0, 100000]"), help="sigma of each pass"
+    )
     given = parser.parse_args(arguments)
     plan = complete_plan(
         units=given.units,

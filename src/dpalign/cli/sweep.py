@@ -10,7 +10,7 @@ from ..reporting.progress import Reporter
 from ..reporting.sweep import sweep_table
 from ..reporting.terminal import Terminal
 from ..sweep import run_sweep
-from .arguments import Parser
+from .arguments import Parser, number
 
 DESCRIPTION = """Runs a recipe once for each epsilon and seed, each run in a process of its own, and prints the mean and
 95% interval over seeds. Epsilon 0 is the pretrained model, inf the run without privacy.
@@ -64,7 +64,7 @@ def _parser() -> Parser:
         metavar="EPSILON[:SEEDS]",
         help="epsilons, each perhaps with a number of seeds of its own (default: 0 1 2 4 8 inf)",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each epsilon (default 3)")
+    parser.add_argument("--seeds", type=number(int, "[1, 10000]"), default=3, help="seeds of each epsilon (default 3)")
     parser.add_argument("--vary", nargs="+", metavar=("FIELD", "VALUE"), help="also run every value of this field")
     parser.add_argument(
         "--at",
