@@ -45,7 +45,8 @@ from scipy.sparse import csr_matrix
 from scipy.stats import t as student
 
 from dpalign.algorithms import RewardModelConfig
-from dpalign.data.load import DataConfig, Record
+from dpalign.data import DataConfig
+from dpalign.data.load import Record
 from dpalign.evaluation import evaluate_pairs
 from dpalign.evaluation.preferences import agreement
 from dpalign.files import dumps

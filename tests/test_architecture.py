@@ -26,6 +26,7 @@ ROOMS = [
     ["data", "gradients"],
     ["privacy"],
     ["files"],
+    ["settings"],
     ["domains", "printable"],
     ["errors", "stages", "version"],
 ]

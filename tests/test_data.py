@@ -14,8 +14,8 @@ from datasets import Dataset, DatasetDict
 from dpalign.algorithms import SFT, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
 from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.completions import encode_prompt
-from dpalign.data import build_units
-from dpalign.data.load import DataConfig, read_records
+from dpalign.data import DataConfig, build_units
+from dpalign.data.load import read_records
 from dpalign.errors import DPAlignError
 from dpalign.models import ModelConfig, Policy
 from dpalign.plan import split_parts

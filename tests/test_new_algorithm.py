@@ -13,7 +13,7 @@ import torch
 from dpalign import stages
 from dpalign.algorithms.base import Algorithm, Rows, Tokens, TrainingConfig
 from dpalign.cli.plan_recipe import plan_of
-from dpalign.data.load import DataConfig
+from dpalign.data import DataConfig
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Policy
 from dpalign.privacy.ledger import Ledger

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from dpalign.algorithms import PPOConfig, SFTConfig
-from dpalign.data.load import DataConfig
+from dpalign.data import DataConfig
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat
 from dpalign.models.verify import check_merged, check_release, probe_ids, probe_logits

@@ -12,28 +12,32 @@ from .errors import DPAlignError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .algorithms import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
     from .evaluation import compare
-    from .models import AdapterConfig, ModelConfig
     from .recipe import Recipe
     from .run import run_recipe
+    from .settings.dpo import DPOConfig
+    from .settings.models import AdapterConfig, ModelConfig
+    from .settings.ppo import PPOConfig
+    from .settings.reward_model import RewardModelConfig
+    from .settings.rloo import RLOOConfig
+    from .settings.sft import SFTConfig
     from .sweep import run_sweep
     from .trainers import DPDPOTrainer, DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
 
 _HOMES = {
-    "AdapterConfig": "models",
+    "AdapterConfig": "settings.models",
     "DPDPOTrainer": "trainers",
-    "DPOConfig": "algorithms",
+    "DPOConfig": "settings.dpo",
     "DPPPOTrainer": "trainers",
     "DPRLOOTrainer": "trainers",
     "DPRewardTrainer": "trainers",
     "DPSFTTrainer": "trainers",
-    "ModelConfig": "models",
-    "PPOConfig": "algorithms",
-    "RLOOConfig": "algorithms",
+    "ModelConfig": "settings.models",
+    "PPOConfig": "settings.ppo",
+    "RLOOConfig": "settings.rloo",
     "Recipe": "recipe",
-    "RewardModelConfig": "algorithms",
-    "SFTConfig": "algorithms",
+    "RewardModelConfig": "settings.reward_model",
+    "SFTConfig": "settings.sft",
     "compare": "evaluation",
     "run_recipe": "run",
     "run_sweep": "sweep",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .algorithms.base import Algorithm, StageConfig
+from .algorithms.base import Algorithm
 from .errors import DPAlignError
 from .privacy import accountant
 from .privacy.accountant import SampledGaussian
@@ -19,6 +19,7 @@ from .privacy.parts import Part, Spending, epsilon_of, met
 from .privacy.statement import StageStatement
 from .provenance import Origin, past_assumptions, past_stages
 from .recipe import Recipe
+from .settings.base import StageConfig
 from .stages import STAGES, kind
 from .training import StagePlan, plan_stage
 

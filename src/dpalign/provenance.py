@@ -14,6 +14,7 @@ from .privacy.statement import StageStatement, merge_stages, read_statement
 from .recipe import Recipe
 from .rewards import RewardConfig, is_reward_model
 from .rewards.load import RELEASED
+from .settings.models import TINY_REVIEW_LM
 from .stages import STAGES, kind
 
 
@@ -87,7 +88,7 @@ def _origin(recipe: Recipe, entering: ModelConfig | RewardConfig) -> Origin | No
 def _past(recipe: Recipe, name: str, is_public: bool) -> Origin:
     stated = read_statement(embedded.resolve(name))
     if stated is None:
-        if name == embedded.TINY_REVIEW_LM:
+        if name == TINY_REVIEW_LM:
             return Origin(name, (), ())
         if not is_public:
             raise DPAlignError(

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .algorithms import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, RolloutConfig, SFTConfig
-from .algorithms.base import StageConfig
-from .data.load import DataConfig
 from .domains import COUNT, SEEDS, check_settings, within
 from .errors import DPAlignError
-from .evaluation.private import MeasurementConfig
-from .models import ModelConfig
-from .rewards import RewardConfig
+from .settings.base import StageConfig
+from .settings.data import DataConfig
+from .settings.dpo import DPOConfig
+from .settings.measurement import MeasurementConfig
+from .settings.models import ModelConfig
+from .settings.ppo import PPOConfig
+from .settings.reward_model import RewardModelConfig
+from .settings.rewards import RewardConfig
+from .settings.rloo import RLOOConfig
+from .settings.rollouts import RolloutConfig
+from .settings.sft import SFTConfig
 from .stages import STAGES
 
 

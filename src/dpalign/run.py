@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from .algorithms.base import Algorithm, Reading, TrainingConfig, check_records
+from .algorithms.base import Algorithm, Reading, check_records
 from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
-from .algorithms.reward import RewardModelConfig
-from .algorithms.rollouts import RolloutConfig
 from .data.load import Record, only_columns
 from .data.overlap import remember_contents
 from .data.units import UnitDataset
@@ -43,6 +41,9 @@ from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
 from .rewards.learned import Learned
 from .rewards.load import RELEASED, is_reward_model
+from .settings.base import TrainingConfig
+from .settings.reward_model import RewardModelConfig
+from .settings.rollouts import RolloutConfig
 from .stages import kind
 from .survey import Survey, survey
 from .training import Stage

@@ -21,7 +21,8 @@ from transformers import (
 
 from .algorithms import DPO, PPO, RLOO, SFT, Algorithm, DPOConfig, RewardModelConfig, RewardModelling, SFTConfig
 from .algorithms.pairs import PairAlgorithm
-from .data.load import DataConfig, Record
+from .data import DataConfig
+from .data.load import Record
 from .errors import DPAlignError
 from .models import AdapterConfig, ModelConfig, Policy, RewardModel
 from .models.lora import check_to_train

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from dpalign.algorithms import SFT, PPOConfig, RewardModelConfig, RewardModelling, RLOOConfig, SFTConfig
-from dpalign.data.load import DataConfig
+from dpalign.data import DataConfig
 from dpalign.errors import DPAlignError
 from dpalign.evaluation.private import MeasurementConfig
 from dpalign.models import AdapterConfig, RewardModel

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpalign.algorithms import PPO, SFT, PPOConfig, RewardModelConfig, SFTConfig
 from dpalign.algorithms.base import Rows
-from dpalign.data.load import DataConfig
+from dpalign.data import DataConfig
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Policy, RewardModel
 from dpalign.recipe import Recipe

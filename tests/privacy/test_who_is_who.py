@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dpalign.data import build_units, check_disjoint
-from dpalign.data.load import DataConfig, read_records
+from dpalign.data import DataConfig, build_units, check_disjoint
+from dpalign.data.load import read_records
 from dpalign.data.overlap import DECLARED, Texts, check_contents, hash_texts, remember_contents
 from dpalign.data.units import same_name
 from dpalign.errors import DPAlignError

@@ -1,13 +1,18 @@
 """Each algorithm: a config and a loss per row, readable alone."""
 
-from .base import Algorithm, TrainingConfig
-from .completions import SamplingConfig
-from .dpo import DPO, DPOConfig
-from .ppo import PPO, PPOConfig
-from .reward import RewardModelConfig, RewardModelling
-from .rloo import RLOO, RLOOConfig
-from .rollouts import RolloutConfig
-from .sft import SFT, SFTConfig
+from ..settings.base import TrainingConfig
+from ..settings.dpo import DPOConfig
+from ..settings.ppo import PPOConfig
+from ..settings.reward_model import RewardModelConfig
+from ..settings.rloo import RLOOConfig
+from ..settings.rollouts import RolloutConfig, SamplingConfig
+from ..settings.sft import SFTConfig
+from .base import Algorithm
+from .dpo import DPO
+from .ppo import PPO
+from .reward import RewardModelling
+from .rloo import RLOO
+from .sft import SFT
 
 __all__ = [
     "DPO",

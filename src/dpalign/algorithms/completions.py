@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,79 +11,17 @@ from torch import Tensor
 
 from ..data.load import Record
 from ..data.text import Text, cut_length, encode_prompt_text, encode_text, joined, read_text, template_options
-from ..domains import LENGTH, within
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.generation import Prompt
 from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
-from ..rewards import RewardConfig
 from ..rewards.load import given_columns
+from ..settings.rollouts import MOST_ROWS, SamplingConfig
 from .base import Reading, Tokenizer, check_records
 
 CHATS = ("messages", "conversations", "text")  # columns whose chat is asked for its last answer
-MOST_ROWS = 256  # that a float32 model samples together
 PROMPT_COLUMNS = (("prompt",), *((name,) for name in CHATS))
-
-
-@dataclass(kw_only=True)
-class SamplingConfig:
-    """How prompts are cut, completed and scored.
-
-    Records have `prompt`, or `messages` whose last answer is left out, or `text` whose first tokens become the prompt.
-    A chat's prompt is what the tokenizer's chat template writes, with the assistant's turn opened.
-
-    Args:
-        max_prompt_length: most tokens of a prompt; a longer one is an error.
-        truncate_prompts: of a longer prompt the last tokens are read (and BOS, if it has one in front).
-        prompt_min_tokens, prompt_max_tokens: cut `text` into a prompt of that many tokens (BOS not counted).
-        prepend_bos: put the tokenizer's BOS in front of every prompt.
-        max_completion_length: most tokens sampled per completion.
-        min_completion_length: EOS is not sampled before this many tokens.
-        micro_batch_size: prompts that are computed together; memory only, no effect on the result.
-        reward: the reward function.
-    """
-
-    max_prompt_length: int = within(64, LENGTH)
-    truncate_prompts: bool = False
-    prompt_min_tokens: int | None = within(None, LENGTH)
-    prompt_max_tokens: int | None = within(None, LENGTH)
-    prepend_bos: bool = False
-    max_completion_length: int = within(16, LENGTH)
-    min_completion_length: int = within(0, "[0, 1000000]")
-    micro_batch_size: int = within(32, "[1, 65536]")
-    reward: RewardConfig = field(default_factory=RewardConfig)
-
-    def validate(self) -> None:
-        """Raises DPAlignError for lengths that cannot be together."""
-        low, high = self.prompt_min_tokens, self.prompt_max_tokens
-        if low is not None and high is not None and low > high:
-            raise DPAlignError(f"prompt_min_tokens {low} is more than prompt_max_tokens {high}.")
-        longest = high or low
-        if longest is not None and longest > self.max_prompt_length:
-            raise DPAlignError(
-                f"prompts of {longest} tokens are longer than max_prompt_length {self.max_prompt_length}."
-            )
-        if self.min_completion_length > self.max_completion_length:
-            raise DPAlignError(
-                f"min_completion_length {self.min_completion_length} is more than max_completion_length "
-                f"{self.max_completion_length}."
-            )
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of a prompt that the model writes itself."""
-        return self.prompt_max_tokens or self.prompt_min_tokens or 8
-
-    @property
-    def sampled_at_once(self) -> int:
-        """Rows that a float32 model samples together: a constant, because rounding depends on it."""
-        return self.micro_batch_size
-
-    @property
-    def positions(self) -> int:
-        """That the model must hold."""
-        return self.max_prompt_length + self.max_completion_length
 
 
 def sample(

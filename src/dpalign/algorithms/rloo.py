@@ -6,26 +6,13 @@ the other rollouts of its own prompt, so it stays inside the unit; there is no v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ..domains import within
 from ..models import Policy
+from ..settings.rloo import RLOOConfig
 from .base import Rows
-from .rollouts import RolloutAlgorithm, RolloutConfig, rollouts_of
-
-
-@dataclass(kw_only=True)
-class RLOOConfig(RolloutConfig):
-    """Settings of DP-RLOO. Records have `prompt`, or `text` whose first tokens become the prompt.
-
-    Args:
-        num_generations: rollouts per prompt, at least 2; the baseline of one is the mean of the others.
-    """
-
-    num_generations: int = within(2, "[2, 1024]")
+from .rollouts import RolloutAlgorithm, rollouts_of
 
 
 class RLOO(RolloutAlgorithm[RLOOConfig]):

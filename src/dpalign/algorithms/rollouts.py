@@ -5,17 +5,13 @@ A unit is a prompt with its rollouts, or all prompts of a person. Nothing here i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..data.load import Record
-from ..domains import SCALE, within
-from ..errors import DPAlignError
 from ..models import Policy
 from ..models.generation import Prompt, answers, padded, write_prompts
 from ..models.kernels import chunks
@@ -23,57 +19,10 @@ from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
-from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens, TrainingConfig
+from ..settings.rollouts import RolloutConfig, SamplingConfig
+from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens
 from .basis import align_inputs
-from .completions import MOST_ROWS, PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
-
-
-@dataclass(kw_only=True)
-class RolloutConfig(TrainingConfig, SamplingConfig):
-    """Settings of a stage that samples completions. Records have `prompt`, or `text` whose first tokens become it.
-
-    Args:
-        num_generations: rollouts per prompt, averaged inside the unit before the clip: less variance, no privacy cost.
-        beta: coefficient of the KL penalty against the model the stage started from.
-        adaptive_kl_target: nats per completion; adapts beta to the noised KL (Ziegler et al. 2019). Needs metrics.
-        adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
-        missing_eos_penalty: subtracted from the reward of a completion without EOS.
-        kl_range: declared range of the noised KL metric, in nats per completion.
-        synthetic_steps: updates on prompts that the model writes itself, before the first draw. They read no record
-            and spend nothing: the model is public or a DP release, and so is the reward.
-        synthetic_batch_size: prompts of such an update.
-        synthetic_learning_rate: its peak learning rate; decays linearly to 0.
-    """
-
-    has_synthetic_gradient = True
-
-    learning_rate: float = within(3e-3, "[0, 1000]")
-    num_generations: int = within(1, "[1, 1024]")
-    beta: float = within(0.2, "[0, 1e6]")
-    adaptive_kl_target: float | None = within(None, "(0, 1e6]")
-    adaptive_kl_horizon: float = within(10000.0, "(0, 1e12]")
-    missing_eos_penalty: float = within(0.0, "[0, 1e6]")
-    kl_range: tuple[float, float] = within((-5.0, 15.0), SCALE, ordered=True)
-    synthetic_steps: int = within(0, "[0, 100000]")
-    synthetic_batch_size: int = within(256, "[1, 65536]")
-    synthetic_learning_rate: float = within(4e-3, "[0, 1000]")
-
-    @property
-    def sampled_at_once(self) -> int:
-        """As many rows as split those of a phase evenly, if it has a standard deviation more units than expected."""
-        units = self.expected_batch_size * self.minibatches
-        rows = math.ceil((units + math.sqrt(units)) * self.num_generations)
-        parts = math.ceil(rows / MOST_ROWS)
-        return max(self.micro_batch_size, 8 * math.ceil(rows / parts / 8))
-
-    def validate(self) -> None:
-        super().validate()
-        SamplingConfig.validate(self)
-        if self.adapter.r < 1:
-            raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
-        if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:
-            raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")
-
+from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample
 
 C = TypeVar("C", bound=RolloutConfig)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..algorithms import SamplingConfig
-from ..data.load import DataConfig
+from ..data import DataConfig
 from ..domains import LENGTH, SCALE
 from ..errors import DPAlignError
-from ..evaluation.private import MeasurementConfig
 from ..files import write_json
 from ..models import ModelConfig
 from ..recipe import Recipe
@@ -21,6 +20,7 @@ from ..reporting.progress import Reporter
 from ..reporting.terminal import Terminal
 from ..rewards import RewardConfig
 from ..run import run_recipe
+from ..settings.measurement import MeasurementConfig
 from .arguments import PREPEND_BOS, Parser, number
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the

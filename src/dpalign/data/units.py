@@ -18,7 +18,8 @@ from ..errors import DPAlignError
 from ..privacy.gate import Gate
 from ..privacy.ledger import Ledger
 from ..privacy.parts import Part
-from .load import DataConfig, Record
+from ..settings.data import DataConfig
+from .load import Record
 
 
 @dataclass(frozen=True)

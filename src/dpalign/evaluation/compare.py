@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..algorithms.completions import PROMPT_COLUMNS, SamplingConfig, check_prompts
+from ..algorithms.completions import PROMPT_COLUMNS, check_prompts
 from ..data.load import Record, read_records, require_columns
 from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
 from ..models.loading import device_of
-from ..rewards import Reward, RewardConfig, load_reward
+from ..rewards import Reward, load_reward
+from ..settings.rewards import RewardConfig
+from ..settings.rollouts import SamplingConfig
 from .guarantee import is_outside_the_guarantee, stated_epsilon
 from .metrics import Evaluation, Measured, PublicPrompts, measure_policy, public_prompts
 from .text_overlap import lacking_references, reference_texts

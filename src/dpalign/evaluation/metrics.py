@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithms.completions import SamplingConfig, columns_of, read_prompt, sample
+from ..algorithms.completions import columns_of, read_prompt, sample
 from ..data.load import Record
 from ..data.text import as_string
 from ..errors import DPAlignError
@@ -20,6 +20,7 @@ from ..models import Policy
 from ..models.generation import Prompt, answers, padded
 from ..models.policy import Rollouts
 from ..rewards import Reward
+from ..settings.rollouts import SamplingConfig
 from .text_overlap import rouge
 
 

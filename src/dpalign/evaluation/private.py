@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..algorithms.base import OUT_OF_MEMORY, Entering, Reading, Schedule, StageConfig, StageKind, Tokenizer, Tokens
-from ..algorithms.completions import PROMPT_COLUMNS, SamplingConfig, check_prompt, columns_of, read_prompt, sample
+from ..algorithms.base import OUT_OF_MEMORY, Entering, Reading, StageKind, Tokenizer, Tokens
+from ..algorithms.completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample
 from ..data import UnitDataset
 from ..data.load import Record
 from ..errors import DPAlignError
@@ -30,25 +30,11 @@ from ..privacy.gate import Gate, PrivateStep
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
+from ..settings.base import StageConfig
+from ..settings.measurement import MeasurementConfig
+from ..settings.rollouts import SamplingConfig
 from ..training import StagePlan
 from ..training.loop import hash_of
-
-
-@dataclass(kw_only=True)
-class MeasurementConfig(StageConfig):
-    """One noisy measurement on held-out private units at the end of a run. Records have `prompt`, or `text`.
-
-    Args:
-        target_epsilon: epsilon of the measurement; default: the recipe's (its units are in no other stage).
-        target_delta: the recipe's.
-        noise_multiplier: sigma instead of target_epsilon.
-        sampling: how prompts are cut, completed and scored; default: as the recipe's stage that samples does.
-    """
-
-    sampling: SamplingConfig | None = None
-
-    def schedule(self, stage: str, units: float) -> Schedule:
-        return Schedule(sampling_rate=1.0, steps=1)
 
 
 class Measurement(StageKind[MeasurementConfig]):

@@ -1,8 +1,9 @@
 """The policy and the reward model: language models with stacked LoRA adapters; generation."""
 
+from ..settings.models import AdapterConfig, ModelConfig, TextFormat
 from .policy import Policy
-from .reward_model import Normalization, RewardModel, TextFormat
-from .stack import AdapterConfig, AdapterStack, ModelConfig
+from .reward_model import Normalization, RewardModel
+from .stack import AdapterStack
 
 __all__ = [
     "AdapterConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 
-TINY_REVIEW_LM = "tiny-review-lm"
+from ..settings.models import TINY_REVIEW_LM
 
 
 def resolve(name_or_path: str) -> str:

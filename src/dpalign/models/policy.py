@@ -20,12 +20,13 @@ from transformers import (
 from ..data.text import turn_end
 from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
+from ..settings.models import ModelConfig
 from .kernels import chunks
 from .loading import load_adapter, refuse_missing
 from .lora import check_layers
 from .objects import Given
 from .sampling import Dealt, DrawToken
-from .stack import AdapterStack, ModelConfig, load_pretrained
+from .stack import AdapterStack, load_pretrained
 
 
 @dataclass

@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -20,38 +20,25 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.text import Text, encode_text
-from ..domains import LENGTH, check_settings, within
+from ..domains import check_settings, within
 from ..errors import DPAlignError
 from ..files import write_json
+from ..settings.models import ModelConfig, TextFormat
 from . import embedded
 from .kernels import chunks
 from .loading import check_weights, load_adapter, loaded, refuse_missing
 from .lora import check_layers
 from .objects import Given
 from .policy import Policy
-from .stack import AdapterStack, ModelConfig, load_pretrained
+from .stack import AdapterStack, load_pretrained
 
 FORMAT_FILE = "reward.json"
 
 
-@dataclass(frozen=True)
-class TextFormat:
-    """How a reward model reads a text; fixed when it is trained.
-
-    max_length: longest sequence in tokens; of a longer text the last tokens are read, because answers end texts.
-    prepend_bos, append_eos: of strings; a chat is what the tokenizer's template writes.
-    pooling: the score of a text is that of its last token, or the mean of all its tokens' scores.
-    """
-
-    max_length: int = within(128, LENGTH)
-    prepend_bos: bool = False
-    append_eos: bool = False
-    pooling: Literal["last", "mean"] = "last"
-
-    def encode(self, tokenizer: Any, text: Text, options: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of one text, the same wherever it comes from: a record, or a completion of the policy's."""
-        ids = encode_text(tokenizer, text, prepend_bos=self.prepend_bos, append_eos=self.append_eos, options=options)
-        return ids[-self.max_length :]
+def encode_as(how: TextFormat, tokenizer: Any, text: Text, options: Mapping[str, Any] | None = None) -> list[int]:
+    """Token ids of one text, the same wherever it comes from: a record, or a completion of the policy's."""
+    ids = encode_text(tokenizer, text, prepend_bos=how.prepend_bos, append_eos=how.append_eos, options=options)
+    return ids[-how.max_length :]
 
 
 @dataclass(frozen=True)
@@ -213,7 +200,7 @@ class RewardModel(AdapterStack):
         Args:
             options: a record's `template_options`.
         """
-        return self.text.encode(self.tokenizer, text, options)
+        return encode_as(self.text, self.tokenizer, text, options)
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Right-pads token lists to `(rows, max_length)` ids and mask: a length taken from the data would show."""

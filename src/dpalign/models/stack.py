@@ -11,9 +11,9 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,8 +21,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..domains import within
 from ..errors import DPAlignError
+from ..settings.models import AdapterConfig, ModelConfig
 from . import embedded
 from .kernels import constant_kernels
 from .loading import check_configuration, check_tokenizer, check_weights, loaded
@@ -30,51 +30,6 @@ from .lora import check_adapter_folder, check_layers
 from .objects import SAVE_IT, Given, check_adapter, take_weights
 
 RELEASE_ADAPTER = "default"
-
-
-@dataclass
-class ModelConfig:
-    """The model to align.
-
-    Args:
-        name_or_path: folder or hub name of a causal LM, a dpalign release (its stages then count towards the
-            budget), or `tiny-review-lm`, a 5M-parameter review model that ships with dpalign.
-        is_public: declares that the weights and tokenizer were made without the private data. Training refuses
-            a model for which nobody says so.
-        dtype: dtype of the frozen base: float32, bfloat16 or float16. Adapters and heads are always float32.
-        trust_remote_code: run code that comes with the model.
-    """
-
-    name_or_path: str = embedded.TINY_REVIEW_LM
-    is_public: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    trust_remote_code: bool = False
-
-
-@dataclass
-class AdapterConfig:
-    """The LoRA adapter that a stage trains.
-
-    Args:
-        r: rank; 0 trains no adapter (a reward model's head alone). The noise of a private step grows with the square
-            root of the number of trained weights.
-        lora_alpha: scale of the update is lora_alpha / r; default 2 r.
-        target_modules: layers to adapt by name ending, or `all-linear`; default: query and value projections
-            (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn).
-        layers: adapt only these layer indices; default all.
-        freeze_a: train only the B matrices; halves the trained dimension.
-        init_a: `random` (peft's), or `synthetic_gradient` (PPO): the input directions of the reward's gradient on
-            prompts that the policy writes itself; best with freeze_a. Reads no data.
-        init_rows: synthetic rollouts for `synthetic_gradient`.
-    """
-
-    r: int = within(4, "[0, 65536]")
-    lora_alpha: int | None = within(None, "[1, 1000000]")
-    target_modules: list[str] | str | None = None
-    layers: list[int] | None = within(None, "[0, 10000]")
-    freeze_a: bool = False
-    init_a: Literal["random", "synthetic_gradient"] = "random"
-    init_rows: int = within(1024, "[1, 1000000]")
 
 
 class AdapterStack(nn.Module):

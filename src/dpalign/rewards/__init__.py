@@ -1,6 +1,7 @@
 """Reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float]`."""
 
-from .base import Reward, RewardConfig, RewardFunction, check_reward
+from ..settings.rewards import RewardConfig
+from .base import Reward, RewardFunction, check_reward
 from .learned import normalize
 from .load import is_reward_model, load_reward
 

@@ -20,7 +20,8 @@ from ..models.loading import (
     loaded,
     refuse_missing,
 )
-from .base import RewardConfig, RewardFunction
+from ..settings.rewards import RewardConfig
+from .base import RewardFunction
 
 
 def classifier(path: str, config: RewardConfig, device: str | torch.device = "cpu") -> RewardFunction:

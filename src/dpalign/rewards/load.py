@@ -13,7 +13,8 @@ from ..errors import DPAlignError
 from ..models import ModelConfig, Normalization, RewardModel
 from ..models.loading import check_ids, embedding_rows
 from ..models.reward_model import normalization_of
-from .base import BATCH, PROBES, Reward, RewardConfig, RewardFunction, check_reward
+from ..settings.rewards import RewardConfig
+from .base import BATCH, PROBES, Reward, RewardFunction, check_reward
 from .classifier import classifier
 from .foreign import import_function
 from .learned import Learned

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..algorithms.base import StageConfig
 from ..domains import check_settings
 from ..errors import DPAlignError
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian, with_metrics
+from ..settings.base import StageConfig
 
 
 @dataclass(frozen=True)

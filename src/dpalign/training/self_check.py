@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, TrainingConfig, encode_units, micro_batches
-from ..algorithms.rollouts import RolloutAlgorithm, RolloutConfig, rollouts_of
+from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, encode_units, micro_batches
+from ..algorithms.rollouts import RolloutAlgorithm, rollouts_of
 from ..errors import DPAlignError
 from ..gradients import PerUnitGradients
 from ..models import AdapterStack, Policy
@@ -30,6 +30,8 @@ from ..privacy.accountant import SampledGaussian
 from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import PrivateStep, Sample
 from ..rewards import Reward
+from ..settings.base import TrainingConfig
+from ..settings.rollouts import RolloutConfig
 from .loop import unit_gradients
 from .self_written import own_randomness, self_written
 

@@ -1,0 +1,70 @@
+"""Which model, and what is trained of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..domains import LENGTH, within
+
+TINY_REVIEW_LM = "tiny-review-lm"
+
+
+@dataclass
+class ModelConfig:
+    """The model to align.
+
+    Args:
+        name_or_path: folder or hub name of a causal LM, a dpalign release (its stages then count towards the
+            budget), or `tiny-review-lm`, a 5M-parameter review model that ships with dpalign.
+        is_public: declares that the weights and tokenizer were made without the private data. Training refuses
+            a model for which nobody says so.
+        dtype: dtype of the frozen base: float32, bfloat16 or float16. Adapters and heads are always float32.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    name_or_path: str = TINY_REVIEW_LM
+    is_public: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class AdapterConfig:
+    """The LoRA adapter that a stage trains.
+
+    Args:
+        r: rank; 0 trains no adapter (a reward model's head alone). The noise of a private step grows with the square
+            root of the number of trained weights.
+        lora_alpha: scale of the update is lora_alpha / r; default 2 r.
+        target_modules: layers to adapt by name ending, or `all-linear`; default: query and value projections
+            (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn).
+        layers: adapt only these layer indices; default all.
+        freeze_a: train only the B matrices; halves the trained dimension.
+        init_a: `random` (peft's), or `synthetic_gradient` (PPO): the input directions of the reward's gradient on
+            prompts that the policy writes itself; best with freeze_a. Reads no data.
+        init_rows: synthetic rollouts for `synthetic_gradient`.
+    """
+
+    r: int = within(4, "[0, 65536]")
+    lora_alpha: int | None = within(None, "[1, 1000000]")
+    target_modules: list[str] | str | None = None
+    layers: list[int] | None = within(None, "[0, 10000]")
+    freeze_a: bool = False
+    init_a: Literal["random", "synthetic_gradient"] = "random"
+    init_rows: int = within(1024, "[1, 1000000]")
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a reward model reads a text; fixed when it is trained.
+
+    max_length: longest sequence in tokens; of a longer text the last tokens are read, because answers end texts.
+    prepend_bos, append_eos: of strings; a chat is what the tokenizer's template writes.
+    pooling: the score of a text is that of its last token, or the mean of all its tokens' scores.
+    """
+
+    max_length: int = within(128, LENGTH)
+    prepend_bos: bool = False
+    append_eos: bool = False
+    pooling: Literal["last", "mean"] = "last"

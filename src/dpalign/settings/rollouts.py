@@ -1,0 +1,120 @@
+"""Settings of sampling completions, and of the stages that do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ..domains import LENGTH, SCALE, within
+from ..errors import DPAlignError
+from .base import TrainingConfig
+from .rewards import RewardConfig
+
+MOST_ROWS = 256  # that a float32 model samples together
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How prompts are cut, completed and scored.
+
+    Records have `prompt`, or `messages` whose last answer is left out, or `text` whose first tokens become the prompt.
+    A chat's prompt is what the tokenizer's chat template writes, with the assistant's turn opened.
+
+    Args:
+        max_prompt_length: most tokens of a prompt; a longer one is an error.
+        truncate_prompts: of a longer prompt the last tokens are read (and BOS, if it has one in front).
+        prompt_min_tokens, prompt_max_tokens: cut `text` into a prompt of that many tokens (BOS not counted).
+        prepend_bos: put the tokenizer's BOS in front of every prompt.
+        max_completion_length: most tokens sampled per completion.
+        min_completion_length: EOS is not sampled before this many tokens.
+        micro_batch_size: prompts that are computed together; memory only, no effect on the result.
+        reward: the reward function.
+    """
+
+    max_prompt_length: int = within(64, LENGTH)
+    truncate_prompts: bool = False
+    prompt_min_tokens: int | None = within(None, LENGTH)
+    prompt_max_tokens: int | None = within(None, LENGTH)
+    prepend_bos: bool = False
+    max_completion_length: int = within(16, LENGTH)
+    min_completion_length: int = within(0, "[0, 1000000]")
+    micro_batch_size: int = within(32, "[1, 65536]")
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def validate(self) -> None:
+        """Raises DPAlignError for lengths that cannot be together."""
+        low, high = self.prompt_min_tokens, self.prompt_max_tokens
+        if low is not None and high is not None and low > high:
+            raise DPAlignError(f"prompt_min_tokens {low} is more than prompt_max_tokens {high}.")
+        longest = high or low
+        if longest is not None and longest > self.max_prompt_length:
+            raise DPAlignError(
+                f"prompts of {longest} tokens are longer than max_prompt_length {self.max_prompt_length}."
+            )
+        if self.min_completion_length > self.max_completion_length:
+            raise DPAlignError(
+                f"min_completion_length {self.min_completion_length} is more than max_completion_length "
+                f"{self.max_completion_length}."
+            )
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt that the model writes itself."""
+        return self.prompt_max_tokens or self.prompt_min_tokens or 8
+
+    @property
+    def sampled_at_once(self) -> int:
+        """Rows that a float32 model samples together: a constant, because rounding depends on it."""
+        return self.micro_batch_size
+
+    @property
+    def positions(self) -> int:
+        """That the model must hold."""
+        return self.max_prompt_length + self.max_completion_length
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(TrainingConfig, SamplingConfig):
+    """Settings of a stage that samples completions. Records have `prompt`, or `text` whose first tokens become it.
+
+    Args:
+        num_generations: rollouts per prompt, averaged inside the unit before the clip: less variance, no privacy cost.
+        beta: coefficient of the KL penalty against the model the stage started from.
+        adaptive_kl_target: nats per completion; adapts beta to the noised KL (Ziegler et al. 2019). Needs metrics.
+        adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
+        missing_eos_penalty: subtracted from the reward of a completion without EOS.
+        kl_range: declared range of the noised KL metric, in nats per completion.
+        synthetic_steps: updates on prompts that the model writes itself, before the first draw. They read no record
+            and spend nothing: the model is public or a DP release, and so is the reward.
+        synthetic_batch_size: prompts of such an update.
+        synthetic_learning_rate: its peak learning rate; decays linearly to 0.
+    """
+
+    has_synthetic_gradient = True
+
+    learning_rate: float = within(3e-3, "[0, 1000]")
+    num_generations: int = within(1, "[1, 1024]")
+    beta: float = within(0.2, "[0, 1e6]")
+    adaptive_kl_target: float | None = within(None, "(0, 1e6]")
+    adaptive_kl_horizon: float = within(10000.0, "(0, 1e12]")
+    missing_eos_penalty: float = within(0.0, "[0, 1e6]")
+    kl_range: tuple[float, float] = within((-5.0, 15.0), SCALE, ordered=True)
+    synthetic_steps: int = within(0, "[0, 100000]")
+    synthetic_batch_size: int = within(256, "[1, 65536]")
+    synthetic_learning_rate: float = within(4e-3, "[0, 1000]")
+
+    @property
+    def sampled_at_once(self) -> int:
+        """As many rows as split those of a phase evenly, if it has a standard deviation more units than expected."""
+        units = self.expected_batch_size * self.minibatches
+        rows = math.ceil((units + math.sqrt(units)) * self.num_generations)
+        parts = math.ceil(rows / MOST_ROWS)
+        return max(self.micro_batch_size, 8 * math.ceil(rows / parts / 8))
+
+    def validate(self) -> None:
+        super().validate()
+        SamplingConfig.validate(self)
+        if self.adapter.r < 1:
+            raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
+        if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:
+            raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")
