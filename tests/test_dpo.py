@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from dpalign import DPDPOTrainer, DPOConfig
-from dpalign.algorithms import DPO
+import dpalign
+from dpalign import DPDPOTrainer, Privacy
+from dpalign.algorithms import DPO, DPOConfig
 from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.dpo import encode_answers
 from dpalign.domains import check_settings
@@ -171,15 +172,15 @@ def test_the_trainer_reports_public_pairs(tmp_path):
         for s in range(37)
     ]
     rows, shown = rows[:32], rows[32:]
-    config = DPOConfig(
-        target_epsilon=8.0, expected_batch_size=8, max_steps=2, max_length=10, adapter=AdapterConfig(r=2)
+    config = dpalign.DPOConfig(
+        output_dir=str(tmp_path / "run"), expected_batch_size=8, max_steps=2, max_length=10, adapter=AdapterConfig(r=2)
     )
-    options = {"dataset_name": "toy", "output_dir": str(tmp_path / "run"), "model_is_public": True, "quiet": True}
+    toy = {"target_epsilon": 8.0, "dataset_name": "toy", "model_is_public": True}
     model = tiny_object("llama", tmp_path / "base")
     trainer = DPDPOTrainer(
-        model, config, rows, shown, tiny_tokenizer(), eval_is_public=True, **options,
+        model, config, rows, shown, tiny_tokenizer(), privacy=Privacy(**toy, eval_is_public=True), quiet=True,
     )  # fmt: skip
     summary = trainer.train()
     assert summary["dpo"]["pairs"] == 5 and 0 < summary["epsilon"] <= 8 and trainer.privacy["private"]
     with pytest.raises(DPAlignError, match="eval_is_public=True"):
-        DPDPOTrainer(model, config, rows, shown, tiny_tokenizer(), **options)
+        DPDPOTrainer(model, config, rows, shown, tiny_tokenizer(), privacy=Privacy(**toy))

@@ -8,11 +8,20 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
-from dpalign import DPAlignError, DPPPOTrainer, DPRewardTrainer, DPSFTTrainer, PPOConfig, RewardModelConfig, SFTConfig
-from dpalign.rewards import RewardConfig
+from dpalign import (
+    DPAlignError,
+    DPPPOTrainer,
+    DPRewardTrainer,
+    DPSFTTrainer,
+    PPOConfig,
+    Privacy,
+    RewardModelConfig,
+    SFTConfig,
+)
 from tiny import VOCABULARY, tiny_base, tiny_folder, tiny_object, tiny_tokenizer, words
 
 SMALL = {"target_epsilon": 8.0, "expected_batch_size": 8, "max_steps": 2}
+TOY = {"dataset_name": "toy", "model_is_public": True}
 
 
 def lora(**options) -> LoraConfig:
@@ -21,12 +30,12 @@ def lora(**options) -> LoraConfig:
 
 def sft(folder, model=None, **options) -> DPSFTTrainer:
     rows = [{"text": words(6, seed)} for seed in range(32)]
-    options = {"model_is_public": True, "quiet": True, "dataset_name": "toy", "output_dir": str(folder), **options}
     if model is None:
         model = tiny_object("llama", folder.parent / "base")
-    config = SFTConfig(max_length=12, learning_rate=0.05, **SMALL | options.pop("settings", {}))
-    options = {"peft_config": lora(), **options}
-    return DPSFTTrainer(model, config, Dataset.from_list(rows), **options)
+    options = {"peft_config": lora(), "quiet": True, **options}
+    privacy = Privacy(**TOY | options.pop("privacy", {}))
+    config = SFTConfig(output_dir=str(folder), max_length=12, learning_rate=0.05, **SMALL)
+    return DPSFTTrainer(model, config, Dataset.from_list(rows), privacy=privacy, **options)
 
 
 def reward(prompts, completions, **columns):
@@ -34,11 +43,13 @@ def reward(prompts, completions, **columns):
 
 
 def ppo(folder, model, **options) -> DPPPOTrainer:
-    scored = RewardConfig(is_public=True, low=0, high=1)
-    config = PPOConfig(max_prompt_length=8, max_completion_length=5, reward=scored, **SMALL | {"target_epsilon": 30.0})
-    options = {"model_is_public": True, "quiet": True, "dataset_name": "toy", "output_dir": str(folder), **options}
+    config = PPOConfig(
+        output_dir=str(folder), max_prompt_length=8, max_completion_length=5, **SMALL | {"target_epsilon": 30.0}
+    )
     rows = [{"prompt": words(3, seed)} for seed in range(32)]
-    return DPPPOTrainer(model, config, rows, reward_funcs=reward, **options)
+    scored = {"reward_is_public": True, "reward_range": (0, 1)}
+    privacy = Privacy(**TOY | scored | options.pop("privacy", {}))
+    return DPPPOTrainer(model, config, rows, reward_funcs=reward, privacy=privacy, quiet=True, **options)
 
 
 def logits(model) -> torch.Tensor:
@@ -65,15 +76,10 @@ def test_ppo_takes_a_python_reward(tmp_path):
 
 
 def test_what_is_not_private_is_refused(tmp_path):
-    with pytest.raises(DPAlignError, match="eval_dataset would be measured without noise"):
-        sft(tmp_path / "run", eval_dataset=[{"text": "w1"}])
     with pytest.raises(DPAlignError, match="only plain LoRA"):
-        DPSFTTrainer(
-            "tiny-review-lm", SFTConfig(**SMALL), [{"text": "a b"}], peft_config=LoraConfig(use_dora=True),
-            dataset_name="toy", output_dir=str(tmp_path),
-        )  # fmt: skip
-    with pytest.raises(DPAlignError, match="declared public"):
-        sft(tmp_path / "run", model_is_public=False).train()
+        sft(tmp_path / "run", peft_config=LoraConfig(use_dora=True))
+    with pytest.raises(DPAlignError, match="model_is_public=True"):
+        sft(tmp_path / "run", privacy={"model_is_public": False})
     with pytest.raises(DPAlignError, match="call train"):
         sft(tmp_path / "other").save_model(str(tmp_path / "out"))
 
@@ -109,19 +115,22 @@ def test_the_base_shares_the_objects_memory(tmp_path):
 @pytest.mark.parametrize("hand_on", ["the same object", "the trainer's model"])
 def test_a_second_trainer_states_the_first_ones_stage(hand_on, tmp_path):
     model = tiny_object("llama", tmp_path / "base")
-    first = sft(tmp_path / "one", model, ledger=str(tmp_path / "l"))
+    first = sft(tmp_path / "one", model, privacy={"ledger": str(tmp_path / "l")})
     first.train()
     given = model if hand_on == "the same object" else first.model
     with pytest.raises(DPAlignError, match="all stages together would spend"):
-        ppo(tmp_path / "two", given, ledger=str(tmp_path / "l")).train()
-    second = ppo(tmp_path / "two", given, ledger=str(tmp_path / "l"), composition="sequential")
+        ppo(tmp_path / "two", given, privacy={"ledger": str(tmp_path / "l")}).train()
+    second = ppo(tmp_path / "two", given, privacy={"ledger": str(tmp_path / "l"), "composition": "sequential"})
     second.train()
     stages = second.privacy["stages"]
     assert [s["stage"] for s in stages] == ["sft", "ppo"]
     assert 1.01 * max(s["epsilon_alone"] for s in stages) < second.privacy["epsilon"] <= 30
     # What the release is trained from is what the first one trained, not the base.
     assert "earlier" in second._models()[0].adapters if hand_on == "the trainer's model" else True
-    assert sft(tmp_path / "one", model, ledger=str(tmp_path / "l")).train()["epsilon"] == first.summary["epsilon"]
+    assert (
+        sft(tmp_path / "one", model, privacy={"ledger": str(tmp_path / "l")}).train()["epsilon"]
+        == first.summary["epsilon"]
+    )
 
 
 def test_a_trainers_model_that_was_edited_since_is_refused(tmp_path):
@@ -208,19 +217,11 @@ def test_a_classifier_object_gets_a_new_head_and_its_model_goes_on(tmp_path):
     model.config.pad_token_id = 0
     head = model.score.weight.clone()
     rows = [{"chosen": words(5, s), "rejected": words(5, 99 + s)} for s in range(32)]
-    config = RewardModelConfig(max_length=8, learning_rate=0.05, **SMALL | {"target_epsilon": 30.0})
 
     def trainer(given, name, **options):
-        return DPRewardTrainer(
-            given,
-            config,
-            rows,
-            dataset_name="toy",
-            output_dir=str(tmp_path / name),
-            model_is_public=True,
-            quiet=True,
-            **options,
-        )
+        settings = {"max_length": 8, "learning_rate": 0.05, **SMALL, "target_epsilon": 30.0}
+        config = RewardModelConfig(output_dir=str(tmp_path / name), **settings)
+        return DPRewardTrainer(given, config, rows, privacy=Privacy(**TOY, **options), quiet=True)
 
     first = trainer(model, "one")
     first.train()

@@ -15,29 +15,27 @@ if TYPE_CHECKING:
     from .evaluation import compare
     from .recipe import Recipe
     from .run import run_recipe
-    from .settings.dpo import DPOConfig
     from .settings.models import AdapterConfig, ModelConfig
-    from .settings.ppo import PPOConfig
-    from .settings.reward_model import RewardModelConfig
-    from .settings.rloo import RLOOConfig
-    from .settings.sft import SFTConfig
+    from .settings.privacy import Privacy
+    from .settings.trainers import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
     from .sweep import run_sweep
     from .trainers import DPDPOTrainer, DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
 
 _HOMES = {
     "AdapterConfig": "settings.models",
     "DPDPOTrainer": "trainers",
-    "DPOConfig": "settings.dpo",
+    "DPOConfig": "settings.trainers",
     "DPPPOTrainer": "trainers",
     "DPRLOOTrainer": "trainers",
     "DPRewardTrainer": "trainers",
     "DPSFTTrainer": "trainers",
     "ModelConfig": "settings.models",
-    "PPOConfig": "settings.ppo",
-    "RLOOConfig": "settings.rloo",
+    "PPOConfig": "settings.trainers",
+    "Privacy": "settings.privacy",
+    "RLOOConfig": "settings.trainers",
     "Recipe": "recipe",
-    "RewardModelConfig": "settings.reward_model",
-    "SFTConfig": "settings.sft",
+    "RewardModelConfig": "settings.trainers",
+    "SFTConfig": "settings.trainers",
     "compare": "evaluation",
     "run_recipe": "run",
     "run_sweep": "sweep",
@@ -54,6 +52,7 @@ __all__ = [
     "DPSFTTrainer",
     "ModelConfig",
     "PPOConfig",
+    "Privacy",
     "RLOOConfig",
     "Recipe",
     "RewardModelConfig",

@@ -99,6 +99,11 @@ class Recipe:
     device: str = "auto"
     num_threads: int | None = within(None, "[1, 4096]")
 
+    def __post_init__(self) -> None:
+        for name, section in self.stages.items():
+            if isinstance(section, StageConfig):  # else `check` says so
+                setattr(self, name, section.as_section())
+
     @property
     def stages(self) -> dict[str, StageConfig]:
         """Settings of the stages that there are, in the order in which they run."""

@@ -14,7 +14,7 @@ from harness import pairs, ppo, prompts, reward, sft, texts
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpalign import DPSFTTrainer, SFTConfig
+from dpalign import DPSFTTrainer, Privacy, SFTConfig
 from dpalign.algorithms import SamplingConfig
 from dpalign.errors import DPAlignError
 from dpalign.evaluation.private import MeasurementConfig, measure_privately
@@ -120,10 +120,11 @@ def test_a_private_measurement_gives_the_same_number(tmp_path, around):
 def trainer(folder: Path, model: object) -> DPSFTTrainer:
     with own_context():
         rows = [{"text": words(6, seed)} for seed in range(32)]
+    settings = {"output_dir": str(folder), "max_length": 12, "expected_batch_size": 8, "adapter": AdapterConfig(r=2)}
     return DPSFTTrainer(
-        model, SFTConfig(max_length=12, expected_batch_size=8, adapter=AdapterConfig(r=2), **SEEDED), rows,
-        processing_class=None if isinstance(model, str) else tiny_tokenizer(), model_is_public=True, quiet=True,
-        dataset_name="toy", output_dir=str(folder), ledger=str(folder) + ".sqlite",
+        model, SFTConfig(**settings, **SEEDED), rows,
+        processing_class=None if isinstance(model, str) else tiny_tokenizer(), quiet=True,
+        privacy=Privacy(dataset_name="toy", model_is_public=True, ledger=str(folder) + ".sqlite"),
     )  # fmt: skip
 
 

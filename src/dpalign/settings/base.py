@@ -37,6 +37,14 @@ class StageConfig(ABC):
     def validate(self) -> None:
         """Raises DPAlignError for a setting that cannot be."""
 
+    def as_section(self) -> StageConfig:
+        """What a recipe holds of these settings; a trainer's have more.
+
+        Raises:
+            DPAlignError: one is given that belongs elsewhere in a recipe.
+        """
+        return self
+
     @property
     def has_bounded_sensitivity(self) -> bool:
         """Whether one unit can move what is released by a known amount only."""

@@ -1,0 +1,211 @@
+"""The trainers' configs: each algorithm's settings, and beside them what a TRL config has.
+
+A name that TRL or transformers has and these lack is refused with the reason, where one is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, ClassVar, TypeVar
+
+from ..domains import COUNT, within
+from ..errors import DPAlignError
+from . import dpo, ppo, reward_model, rloo, sft
+from .base import TrainingConfig
+
+T = TypeVar("T")
+ONE_ROW = "it would let one record change another one's gradient, which no clip bounds"
+POISSON = "every update draws a fresh Poisson sample"
+ON_POLICY = "completions are sampled from the policy as it is (temperature 1, nothing cut off)"
+WHY_NOT = {  # names of TRL and transformers
+    "auto_find_batch_size": "how much memory a record takes would show in the result; use micro_batch_size",
+    "data_seed": "samples are drawn from the operating system's entropy",
+    "dataloader_drop_last": POISSON,
+    "dataset_num_proc": "records are read one by one",
+    "dataset_text_field": "the column is `text` (or `messages`, or `prompt` and `completion`): rename it",
+    "ddp_find_unused_parameters": "one process trains",
+    "deepspeed": "one process trains",
+    "disable_dropout": "dropout is always off: its coins would be shared by the rows of a micro-batch",
+    "eval_on_start": "the base model is measured at the end, beside every stage",
+    "eval_strategy": "say eval_steps, the steps between two measurements",
+    "evaluation_strategy": "say eval_steps, the steps between two measurements",
+    "fp16": "the base is frozen, so there is no mixed precision: bf16=True loads it in bfloat16",
+    "fsdp": "one process trains",
+    "group_by_length": POISSON,
+    "kl_coef": "it is called beta",
+    "load_best_model_at_end": "choosing by a measurement on private data would have to be paid for",
+    "local_rollout_forward_batch_size": "say micro_batch_size",
+    "max_new_tokens": "it is called max_completion_length",
+    "max_seq_length": "it is called max_length",
+    "metric_for_best_model": "choosing by a measurement on private data would have to be paid for",
+    "missing_eos_penalty": "only stages that sample completions have one",
+    "neftune_noise_alpha": "its coins would be shared by the rows of a micro-batch",
+    "normalize_advantages": ONE_ROW,
+    "optim": "the optimiser is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
+    "packing": f"two records in one row share a gradient: {ONE_ROW}",
+    "padding_free": f"two records in one row share a gradient: {ONE_ROW}",
+    "per_device_eval_batch_size": "eval_dataset is measured in parts of a fixed size",
+    "per_gpu_train_batch_size": "say per_device_train_batch_size",
+    "remove_unused_columns": "a record's other columns are never read, and a reward is given those that it names",
+    "resume_from_checkpoint": "it is an argument of train()",
+    "response_length": "it is called max_completion_length",
+    "save_strategy": "say save_steps",
+    "save_total_limit": "only the newest checkpoint is kept",
+    "scale_rewards": ONE_ROW,
+    "sft_model_path": "give it to the trainer as the model",
+    "reward_model_path": "give it to the trainer as reward_funcs",
+    "target_kl": "a stop that a batch decides would tell of it: use adaptive_kl_target, which sees noised numbers",
+    "temperature": ON_POLICY,
+    "top_k": ON_POLICY,
+    "top_p": ON_POLICY,
+    "total_episodes": "say max_steps (of expected_batch_size prompts each) or num_train_epochs",
+    "use_vllm": "completions are sampled in this process",
+    "warmup_ratio": "say warmup_steps",
+    "whiten_rewards": ONE_ROW,
+}
+
+
+@dataclass(kw_only=True)
+class TrainerArguments:
+    """What a trainer's config has beside its algorithm's settings.
+
+    Args:
+        output_dir: the run's folder; the same script resumes it. release/ (or reward_model/) in it is for sharing.
+        per_device_train_batch_size: units per forward and backward pass: `micro_batch_size` by its name in TRL.
+        gradient_accumulation_steps: the units that a sample is expected to have are this many times
+            per_device_train_batch_size: `expected_batch_size` by its names in TRL. A private update wants hundreds.
+        bf16: loads the frozen base in bfloat16; adapters, clipping and noise stay float32.
+        model_init_kwargs: `dtype` and `trust_remote_code` of a model that is given by name.
+        report_to: a tracker that is told the noised metrics and epsilon; `none`.
+    """
+
+    Section: ClassVar[type[TrainingConfig]]  # the same settings in a recipe
+
+    output_dir: str | None = None
+    per_device_train_batch_size: int | None = within(None, "[1, 65536]")
+    gradient_accumulation_steps: int | None = within(None, "[1, 1000000]")
+    expected_batch_size: int | None = within(None, COUNT)
+    micro_batch_size: int | None = within(None, "[1, 65536]")
+    bf16: bool = False
+    model_init_kwargs: dict[str, Any] | None = None
+    report_to: str = "none"
+
+    def as_section(self) -> TrainingConfig:
+        """The settings that a recipe has.
+
+        Raises:
+            DPAlignError: one is given that belongs elsewhere in a recipe.
+        """
+        mine = {f.name: f.default for f in fields(TrainerArguments) if f.name not in BATCHES}
+        given = [name for name, default in mine.items() if getattr(self, name) != default]
+        if given:
+            raise DPAlignError(
+                f"{type(self).__name__}: {', '.join(given)} is for the trainers; a recipe says it outside its stages."
+            )
+        return self.section()
+
+    def section(self) -> TrainingConfig:
+        """The algorithm's settings, with TRL's names for sizes in ours.
+
+        Raises:
+            DPAlignError: sizes that contradict each other.
+        """
+        names = {f.name for f in fields(self.Section) if f.init} - set(BATCHES)
+        settings = {name: getattr(self, name) for name in names}
+        expected, micro = self._batches()
+        settings |= {} if expected is None else {"expected_batch_size": expected}
+        settings |= {} if micro is None else {"micro_batch_size": micro}
+        return self.Section(**settings)
+
+    def _batches(self) -> tuple[int | None, int | None]:
+        """Units expected in a sample, and in a pass; None where nothing says it."""
+        device, times = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        expected, micro = self.expected_batch_size, self.micro_batch_size
+        if device is not None and micro is not None and device != micro:
+            raise DPAlignError(
+                f"per_device_train_batch_size {device} and micro_batch_size {micro} are two names of one size: "
+                "give one."
+            )
+        if times is not None and device is None:
+            raise DPAlignError(
+                f"gradient_accumulation_steps {times} is a multiple of per_device_train_batch_size: give that too, or "
+                "expected_batch_size instead of both."
+            )
+        if device is None:
+            return expected, micro
+        product = device * (times or 1)
+        if expected is not None and times is not None and expected != product:
+            raise DPAlignError(
+                f"expected_batch_size {expected} contradicts per_device_train_batch_size {device} x "
+                f"gradient_accumulation_steps {times} = {product}: a sample is expected to have that many units."
+            )
+        return (product if expected is None else expected), device
+
+
+BATCHES = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "expected_batch_size", "micro_batch_size"
+)  # fmt: skip
+
+
+def answering(config: type[T]) -> type[T]:
+    """Lets a config say of an argument that it lacks what else to do."""
+    known = [f.name for f in fields(config)]  # type: ignore[arg-type]
+    plain: Callable[..., None] = config.__init__
+
+    @wraps(plain)
+    def init(self: T, **given: Any) -> None:
+        for name in given:
+            if name not in known:
+                raise DPAlignError(f"{config.__name__} has no {name}: {_instead(name, known)}.")
+        plain(self, **given)
+
+    config.__init__ = init  # type: ignore[assignment, method-assign]
+    return config
+
+
+def _instead(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, 1)
+    return WHY_NOT.get(name) or (f"did you mean {close[0]}?" if close else "leave it out")
+
+
+@answering
+@dataclass(kw_only=True)
+class SFTConfig(TrainerArguments, sft.SFTConfig):  # type: ignore[misc]
+    """Those of `settings.sft` and of `TrainerArguments`."""
+
+    Section = sft.SFTConfig
+
+
+@answering
+@dataclass(kw_only=True)
+class RewardModelConfig(TrainerArguments, reward_model.RewardModelConfig):  # type: ignore[misc]
+    """Those of `settings.reward_model` and of `TrainerArguments`."""
+
+    Section = reward_model.RewardModelConfig
+
+
+@answering
+@dataclass(kw_only=True)
+class DPOConfig(TrainerArguments, dpo.DPOConfig):  # type: ignore[misc]
+    """Those of `settings.dpo` and of `TrainerArguments`."""
+
+    Section = dpo.DPOConfig
+
+
+@answering
+@dataclass(kw_only=True)
+class PPOConfig(TrainerArguments, ppo.PPOConfig):  # type: ignore[misc]
+    """Those of `settings.ppo` and of `TrainerArguments`."""
+
+    Section = ppo.PPOConfig
+
+
+@answering
+@dataclass(kw_only=True)
+class RLOOConfig(TrainerArguments, rloo.RLOOConfig):  # type: ignore[misc]
+    """Those of `settings.rloo` and of `TrainerArguments`."""
+
+    Section = rloo.RLOOConfig

@@ -1,0 +1,291 @@
+"""What the trainers share: one private stage on in-memory records, with its run folder and ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable, MutableMapping
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..algorithms import Algorithm, TrainingConfig
+from ..algorithms.pairs import PairAlgorithm
+from ..data.load import Record
+from ..domains import check_settings
+from ..errors import DPAlignError
+from ..models import AdapterConfig, ModelConfig, Policy, RewardModel
+from ..models.lora import check_to_train
+from ..models.objects import Given, check_tokenizer, folder_of
+from ..privacy.statement import read_statement
+from ..recipe import Recipe
+from ..release import RELEASE, REWARD_MODEL
+from ..reporting.progress import Reporter
+from ..run import run_recipe
+from ..settings.data import DataConfig
+from ..settings.privacy import Privacy
+from ..settings.trainers import TrainerArguments
+from .asked import (
+    Asked,
+    ask_for_names,
+    ask_for_units,
+    ask_what_is_public,
+    chosen,
+    recipe_target,
+    with_reward,
+)
+
+Model: TypeAlias = str | PreTrainedModel | PeftModel
+Dataset: TypeAlias = Any  # a `datasets.Dataset`, or an iterable of dicts
+
+# The releases that were trained from a model object, oldest first: another trainer on it goes on from the newest.
+_TRAINED: MutableMapping[PreTrainedModel | PeftModel, list[Path]] = WeakKeyDictionary()
+
+
+class Trainer:
+    """One private stage. Everything that is missing or contradicts itself is asked for at construction, at once."""
+
+    algorithm: ClassVar[type[Algorithm[Any, Any, Any]]]
+    Arguments: ClassVar[type[TrainerArguments]]
+
+    def __init__(
+        self,
+        model: Model,
+        args: TrainerArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase | None,
+        peft_config: LoraConfig | None,
+        privacy: Privacy | None,
+        quiet: bool,
+        reward_function: Callable[..., list[float]] | None = None,
+    ) -> None:
+        if not isinstance(args, self.Arguments):
+            raise DPAlignError(
+                f"args of {type(self).__name__} must be a dpalign.{self.Arguments.__name__}, and it is a "
+                f"{type(args).__module__}.{type(args).__name__}."
+            )
+        privacy = privacy or Privacy()
+        check_settings(privacy, "Privacy")
+        check_settings(args)
+        self.args, self._privacy = args, privacy
+        asked = Asked(type(self).__name__)
+        name = asked.attempt(lambda: model if isinstance(model, str) else _start_of(model, args.output_dir or ""))
+        section = self._section(asked, reward_function, peft_config)
+        ask_for_names(asked, args, privacy)
+        if eval_dataset is not None and not issubclass(self.algorithm, PairAlgorithm):
+            asked.say("eval_dataset is for pairs; `dpalign evaluate --eval_is_public` measures a release on prompts")
+        ask_what_is_public(asked, privacy, name, getattr(section, "reward", None), eval_dataset is not None)
+        self._records = asked.attempt(lambda: _records(train_dataset, "train_dataset")) or []
+        shown = None if eval_dataset is None else asked.attempt(lambda: _records(eval_dataset, "eval_dataset"))
+        self._public = {} if shown is None else {self.algorithm.name: shown}
+        config = None if name is None else asked.attempt(lambda: self._model_config(model, name))
+        ask_for_units(asked, privacy)
+        asked.answer()
+        assert config is not None and section is not None  # else it was asked for
+        self._given = Given(None if isinstance(model, str) else model, processing_class)
+        self._is_classifier = type(self._given.base).__name__.endswith("ForSequenceClassification")
+        self._recipe = self._recipe_of(section, config)
+        self._recipe.check()
+        self._reporter = Reporter(quiet=quiet)
+        self._reward_function = reward_function
+        self.summary: dict[str, Any] | None = None
+        self._trained: PeftModel | None = None
+
+    # From a trainer's arguments to a recipe -----------------------------------------------------------------------
+
+    def _section(
+        self, asked: Asked, reward_function: Callable[..., list[float]] | None, peft_config: LoraConfig | None
+    ) -> TrainingConfig | None:
+        """The settings of the recipe's only stage; None if they contradict each other, which is then said."""
+        budget = chosen(asked, self.args, self._privacy)
+        section = asked.attempt(self.args.section)
+        if section is None:
+            return None
+        section = dataclasses.replace(section, **budget)
+        if peft_config is not None:
+            adapter = asked.attempt(lambda: adapter_from(peft_config))
+            section = section if adapter is None else dataclasses.replace(section, adapter=adapter)
+        if hasattr(section, "reward"):
+            if reward_function is not None:
+                source = f"{reward_function.__module__}:{reward_function.__qualname__}"
+                section = dataclasses.replace(section, reward=dataclasses.replace(section.reward, source=source))  # type: ignore[call-arg]
+            section = with_reward(section, self._privacy, asked)
+        return section
+
+    def _model_config(self, model: Model, name: str) -> ModelConfig:
+        """How the model is loaded.
+
+        Raises:
+            DPAlignError: bf16 or model_init_kwargs contradict it.
+        """
+        args, is_public = self.args, self._privacy.model_is_public
+        options = dict(args.model_init_kwargs or {})
+        if isinstance(model, str):
+            dtype = str(options.pop("dtype", "bfloat16" if args.bf16 else "float32")).removeprefix("torch.")
+            trust = options.pop("trust_remote_code", False)
+            if options:
+                raise DPAlignError(f"model_init_kwargs takes dtype and trust_remote_code, not {', '.join(options)}")
+            if args.bf16 and dtype != "bfloat16":
+                raise DPAlignError(f"bf16=True contradicts model_init_kwargs dtype {dtype}: give one")
+            config = ModelConfig(name, is_public, dtype=dtype, trust_remote_code=trust)  # type: ignore[arg-type]
+            check_settings(config, "model_init_kwargs")
+            return config
+        dtype = str(model.dtype).removeprefix("torch.")
+        if options:
+            raise DPAlignError("model_init_kwargs is for a model that is given by name: this one is loaded already")
+        if args.bf16 and dtype != "bfloat16":
+            raise DPAlignError(
+                f"bf16=True and a model object in {dtype}: load it with dtype=torch.bfloat16, or pass its name"
+            )
+        remote = type(Given(model).base).__module__.startswith("transformers_modules")
+        return ModelConfig(name, is_public, dtype=dtype, trust_remote_code=remote)  # type: ignore[arg-type]
+
+    def _recipe_of(self, section: TrainingConfig, model: ModelConfig) -> Recipe:
+        args, privacy = self.args, self._privacy
+        target = section.target_epsilon
+        if privacy.composition == "sequential":  # the run's target is what the stage and the model's past may spend
+            section = dataclasses.replace(section, target_epsilon=None)
+        stages: dict[str, Any] = {self.algorithm.name: section}
+        return Recipe(
+            output_dir=args.output_dir or "",
+            model=model,
+            data=DataConfig(
+                name=privacy.dataset_name or "",
+                unit=privacy.unit,
+                version=privacy.dataset_version,
+                declared_units=privacy.declared_units,
+                max_records_per_unit=privacy.max_records_per_unit,
+            ),
+            target_epsilon=recipe_target(target),
+            target_delta=section.target_delta,
+            units_disjoint=privacy.units_disjoint,
+            composition=privacy.composition,
+            shared_texts=privacy.shared_texts,
+            ledger=privacy.ledger,
+            report_to=args.report_to,  # type: ignore[arg-type]
+            **stages,
+        )
+
+    # What a caller does ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> dict[str, Any]:
+        """Trains or resumes; returns the summary (epsilon, delta, stages, release).
+
+        Args:
+            resume_from_checkpoint: None and True go on from the newest checkpoint of output_dir; False
+                demands that there is none.
+        """
+        folder = Path(self._recipe.output_dir)
+        if resume_from_checkpoint is False and (folder / "private" / "run.json").exists():
+            raise DPAlignError(f"{folder} holds a run already: choose another output_dir, or resume it.")
+        policy, reward_model = self._models()
+        results = run_recipe(
+            self._recipe,
+            reporter=self._reporter,
+            records={self.algorithm.name: self._records},
+            public=self._public,
+            policy=policy,
+            reward_model=reward_model,
+            reward_function=self._reward_function,
+        )
+        self.summary = results.to_json()
+        given = self._given.model
+        if given is not None and self._is_classifier == (self.algorithm.model_kind is RewardModel):
+            history, release = _TRAINED.setdefault(given, []), self._release().resolve()
+            if release not in history:
+                history.append(release)
+        return self.summary
+
+    def _models(self) -> tuple[Policy | None, RewardModel | None]:
+        """What the given objects stand for; the recipe loads the rest."""
+        given, config = self._given, self._recipe.model
+        if given.model is None:
+            check_tokenizer(given.tokenizer, config.name_or_path)
+            return None, None
+        if self._is_classifier:
+            return None, RewardModel.load(config, given.base.device, given=given)
+        return Policy.load(config, given.base.device, given), None
+
+    @property
+    def model(self) -> PeftModel:
+        """The trained model, as plain peft loads the release; another trainer goes on from it.
+
+        Raises:
+            DPAlignError: nothing is trained yet.
+        """
+        if self._trained is None:
+            release, dtype = self._release(), getattr(torch, self._recipe.model.dtype)
+            base = str(LoraConfig.from_pretrained(str(release)).base_model_name_or_path)
+            options = {"num_labels": 1} if self.algorithm.model_kind is RewardModel else {}
+            auto = AutoModelForSequenceClassification if options else AutoModelForCausalLM
+            plain = auto.from_pretrained(base, dtype=dtype, **options)
+            self._trained = PeftModel.from_pretrained(plain, release).eval()
+            _TRAINED[self._trained] = [release.resolve()]
+        return self._trained
+
+    def save_model(self, output_dir: str) -> None:
+        """Copies the release (adapter, tokenizer, card, privacy statement) to `output_dir`."""
+        shutil.copytree(self._release(), output_dir, dirs_exist_ok=True)
+
+    def _release(self) -> Path:
+        trains = self.algorithm.model_kind
+        release = Path(self._recipe.output_dir) / (REWARD_MODEL if trains is RewardModel else RELEASE)
+        if not (release / "privacy.json").is_file():
+            raise DPAlignError("there is no release yet: call train() first.")
+        return release
+
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """The release's privacy statement."""
+        stated = read_statement(self._release())
+        return {} if stated is None else stated[0]
+
+
+def adapter_from(config: LoraConfig) -> AdapterConfig:
+    """The fields of a plain LoRA; anything else is refused by name.
+
+    Raises:
+        DPAlignError: a field that cannot be honoured.
+    """
+    check_to_train(config)
+    targets, layers = config.target_modules, config.layers_to_transform
+    return AdapterConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        target_modules=sorted(targets) if isinstance(targets, set | list) else targets,
+        layers=[layers] if isinstance(layers, int) else layers,
+    )
+
+
+def _start_of(model: PreTrainedModel | PeftModel, output_dir: str) -> str:
+    """What a trainer on this object begins with: what the last one made of it, or else the folder it was loaded from.
+
+    Of the trainer whose run lies in `output_dir` (a resumed one): what that one began with.
+    """
+    own = Path(output_dir).resolve()
+    trained = _TRAINED.get(model, []) if isinstance(model, torch.nn.Module) else []
+    history = list(takewhile(lambda release: release.parent != own, trained))
+    return str(history[-1]) if history else folder_of(model)
+
+
+def _records(dataset: Iterable[Any], name: str) -> list[Record]:
+    """The rows of a dataset.
+
+    Raises:
+        DPAlignError: it has none, or they are no dicts.
+    """
+    records = dataset.to_list() if hasattr(dataset, "to_list") else list(dataset)
+    if not records or not all(isinstance(r, dict) for r in records):
+        raise DPAlignError(f"{name} must be a datasets.Dataset or a non-empty list of dicts")
+    return records

@@ -1,0 +1,157 @@
+"""A trainer for each stage, in TRL's shape; the same pipeline as the command, from Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from .. import algorithms
+from ..settings.privacy import Privacy
+from ..settings.trainers import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+from .base import Dataset, Model, Trainer
+
+
+class DPSFTTrainer(Trainer):
+    """Private supervised fine-tuning.
+
+    Args:
+        model: name, folder, dpalign release, or a model object that holds what its folder holds. The object is never
+            changed; another trainer on it, or on the trainer's `model`, goes on from what was trained.
+        args: an `SFTConfig`.
+        train_dataset: `datasets.Dataset` or list of dicts with `messages`, `text`, or `prompt` and `completion`.
+        processing_class: the tokenizer of a model object; default: its folder's.
+        peft_config: plain LoRA; without one, `args.adapter`.
+        privacy: the budget, whom it protects, and what is public.
+        quiet: no progress.
+    """
+
+    algorithm = algorithms.SFT
+    Arguments = SFTConfig
+
+    def __init__(
+        self,
+        model: Model,
+        args: SFTConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        privacy: Privacy | None = None,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet)
+
+
+class DPRewardTrainer(Trainer):
+    """Private reward model. Arguments as for `DPSFTTrainer`.
+
+    Args:
+        model: a causal LM, which gets a head, or a sequence-classification model with num_labels=1.
+        args: a `RewardModelConfig`.
+        train_dataset: dicts with `chosen` and `rejected`, perhaps `prompt`, `margin`, `preference` (0.5 for a tie).
+            Privacy(unit=...) names whom to protect (a judge, say); without one, each pair is a unit.
+        eval_dataset: public pairs; train() then reports accuracy, calibration and margins on them.
+    """
+
+    algorithm = algorithms.RewardModelling
+    Arguments = RewardModelConfig
+
+    def __init__(
+        self,
+        model: Model,
+        args: RewardModelConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        privacy: Privacy | None = None,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet)
+
+
+class DPDPOTrainer(Trainer):
+    """Private DPO. Arguments as for `DPSFTTrainer`.
+
+    Args:
+        args: a `DPOConfig`.
+        train_dataset: dicts with `chosen` and `rejected`, perhaps `prompt`, `margin`, `preference` (0.5 for a tie).
+            Privacy(unit=...) names whom to protect (a judge, say); without one, each pair is a unit.
+        eval_dataset: public pairs; train() then reports how often the policy's implicit reward agrees with them.
+    """
+
+    algorithm = algorithms.DPO
+    Arguments = DPOConfig
+
+    def __init__(
+        self,
+        model: Model,
+        args: DPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        privacy: Privacy | None = None,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet)
+
+
+class DPPPOTrainer(Trainer):
+    """Private PPO. Arguments as for `DPSFTTrainer`.
+
+    Args:
+        args: a `PPOConfig`.
+        train_dataset: dicts with `prompt`, or `messages`, or `text` whose first tokens become the prompt.
+        reward_funcs: a function f(prompts, completions, **columns) -> list[float] that scores every row by
+            itself. Without one, `args.reward`.
+    """
+
+    algorithm = algorithms.PPO
+    Arguments = PPOConfig
+
+    def __init__(
+        self,
+        model: Model,
+        args: PPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        reward_funcs: Callable[..., list[float]] | None = None,
+        privacy: Privacy | None = None,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet, reward_funcs
+        )
+
+
+class DPRLOOTrainer(Trainer):
+    """Private RLOO. Arguments as for `DPPPOTrainer`, with `args` an `RLOOConfig`."""
+
+    algorithm = algorithms.RLOO
+    Arguments = RLOOConfig
+
+    def __init__(
+        self,
+        model: Model,
+        args: RLOOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        reward_funcs: Callable[..., list[float]] | None = None,
+        privacy: Privacy | None = None,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet, reward_funcs
+        )
