@@ -164,6 +164,7 @@ RUN = {
     "dpalign sweep recipes/quickstart_preferences.yaml --epsilons 1 4 inf --seeds 3 --output_dir runs/preferences "
     "--reference_reward.source reward_model:runs/reference/reward_model": Small(leaves="runs/preferences/sweep.md"),
     # What is done with a release
+    "dpalign report RUN": Small(instead={"RUN": "runs/x"}, says="runs/x/report.html"),
     "dpalign ledger": Small(),
     'dpalign generate runs/x/release --prompt "The film" --prepend_bos': Small(says="The film"),
     "dpalign evaluate tiny-review-lm runs/x/release --data public.jsonl --eval_is_public --prompt_tokens 5 "

@@ -48,7 +48,7 @@ def test_release_is_complete_and_nothing_is_pickled(finished):
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "privacy.json"} <= names
     assert not [f for f in files_below(run) if f.suffix in PICKLES]
     assert {f.parts[0] for f in (f.relative_to(run) for f in files_below(run))} == {
-        "private", "release", "summary.json", "metrics.jsonl",
+        "private", "release", "summary.json", "metrics.jsonl", "report.html",
     }  # fmt: skip
     assert stat.S_IMODE((run / "private").stat().st_mode) == 0o700
     assert stat.S_IMODE((run / "release").stat().st_mode) == 0o755

@@ -31,6 +31,7 @@ from dpalign.reporting.progress import Reporter
 from dpalign.reporting.sweep import write_markdown
 from dpalign.reporting.tables import evaluation_table
 from dpalign.reporting.terminal import Terminal, plain
+from finished import finished_run
 from helpers import call, write_jsonl, write_recipe
 
 # Clears the screen, turns the text round, ends the line in four ways, and is markup of rich, Markdown, HTML and TeX.
@@ -234,16 +235,13 @@ class Elements(HTMLParser):
 
 def test_a_report_holds_no_markup_of_others(tmp_path):
     def written(text: str) -> str:
-        row = {"reward": 0.1, "reward_ci95": 0.1, "kl": 0.1, "perplexity": 2.0, "distinct_2": 0.5}
-        row = {name: type("Row", (dict,), {"__getattr__": dict.__getitem__})(row) for name in [text]}
-        samples = [{"prompt": text, text: text}]
-        write_report(
-            tmp_path / "a.html", title=text, guarantee=text, evaluation=row, samples=samples, plot=tmp_path / "none"
-        )
-        return (tmp_path / "a.html").read_text(encoding="utf-8")
+        folder = finished_run(tmp_path / "run", said=text, unit=text)
+        write_report(folder)
+        pages = [folder / "report.html", folder / "private" / "report.html"]
+        return "".join(page.read_text(encoding="utf-8") for page in pages)
 
     page = written(HOSTILE)
-    assert not unfit(page) and page.count(r"\x1b") == 7
+    assert not unfit(page) and page.count(r"\x1b") >= 24
     assert Elements(page).found == Elements(written("a")).found and "script" not in Elements(page).found
 
 

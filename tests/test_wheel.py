@@ -62,7 +62,8 @@ def test_the_wheel_is_complete(wheel):
         scripts = archive.read(metadata_name.replace("METADATA", "entry_points.txt")).decode()
     assert wheel.name == f"dpalign-{__version__}-py3-none-any.whl"
     model = "dpalign/assets/tiny-review-lm"
-    needed = {f"{model}/{f}" for f in ("config.json", "model.safetensors", "tokenizer.json", "README.md")}
+    needed = {"dpalign/reporting/report.css", "dpalign/reporting/report.html.jinja"}
+    needed |= {f"{model}/{f}" for f in ("config.json", "model.safetensors", "tokenizer.json", "README.md")}
     needed |= {"dpalign/recipes/quickstart.yaml", "dpalign/py.typed"}
     needed |= {str(f.relative_to(ROOT / "src")) for f in (ROOT / "src" / "dpalign").rglob("*.py")}
     assert needed <= names

@@ -50,7 +50,11 @@ class Results:
                 {
                     "stage": s.stage,
                     "dataset": s.dataset,
+                    "unit": s.unit,
                     "units": s.declared_units,
+                    "part": s.part,
+                    "max_grad_norm": s.max_grad_norm,
+                    "private": s.private,
                     "epsilon": s.epsilon_alone,
                     "mechanisms": [asdict(m) for m in s.mechanisms],
                 }
@@ -58,6 +62,10 @@ class Results:
             ],
             "assumptions": statement.assumptions,
             "ledger": statement.ledger,
+            "adjacency": statement.adjacency,
+            "accountant": statement.accountant,
+            "versions": statement.versions,
+            "not_covered": statement.not_covered,
         }
         if self.release is not None:
             value["release"] = str(self.release)

@@ -36,6 +36,7 @@ from .provenance import past_stages
 from .recipe import Recipe
 from .records import Records, check_shared_texts, kept_by, read_public, read_stage_records, stage_units, units_of
 from .release import RELEASE, REWARD_MODEL, PromptFormat, write_release, write_reward_model
+from .reporting.html import write_report
 from .reporting.progress import Reporter
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
@@ -66,6 +67,7 @@ def run_recipe(
     policy: Policy | None = None,
     reward_model: RewardModel | None = None,
     reward_function: RewardFunction | None = None,
+    command: str = "",
 ) -> Results:
     """Runs, resumes or finishes a recipe.
 
@@ -74,6 +76,7 @@ def run_recipe(
         public: records that are declared public, by stage, instead of the files to measure on.
         policy, reward_model: loaded models instead of the recipe's.
         reward_function: a Python function instead of the one that the recipe's reward.source names.
+        command: what the data holder typed, for their own report.
 
     Raises:
         DPAlignError: anything a person can mend, before the first draw wherever that is possible.
@@ -104,7 +107,7 @@ def run_recipe(
         remember_contents(texts, workspace.ledger)
         for stage in plan.stages.values():
             run.stage(stage)
-        return run.finish(started)
+        return run.finish(started, command)
 
 
 def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
@@ -410,8 +413,8 @@ class Run:
 
     # The end -------------------------------------------------------------------------------------------------------
 
-    def finish(self, started: float) -> Results:
-        """Writes the release and the summary, measured on public prompts."""
+    def finish(self, started: float, command: str) -> Results:
+        """Writes the release, the summary, measured on public prompts, and the reports."""
         plan, folder, results = self.plan, self.workspace.folder, self.results
         results.statement = statement = self.statement()
         trained = [stage.kind.model_kind for stage in plan.stages.values() if not stage.is_measurement]
@@ -426,10 +429,11 @@ class Run:
                 write_release(results.release, policy, statement, base, title, prompts)
         self.measure_on_public_prompts()
         resources = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
-        write_json(self.workspace.private / "resources.json", resources)
+        write_json(self.workspace.private / "resources.json", resources | ({"command": command} if command else {}))
         if plan.is_all_demo:
             results.resources = resources  # of private data, time and memory would tell how long the longest record is
         write_json(folder / "summary.json", results.to_json())
+        write_report(folder)
         return results
 
     def prompt_format(self, policy: Policy) -> PromptFormat:

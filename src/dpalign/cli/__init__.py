@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "sample completions from a model or a release",
     "evaluate": "models side by side on public prompts: reward, win rate, ROUGE, KL, perplexity",
     "sweep": "a recipe over epsilons and seeds: the privacy-utility table and figure",
+    "report": "one page about a finished run: guarantee, mechanisms, curves, results, completions",
     "ledger": "what has been spent on which data, by all runs",
     "export": "copy a release, or merge it into full weights",
 }

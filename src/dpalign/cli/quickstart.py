@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,15 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
             "the quickstart shows what private PPO does: without it, write a recipe and use `dpalign run`."
         )
     folder = Path(recipe.output_dir)
-    summary = run_recipe(recipe, reporter=reporter).to_json()
+    command = shlex.join(["dpalign", "quickstart", *arguments])
+    summary = run_recipe(recipe, reporter=reporter, command=command).to_json()
     *_, last = summary["evaluation"]  # the stage that samples
     labels = {name: "private" if name == last else name.upper() for name in recipe.stages}
     evaluation = {labels.get(name, name): row for name, row in summary["evaluation"].items()}
     samples = json.loads((folder / "completions.json").read_text(encoding="utf-8"))
     metrics = {f"epsilon {recipe.target_epsilon:g}": folder / "metrics.jsonl"}
-    if given.compare:
-        baseline = without_privacy(recipe)
+    baselines = [without_privacy(recipe)] if given.compare else []
+    for baseline in baselines:
         reporter.note("the same without privacy, for comparison")
         other = run_recipe(baseline, reporter=reporter).to_json()
         evaluation["non-private"] = other["evaluation"][last]
@@ -78,15 +80,8 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     samples = [{labels.get(name, name): text for name, text in sample.items()} for sample in samples]
     plot = folder / "noised_reward.png"
     plot_noised_reward(metrics, plot, stage=last, half_range=1.0, count=3, divisor=rollouts.expected_batch_size)
-    write_report(
-        folder / "report.html",
-        title="dpalign quickstart",
-        guarantee=guarantee(summary),
-        evaluation=evaluation,
-        samples=samples,
-        plot=plot,
-    )
     write_json(folder / "summary.json", summary)
+    write_report(folder, [Path(baseline.output_dir) for baseline in baselines])
     if not as_json:
         _print(summary, evaluation, samples, folder)
     return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any
 
 from ..errors import DPAlignError
@@ -23,7 +24,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     recipe = recipe_from(command, rest, description(command))
     if command in STAGES:
         recipe = only_stage(recipe, command)
-    results = run_recipe(recipe, reporter=Reporter())
+    results = run_recipe(recipe, reporter=Reporter(), command=shlex.join(["dpalign", *arguments]))
     if not as_json:
         print_results(results)
     return results.to_json()

@@ -40,6 +40,11 @@ class PrivateStep:
         if self.mechanism.steps != 1:
             raise DPAlignError(f"a private step is one sample, not {self.mechanism.steps}.")
 
+    def metrics_deviation(self) -> dict[str, float]:
+        """Standard deviation of the noise on each released metric, in the metric's own unit."""
+        scale = self.mechanism.metrics_noise_multiplier * math.sqrt(len(self.metrics)) / self.divisor
+        return {m.name: scale * (m.high - m.low) / 2 for m in self.metrics}
+
 
 class Sample:
     """The units of one step, and the step's mechanisms: as many as it was journaled for.

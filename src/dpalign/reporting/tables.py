@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any, TypeAlias
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from ..printable import printable
-from ..results import Results
 from .numbers import all_runs, at_most
 from .terminal import Terminal, plain
+
+if TYPE_CHECKING:  # it imports torch
+    from ..results import Results
 
 Cell: TypeAlias = str | Text  # ours, with markup; or plain text
 OUTSIDE = "outside the guarantee"
@@ -102,7 +104,10 @@ def evaluation_table(
     headers = [f"{header}\n({OUTSIDE})" if c in outside else header for c, (header, _) in columns.items()]
     names: list[Cell] = [plain(labelled(name, row)) for name, row in rows.items()]
     cells: list[list[Cell]]
-    cells = [[_cell(row, c, decimals, full) for c, (_, decimals) in columns.items()] for row in rows.values()]
+    cells = [
+        [cell(row, c, decimals, full=full).replace("[", "\\[") for c, (_, decimals) in columns.items()]  # no markup
+        for row in rows.values()
+    ]
     if transposed:
         headers, names, cells = names, headers, [list(column) for column in zip(*cells, strict=True)]
     missing = [printable(sentence) for sentence in unscored(rows)]
@@ -134,7 +139,8 @@ def labelled(name: str, row: dict[str, Any]) -> str:
     return f"{name} ({OUTSIDE})" if row.get("epsilon") == math.inf else name
 
 
-def _cell(row: dict[str, Any], column: str, decimals: int, full: bool) -> str:
+def cell(row: Mapping[str, Any], column: str, decimals: int, *, full: bool) -> str:
+    """A number as text, with its interval if the table is the full one or the column always shows it."""
     value, half = row.get(column), row.get(f"{column}_ci95", math.nan)
     if value is None:
         return "baseline" if column == "win_rate" else ""
@@ -144,7 +150,7 @@ def _cell(row: dict[str, Any], column: str, decimals: int, full: bool) -> str:
         return f"{value:.{decimals}g}"
     text = f"{value:.{decimals}f}"
     if column == "win_rate":
-        return f"{text} \\[{row['win_rate_low']:.{decimals}f}, {row['win_rate_high']:.{decimals}f}]"  # \\[: no markup
+        return f"{text} [{row['win_rate_low']:.{decimals}f}, {row['win_rate_high']:.{decimals}f}]"
     shown = (full or column in WITH_INTERVAL) and not math.isnan(half)
     return f"{text} ± {half:.{decimals}f}" if shown else text
 

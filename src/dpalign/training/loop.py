@@ -186,7 +186,7 @@ class Stage:
             released = self._step(rows, [place[u] for u in sample.units], sample, step)
             step += 1
             self.whole = step if sample is samples[-1] else None
-            self._tell(step, sample.step.mechanism, attempt, released)
+            self._tell(step, sample.step, attempt, released)
         if step % self.config.save_steps < self.plan.minibatches or step == self.end:
             self._save(step, ".")
         return step
@@ -317,7 +317,8 @@ class Stage:
 
     # Reports and checkpoints -------------------------------------------------------------------------------
 
-    def _tell(self, step: int, ran: SampledGaussian, attempt: int, metrics: dict[str, float] | None) -> None:
+    def _tell(self, step: int, taken: PrivateStep, attempt: int, metrics: dict[str, float] | None) -> None:
+        ran = taken.mechanism
         # The accountant is too slow to be asked at each of many steps: what it says holds until it is asked again.
         every = max(1, self.plan.steps // 100)
         if step % every == 0 or step == self.end or not hasattr(self, "_epsilon"):
@@ -336,6 +337,7 @@ class Stage:
                 "noise_multiplier": ran.noise_multiplier,
                 "metrics_noise_multiplier": ran.metrics_noise_multiplier,
                 "noised_metrics": metrics,
+                "noise_standard_deviation": None if metrics is None else taken.metrics_deviation(),
             }
             append_line(self.log, line)
 

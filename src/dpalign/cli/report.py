@@ -1,0 +1,48 @@
+"""`dpalign report`: the report of a finished run, written again, perhaps beside other runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..reporting.html import FoundRun, write_report
+from ..reporting.terminal import Terminal
+from .arguments import Parser
+
+DESCRIPTION = """Writes RUN/report.html, one self-contained page to read, print or publish: the guarantee, every stage's
+mechanism, noised training curves, results and completions on public prompts. It is made from what lies outside
+private/ alone. RUN/private/report.html says more (the command, time and memory, what the data does) and stays with the
+data holder.
+
+`dpalign run` writes both at its end. Nothing is drawn, and no model is loaded."""
+
+
+def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
+    """Returns where the reports are, and which runs only the data holder's shows."""
+    parser = Parser(prog="dpalign report", description=DESCRIPTION)
+    parser.add_argument("run", help="a finished run's folder")
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="other finished runs to compare with; one without privacy on private data is in private/ only",
+    )
+    given = parser.parse_args(arguments)
+    beside = [Path(folder) for folder in given.beside]
+    page = write_report(Path(given.run), beside)
+    own = page.parent / "private" / page.name
+    hidden = [str(folder) for folder in beside if not may_be_shown(Path(given.run), folder)]
+    if not as_json:
+        console = Terminal()
+        console.say(f"report: {page}")
+        if own.is_file():
+            console.say(f"for the data holder alone: {own}")
+        for folder in hidden:
+            console.say(f"{folder} is without privacy: it is in the data holder's report only.")
+    return {"report": str(page), "private_report": str(own) if own.is_file() else None, "only_private": hidden}
+
+
+def may_be_shown(folder: Path, other: Path) -> bool:
+    """Whether a run may be compared with another one in public."""
+    return FoundRun.read(other).may_be_shown_beside(FoundRun.read(folder))
