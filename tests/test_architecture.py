@@ -28,7 +28,7 @@ ROOMS = [
     ["files"],
     ["settings"],
     ["domains", "printable"],
-    ["errors", "stages", "version"],
+    ["errors", "names", "stages", "version"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -102,13 +102,13 @@ RUN = {
         f"{QUICK} --output_dir runs/changed", {"--ppo.FIELD VALUE ...": "--ppo.beta 0.05"}, "runs/changed/release"
     ),
     # Plans
-    "dpalign plan --units 12500 --batch-size 512 --steps 60 --epsilon 4": Small(
-        "--units 100 --batch-size 20 --steps 2 --json", says="noise_multiplier"
+    "dpalign plan --units 12500 --batch_size 512 --steps 60 --epsilon 4": Small(
+        "--units 100 --batch_size 20 --steps 2 --json", says="noise_multiplier"
     ),
-    "dpalign plan --units N --batch-size B --steps T --delta D --noise-multiplier S": Small(
+    "dpalign plan --units N --batch_size B --steps T --delta D --noise_multiplier S": Small(
         "", {" N": " 100", " B": " 20", " T": " 2", " D": " 1e-5", " S": " 2.0"}, says="epsilon"
     ),
-    "dpalign plan --units 12500 --batch-size 256 --steps 4883 --delta 4e-5 --epsilon 4 --passes T": Small(
+    "dpalign plan --units 12500 --batch_size 256 --steps 4883 --delta 4e-5 --epsilon 4 --passes T": Small(
         "--json", {" T": " 2"}, says='"noise_multiplier": 2.2865'
     ),
     "dpalign plan recipe.yaml": Small(says="ppo"),
@@ -351,7 +351,7 @@ def follow_python(code: str) -> None:
 def follow_recipe(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is a recipe as it stands, and runs when smaller; that of the README is run by its commands."""
     (folder / "as_it_stands.yaml").write_text(text, encoding="utf-8")
-    output = recipe_from("run", ["as_it_stands.yaml"], "").output_dir
+    output = recipe_from("run", ["as_it_stands.yaml"]).output_dir
     if not text.startswith("# recipe.yaml"):
         (folder / "smaller.yaml").write_text(smaller(text), encoding="utf-8")
         follow_dpalign("dpalign run smaller.yaml", Small(leaves=f"{output}/release/privacy.json"), folder, capsys)

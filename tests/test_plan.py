@@ -110,7 +110,7 @@ def test_what_cannot_be_planned(capsys, arguments, says):
 
 def test_planning_leaves_the_recipe_as_it_was(tmp_path):
     """The number of units is counted for the plan; a run with the same recipe still counts for itself."""
-    given = recipe_from("plan", [str(write_recipe(tmp_path))], "")
+    given = recipe_from("plan", [str(write_recipe(tmp_path))])
     before = deepcopy(given)
     plan = plan_of(given)
     assert plan["stages"][0]["units"] == 32 and given == before and given.data.declared_units is None

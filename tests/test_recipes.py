@@ -36,7 +36,7 @@ TLDR = [f"tldr_summarization_{size}" for size in SIZES]
 
 @functools.cache
 def recipe(name: str, *overrides: object) -> Recipe:
-    return recipe_from("run", [str(FOLDER / f"{name}.yaml"), *map(str, overrides)], "")
+    return recipe_from("run", [str(FOLDER / f"{name}.yaml"), *map(str, overrides)])
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,15 +7,16 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # type: ignore[attr-defined]
 
 from .domains import shown
 from .errors import DPAlignError
+from .names import instead
 from .recipe import Recipe
-from .stages import RENAMED
+from .stages import RENAMED, STAGES
 
 LARGEST_RECIPE = 1_000_000  # bytes
 LARGEST_TREE = 10_000  # values, each as often as it is named
@@ -100,21 +101,15 @@ def load_yaml(stream: Any) -> Any:
         raise _refused(f"a value is not what its tag says ({type(error).__name__})") from None
 
 
-def recipe_from(command: str, arguments: list[str], description: str) -> Recipe:
+def recipe_from(command: str, arguments: list[str]) -> Recipe:
     """Parses `[RECIPE.yaml] --field value ...`.
 
     Raises:
         DPAlignError: an unknown field or a wrong type, in one sentence.
     """
     set_loader("dpalign", load_yaml, exceptions=(yaml.YAMLError,))
-    parser = ArgumentParser(
-        prog=f"dpalign {command}",
-        description=description,
-        exit_on_error=False,
-        parser_mode="dpalign",
-        epilog="A recipe's fields, in YAML or here; see --sft.help and --ppo.help for the stages.",
-    )
-    parser.add_argument("--config", "--recipe", action=ActionConfigFile, help="the recipe (may also come first)")
+    parser = ArgumentParser(prog=f"dpalign {command}", exit_on_error=False, parser_mode="dpalign", add_help=False)
+    parser.add_argument("--config", "--recipe", action=ActionConfigFile)
     parser.add_class_arguments(Recipe)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
@@ -123,8 +118,19 @@ def recipe_from(command: str, arguments: list[str], description: str) -> Recipe:
     try:
         fields = vars(parser.instantiate(parser.parse_args(arguments)))
     except argparse.ArgumentError as error:
-        raise DPAlignError(_in_one_sentence(" ".join(str(error).split()))) from None
+        raise DPAlignError(_in_one_sentence(" ".join(str(error).split()), command)) from None
     return Recipe(**{f.name: fields[f.name] for f in dataclasses.fields(Recipe)})
+
+
+def section_of(path: str, recipe: type[Any] = Recipe) -> type[Any] | None:
+    """The settings at a dotted path such as `ppo.reward`, of the whole recipe at none; None where there is no section."""
+    found: type[Any] | None = recipe
+    for name in filter(None, path.split(".")):
+        hint = get_type_hints(found).get(name)
+        found = next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)  # type: ignore[assignment]
+        if found is None:
+            return None
+    return found
 
 
 def _check_files(arguments: list[str]) -> None:
@@ -144,7 +150,7 @@ def _check_files(arguments: list[str]) -> None:
             raise DPAlignError(f"recipe {shown(path)} cannot be read: {type(error).__name__}.") from None
 
 
-def _in_one_sentence(message: str) -> str:
+def _in_one_sentence(message: str, command: str) -> str:
     # jsonargparse lists every alternative that it tried: say the one that people mean.
     if message.startswith(("Problems parsing config", "Unexpected config")):
         return f"the recipe is not YAML of sections and fields: {message.partition(':')[2].strip() or 'it is empty'}"
@@ -154,10 +160,7 @@ def _in_one_sentence(message: str) -> str:
     unknown = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.]+)", message)
     if group or unknown:
         name = ".".join(filter(None, (group or unknown).groups()))  # type: ignore[union-attr]
-        now = RENAMED.get(f"{prefix}{name}".split(".")[0].removesuffix("_data"))
-        if now:
-            return f"unknown field {prefix}{name}: that stage is called {now} now, and its data {now}_data."
-        return f"unknown field {prefix}{name}: see --help, --sft.help and --ppo.help for the fields there are."
+        return unknown_field(f"{prefix}{name}", command)
     if not keys or "Expected a" not in message:
         return message
     tried = message.rpartition(f'Parser key "{keys[-1]}":')[2]
@@ -165,6 +168,31 @@ def _in_one_sentence(message: str) -> str:
     expected = " or ".join(dict.fromkeys(a or b for a, b in types if a != "NoneType")) or "a section of settings"
     value = re.search(r"(?:Got|Given) value: (.+?)(?: - Expected|$)", tried)
     return f"field {prefix}{keys[-1]}: expected {expected}, got {value[1] if value else None!r}."
+
+
+def unknown_field(name: str, command: str = "") -> str:
+    """One sentence about a dotted name that no field has: what was meant, or what there is.
+
+    Args:
+        command: a stage's, whose section is where a setting without one belongs.
+    """
+    path, _, last = name.rpartition(".")
+    while (section := section_of(path)) is None:  # a field of what is no section itself
+        path, _, last = path.rpartition(".")
+    renamed = RENAMED.get(name.split(".")[0].removesuffix("_data"))
+    stages = [command] if command in STAGES else [stage for stage in STAGES if section_of(stage)]
+    below = [place for part in ([path] if path else [*stages, "model", "data"]) for place in fields_below(part)]
+    meant = instead(last if path else name, [field.name for field in dataclasses.fields(section)], below)
+    if renamed and not meant.startswith("its place"):
+        return f"unknown field {name}: that stage is called {renamed} now, and its data {renamed}_data."
+    return f"unknown field {name}: {meant or f'--{path}.help lists those there are'}.".replace("--.help", "--help_all")
+
+
+def fields_below(path: str) -> list[str]:
+    """Dotted names of a section's fields, and of those of the sections inside."""
+    section = section_of(path)
+    own = [f"{path}.{field.name}" for field in dataclasses.fields(section)] if section else []
+    return own + [name for place in own for name in fields_below(place)]
 
 
 def _with_infinity(value: Any) -> Any:

@@ -33,7 +33,6 @@ from .results import PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
 from .stages import STAGES, kind
 
-DESCRIPTION = "A recipe that is run over epsilons and seeds."
 Epsilon: TypeAlias = str | float  # text is kept as it is written
 
 
@@ -115,7 +114,7 @@ class _Sweep:
     def asked(self, trial: Trial | None = None) -> Recipe:
         """The recipe of a trial, or the one that all of them start from."""
         own = () if trial is None else trial.overrides
-        return recipe_from("sweep", [self.recipe, *self.overrides, *own], DESCRIPTION)
+        return recipe_from("sweep", [self.recipe, *self.overrides, *own])
 
     def finished(self, trials: list[Trial]) -> dict[Key, Finished]:
         """The runs that are there already.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ COMMANDS = {
 }
 EXAMPLES = """examples:
   dpalign quickstart
-  dpalign plan --units 12500 --batch-size 256 --steps 4883 --delta 4e-5 --epsilon 4
+  dpalign plan --units 12500 --batch_size 256 --steps 4883 --delta 4e-5 --epsilon 4
   dpalign run recipe.yaml --ppo.learning_rate 0.01
   dpalign ppo --help"""
 LONGEST = 500  # characters of a library's message
@@ -41,7 +42,7 @@ LONGEST = 500  # characters of a library's message
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status (0; 1 for a failure, 2 for a wrong call, 128 + n for signal n)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_spelled(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if arguments else 2
@@ -69,6 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _say(f"error: {_sentence(error)}")
         return 1
+
+
+def _spelled(word: str) -> str:
+    """Options have underscores; one with hyphens is the same."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.match(r"--\w", word) else word
 
 
 def _run(command: str, rest: list[str]) -> None:
@@ -166,7 +173,8 @@ def _help() -> str:
         [
             f"dpalign {__version__}: align language models with private data under one (epsilon, delta).",
             "",
-            "usage: dpalign COMMAND [OPTIONS]   (dpalign COMMAND --help teaches each; --json prints one JSON object)",
+            "usage: dpalign COMMAND [OPTIONS]   (dpalign COMMAND --help teaches each; --json prints one JSON object;",
+            "an option with hyphens is the one with underscores)",
             "",
             *lines,
             "",

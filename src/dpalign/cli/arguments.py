@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ..domains import domain_of, shown
 from ..errors import DPAlignError
+from ..names import instead
+from ..printable import printable
 
 PREPEND_BOS = "put BOS in front of prompts (default: as the release was trained)"
 
@@ -30,8 +32,31 @@ def number(kind: type[int] | type[float], interval: str, *, or_inf: bool = False
     return read
 
 
+class Switch(argparse.Action):
+    """`--name` and `--no_name`; without either, nothing is said."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        (name,) = option_strings
+        super().__init__([name, f"--no_{name.removeprefix('--')}"], dest, nargs=0, **options)
+
+    def __call__(self, parser: object, given: argparse.Namespace, values: object, option: str | None = None) -> None:
+        setattr(given, self.dest, option == self.option_strings[0])
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence."""
+    """argparse whose errors are one sentence, and say what an unknown option may have meant."""
+
+    def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        given, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self.error(self._about(unknown[0]))
+        return given
+
+    def _about(self, word: str) -> str:
+        name = word.partition("=")[0].removeprefix("--")
+        known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
+        meant = instead(name, known) if word.startswith("--") else ""
+        return f"unrecognized arguments: {printable(word)}{f': {meant}' if meant else ''}"
 
     def error(self, message: str) -> NoReturn:
         raise DPAlignError(f"{message} (see {self.prog} --help).")

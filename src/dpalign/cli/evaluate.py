@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..algorithms import SamplingConfig
 from ..domains import COUNT, LENGTH, SCALE, SEEDS
 from ..errors import DPAlignError
-from ..evaluation import Comparison, compare
 from ..files import write_json
-from ..release import as_trained
-from ..reporting.progress import Reporter
-from ..reporting.tables import OUTSIDE, print_evaluation
-from ..rewards import RewardConfig
-from .arguments import PREPEND_BOS, Parser, number
+from ..settings.rewards import RewardConfig
+from ..settings.rollouts import SamplingConfig
+from .arguments import PREPEND_BOS, Parser, Switch, number
+
+if TYPE_CHECKING:
+    from ..evaluation import Comparison
+    from ..reporting.progress import Reporter
 
 DESCRIPTION = """Samples one completion per public prompt from each model and measures them side by side:
 reward, KL to the model's own base (nats per completion), perplexity under that base, distinct-1, -2 and -3, length;
@@ -48,6 +48,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         return evaluate_private.run(arguments, as_json)
     given = _parser().parse_args(arguments)
     _check(given)
+
+    from ..reporting.progress import Reporter  # these import torch
+    from ..reporting.tables import print_evaluation
+
     comparison = _compare(given, Reporter(quiet=as_json))
     result = comparison.to_json()
     if given.output:
@@ -65,6 +69,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
 
 def _compare(given: argparse.Namespace, reporter: Reporter) -> Comparison:
+    from ..evaluation import compare
+    from ..release import as_trained
+
     return compare(
         given.models,
         given.data,
@@ -122,7 +129,7 @@ def _parser() -> Parser:
         default=16,
         help="tokens that are sampled (default 16)",
     )
-    data.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
+    data.add_argument("--prepend_bos", action=Switch, help=PREPEND_BOS)
     data.add_argument("--seed", type=number(int, SEEDS), default=0, help="of the sampling, the same for every model")
     data.add_argument(
         "--reference_column",
@@ -181,6 +188,8 @@ def _check(given: argparse.Namespace) -> None:
 
 def _notes(comparison: Comparison, labels: dict[str, str]) -> list[str]:
     """What a reader of the table must know."""
+    from ..reporting.tables import OUTSIDE
+
     lines = [f"reward: {comparison.reward}"]
     if comparison.reference_reward:
         lines.append(f"reference reward: {comparison.reference_reward}")

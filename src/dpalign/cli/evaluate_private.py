@@ -7,21 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..algorithms import SamplingConfig
-from ..data import DataConfig
 from ..domains import LENGTH, SCALE
 from ..errors import DPAlignError
 from ..files import write_json
-from ..models import ModelConfig
 from ..recipe import Recipe
-from ..release import as_trained
 from ..reporting.numbers import all_runs, at_most
-from ..reporting.progress import Reporter
 from ..reporting.terminal import Terminal
-from ..rewards import RewardConfig
-from ..run import run_recipe
+from ..settings.data import DataConfig
 from ..settings.measurement import MeasurementConfig
-from .arguments import PREPEND_BOS, Parser, number
+from ..settings.models import ModelConfig
+from ..settings.rewards import RewardConfig
+from ..settings.rollouts import SamplingConfig
+from .arguments import PREPEND_BOS, Parser, Switch, number
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
 model and of its base, and how often the model wins, as one Gaussian release. It is journaled in the ledger under the
@@ -36,6 +33,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the noisy means, the noise's standard deviations, and what the ledger has now."""
     given = _parser().parse_args(arguments)
     _check(given)
+
+    from ..reporting.progress import Reporter  # these import torch
+    from ..run import run_recipe
+
     results = run_recipe(recipe_of(given), reporter=Reporter(quiet=as_json))
     (found,) = results.measurements.values()
     if found is None:
@@ -61,6 +62,8 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
 def recipe_of(given: argparse.Namespace) -> Recipe:
     """A recipe of one stage, which measures; nothing but what the stage itself spends is bounded by a target."""
+    from ..release import as_trained
+
     sampling = SamplingConfig(
         max_prompt_length=given.max_prompt_length,
         max_completion_length=given.max_completion_length,
@@ -145,7 +148,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--max_prompt_length", type=number(int, LENGTH), default=64)
     parser.add_argument("--max_completion_length", type=number(int, "[1, 100000]"), default=16)
-    parser.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
+    parser.add_argument("--prepend_bos", action=Switch, help=PREPEND_BOS)
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--ledger", help="the ledger file (default: as for `dpalign run`)")
     parser.add_argument("--output_dir", required=True, help="folder of this measurement")

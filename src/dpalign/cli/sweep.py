@@ -6,10 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import DPAlignError
-from ..reporting.progress import Reporter
-from ..reporting.sweep import sweep_table
-from ..reporting.terminal import Terminal
-from ..sweep import run_sweep
+from ..parsing import recipe_from
 from .arguments import Parser, number
 
 DESCRIPTION = """Runs a recipe once for each epsilon and seed, each run in a process of its own, and prints the mean and
@@ -28,11 +25,19 @@ EXAMPLES = """examples:
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the table's rows, and what all runs spent together."""
     given, overrides = _parser().parse_known_args(arguments)
+    epsilons, at = _epsilons(given), _at(given)
+    recipe_from("sweep", [given.recipe, *overrides])
+
+    from ..reporting.progress import Reporter  # these import torch
+    from ..reporting.sweep import sweep_table
+    from ..reporting.terminal import Terminal
+    from ..sweep import run_sweep
+
     result = run_sweep(
         given.recipe,
-        epsilons=_epsilons(given),
+        epsilons=epsilons,
         vary=(given.vary[0], given.vary[1:]) if given.vary else None,
-        at=_at(given),
+        at=at,
         public_proxy=given.public_proxy,
         overrides=overrides,
         output_dir=given.output_dir,

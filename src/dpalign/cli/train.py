@@ -6,22 +6,32 @@ import dataclasses
 import shlex
 from typing import Any
 
+from ..data.load import check_there
+from ..domains import check_settings
 from ..errors import DPAlignError
 from ..parsing import recipe_from
-from ..plan import split_parts
 from ..recipe import Recipe
-from ..reporting.progress import Reporter
-from ..reporting.tables import print_results
-from ..run import run_recipe
 from ..stages import STAGES, kind
+from . import manual
 
-ALL = "Runs all stages of a recipe under one (epsilon, delta). The same command resumes an interrupted run."
 
-
-def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
+def run(arguments: list[str], as_json: bool) -> dict[str, Any] | None:
     """Returns what summary.json holds."""
     command, rest = arguments[0], arguments[1:]
-    recipe = recipe_from(command, rest, description(command))
+    text = manual.asked(command, rest, _example(command))
+    if text is not None:
+        print(text)
+        return None
+    recipe = recipe_from(command, rest)
+    check_settings(recipe) if command in STAGES else recipe.check()
+    for data in [recipe.data_of(name) for name in ([command] if command in STAGES else recipe.stages)]:
+        check_there(data.path)
+        check_there(data.eval_path or "")
+
+    from ..reporting.progress import Reporter  # these import torch, which what is wrong with a recipe does without
+    from ..reporting.tables import print_results
+    from ..run import run_recipe
+
     if command in STAGES:
         recipe = only_stage(recipe, command)
     results = run_recipe(recipe, reporter=Reporter(), command=shlex.join(["dpalign", *arguments]))
@@ -30,17 +40,16 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     return results.to_json()
 
 
-def description(command: str) -> str:
-    """What `--help` says first."""
+def _example(command: str) -> str:
     if command not in STAGES:
-        return ALL
-    columns = " or ".join(" + ".join(f"`{c}`" for c in names) for names in kind(command).columns)
-    says = STAGES[command].help
-    return f"{says[0].upper()}{says[1:]}. Records have {columns}; fields of a stage: --{command}.help"
+        return f"dpalign {command} recipe.yaml --output_dir runs/first"
+    return f"dpalign {command} recipe.yaml --{command}.expected_batch_size 256 --output_dir runs/{command}"
 
 
 def only_stage(recipe: Recipe, name: str) -> Recipe:
     """The recipe with one stage, which takes the same units as it would in the whole recipe."""
+    from ..plan import split_parts
+
     present = list(recipe.stages)
     if recipe.composition == "sequential" and len(present) > 1:
         raise DPAlignError(

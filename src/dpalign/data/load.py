@@ -14,6 +14,16 @@ from .readers import ENDINGS, READERS, read_folder, read_hub
 Record = dict[str, Any]
 
 
+def check_there(path: str) -> None:
+    """Raises DPAlignError for a data file that does not exist; folders, hub names and demo data are not looked for."""
+    if not path.startswith(demo.PREFIX) and _ending(Path(path)) in READERS and not Path(path).exists():
+        raise DPAlignError(f"data file {path} does not exist.")
+
+
+def _ending(file: Path) -> str:
+    return file.name.removesuffix(".gz").rpartition(".")[2].lower()
+
+
 def read_records(path: str, split: str = "train", cache_dir: Path | None = None) -> list[Record]:
     """Records of a file, a `datasets` folder or a hub dataset, as dicts.
 
@@ -25,14 +35,14 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
     """
     RECORDS_READ.set()
     file = demo.demo_file(path) if path.startswith(demo.PREFIX) else Path(path)
-    kind = file.name.removesuffix(".gz").rpartition(".")[2]
+    kind = _ending(file)
     try:
         if file.is_dir():
             records = read_folder(file, split)
-        elif kind.lower() in READERS:
+        elif kind in READERS:
             if not file.is_file():
                 raise DPAlignError(f"data file {path} does not exist.")
-            records = READERS[kind.lower()](file)
+            records = READERS[kind](file)
         elif file.exists():
             raise DPAlignError(f"data file {path} has an unknown ending: use {ENDINGS} (.gz allowed).")
         else:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import DPAlignError
-from ..training import StagePlan, StepReport
 from .numbers import at_most
 from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..training import StagePlan, StepReport
 
 
 class Reporter:

@@ -1,0 +1,95 @@
+"""What somebody meant by a name that there is not: the same thing by its name here, or the closest name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from difflib import get_close_matches
+
+ONE_ROW = "it would let one record change another one's gradient, which no clip bounds"
+POISSON = "every update draws a fresh Poisson sample"
+ON_POLICY = "completions are sampled from the policy as it is (temperature 1, nothing cut off)"
+ONE_PROCESS = "one process trains"
+EOS = "completions end at the tokenizer's EOS, or where the chat template ends a turn"
+CHOOSING = "choosing by a measurement on private data would have to be paid for"
+ELSEWHERE = {  # names of TRL, transformers, peft and Opacus: what to say here instead, or why there is no such thing
+    "auto_find_batch_size": "how much memory a record takes would show in the result; use micro_batch_size",
+    "batch_size": "it is expected_batch_size here, the units that a sample is expected to have",
+    "data_seed": "samples are drawn from the operating system's entropy",
+    "dataloader_drop_last": POISSON,
+    "dataset_name": "it is data.path here (a file, a folder or a hub name); data.name is the ledger's key",
+    "dataset_num_proc": "records are read one by one",
+    "dataset_text_field": "the column is `text` (or `messages`, or `prompt` and `completion`): rename it",
+    "ddp_find_unused_parameters": ONE_PROCESS,
+    "deepspeed": ONE_PROCESS,
+    "disable_dropout": "dropout is always off: its coins would be shared by the rows of a micro-batch",
+    "epochs": "it is num_train_epochs here",
+    "eval_on_start": "the base model is measured at the end, beside every stage",
+    "eval_strategy": "stages are measured at their end, on data.eval_path",
+    "evaluation_strategy": "stages are measured at their end, on data.eval_path",
+    "fp16": "the base is frozen, so there is no mixed precision: model.dtype float16 loads it in half precision",
+    "bf16": "the base is frozen, so there is no mixed precision: model.dtype bfloat16 loads it in half precision",
+    "fsdp": ONE_PROCESS,
+    "gradient_accumulation_steps": "expected_batch_size is the whole batch of an update, and micro_batch_size the part "
+    "that is in memory at once",
+    "group_by_length": POISSON,
+    "init_kl_coef": "it is beta here",
+    "kl_coef": "it is beta here",
+    "load_best_model_at_end": CHOOSING,
+    "load_in_4bit": "quantised bases are for the Python trainers",
+    "load_in_8bit": "quantised bases are for the Python trainers",
+    "local_rollout_forward_batch_size": "it is micro_batch_size here",
+    "loss_type": "it is loss here",
+    "lora_alpha": "it is adapter.lora_alpha here",
+    "lora_dropout": "dropout is always off: its coins would be shared by the rows of a micro-batch",
+    "lora_r": "it is adapter.r here",
+    "lora_target_modules": "it is adapter.target_modules here",
+    "lr": "it is learning_rate here",
+    "max_new_tokens": "it is max_completion_length here",
+    "max_physical_batch_size": "it is micro_batch_size here",
+    "max_seq_length": "it is max_length here",
+    "metric_for_best_model": CHOOSING,
+    "mini_batch_size": "it is expected_batch_size here, with num_mini_batches of them for one phase of rollouts",
+    "model_name_or_path": "it is model.name_or_path here",
+    "neftune_noise_alpha": "its coins would be shared by the rows of a micro-batch",
+    "normalize_advantages": ONE_ROW,
+    "optim": "the optimiser is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
+    "packing": f"two records in one row share a gradient: {ONE_ROW}",
+    "padding_free": f"two records in one row share a gradient: {ONE_ROW}",
+    "per_device_eval_batch_size": "public data is measured in parts of a fixed size",
+    "per_device_train_batch_size": "it is micro_batch_size here (memory only); the expected batch of an update is "
+    "expected_batch_size",
+    "ppo_epochs": "it is num_ppo_epochs here",
+    "remove_unused_columns": "a record's other columns are never read, and a reward is given those that it names",
+    "response_length": "it is max_completion_length here",
+    "resume_from_checkpoint": "the same command goes on from the newest checkpoint in output_dir",
+    "reward_funcs": "it is reward.source here",
+    "reward_model_path": "it is reward.source here: reward_model:PATH, or classifier:PATH",
+    "save_strategy": "say save_steps",
+    "save_total_limit": "only the newest checkpoint is kept",
+    "scale_rewards": ONE_ROW,
+    "sft_model_path": "it is model.name_or_path here",
+    "stop_token": EOS,
+    "target_kl": "a stop that a batch decides would tell of it: use adaptive_kl_target, which sees noised numbers",
+    "temperature": ON_POLICY,
+    "top_k": ON_POLICY,
+    "top_p": ON_POLICY,
+    "total_episodes": "say max_steps (of expected_batch_size prompts each) or num_train_epochs",
+    "use_vllm": "completions are sampled in this process",
+    "warmup_ratio": "say warmup_steps",
+    "whiten_rewards": ONE_ROW,
+}
+
+
+def instead(name: str, known: Collection[str], inside: Collection[str] = ()) -> str:
+    """What to say to somebody who gave a name that is not among `known`; nothing, if no guess is good.
+
+    Args:
+        known: names that there are in its place. inside: dotted names below that place, of which one may be meant.
+    """
+    places = [place for place in inside if place.endswith(f".{name}")]
+    if places:
+        return f"its place is {' or '.join(places)}"
+    if name in ELSEWHERE:
+        return ELSEWHERE[name]
+    close = get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}" if close else ""
