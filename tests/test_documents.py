@@ -92,7 +92,7 @@ QUICK = (
     "--ppo.adapter.init_rows 8"
 )
 RUN = {
-    "dpalign COMMAND --help": Small(instead={"COMMAND": "ppo"}, says="--sft.help and --ppo.help"),
+    "dpalign COMMAND --help": Small(instead={"COMMAND": "ppo"}, says="explained by --ppo.help"),
     "dpalign quickstart": Small(QUICK, leaves="runs/quickstart/report.html"),
     "dpalign quickstart --model smollm2": Small(QUICK, leaves="runs/quickstart-smollm2/report.html"),
     "dpalign quickstart --model smollm2 --sft.max_steps 1 --sft.expected_batch_size 4 --ppo.max_steps 1 "

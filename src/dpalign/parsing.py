@@ -123,7 +123,7 @@ def recipe_from(command: str, arguments: list[str]) -> Recipe:
 
 
 def section_of(path: str, recipe: type[Any] = Recipe) -> type[Any] | None:
-    """The settings at a dotted path such as `ppo.reward`, of the whole recipe at none; None where there is no section."""
+    """The settings at a dotted path such as `ppo.reward` (the whole recipe at an empty one); None if there are none."""
     found: type[Any] | None = recipe
     for name in filter(None, path.split(".")):
         hint = get_type_hints(found).get(name)

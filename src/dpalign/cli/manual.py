@@ -7,7 +7,7 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..parsing import section_of
@@ -56,16 +56,16 @@ def _page(command: str, example: str, about: str) -> Iterator[str]:
     yield from _wrapped(" ".join(about.split()) or _summary(kind))
     yield ""
     yield "required, in the recipe or here:"
-    yield from _lines(REQUIRED)
+    yield from _lines(REQUIRED, brief=True)
     yield ""
     yield "of every run:"
-    yield from _lines(RUN)
+    yield from _lines(RUN, brief=True)
     yield ""
     if command in STAGES:
         own = [f"{command}.{name}" for name in STAGE if _field(f"{command}.{name}")]
         own += [f"{command}.{name}" for name in inspect.get_annotations(kind) if f"{command}.{name}" not in own]
         yield f"of the stage {command}:"
-        yield from _lines(own)
+        yield from _lines(own, brief=True)
         rest = [f.name for f in dataclasses.fields(kind) if f"{command}.{f.name}" not in own]
         yield from _wrapped(f"more, explained by --{command}.help: {', '.join(rest)}")
     else:
@@ -103,10 +103,14 @@ def _fields(path: str) -> Iterator[str]:
 # One field -----------------------------------------------------------------------------------------------------------
 
 
-def _lines(paths: Any) -> Iterator[str]:
+def _lines(paths: Iterable[str], *, brief: bool = False) -> Iterator[str]:
+    """Names, types and sentences; of those the first part and the default, if brief."""
     for path in paths:
         field, says, hint = _field(path)  # type: ignore[misc]
         shown = _default(field, says)
+        if brief:
+            first, *more = re.split(r"; |\. (?=[A-Z])", says)
+            says = "; ".join([first, *(part for part in more if part.lower().startswith("default"))])
         yield from _wrapped(f"--{path} {_kind(hint)}  {says}{shown}", "  ", "      ")
 
 

