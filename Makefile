@@ -12,7 +12,7 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)
 
 # torch first and by itself: a range would let pip choose a build of several gigabytes.
 .venv/installed: pyproject.toml constraints.txt

@@ -4,8 +4,11 @@
 
 Each run is `dpalign run recipes/quickstart_dpo.yaml` with an epsilon, a seed and overrides; a finished one is appended to
 --output as one JSON line and is not run again, so the same command goes on after an interruption. Accuracy is on the 500
-public pairs, which no run has read. It prints one line for each epsilon and set of overrides: the mean over seeds, and the
-ratio to the best set without privacy.
+public pairs, which no run has read. It prints one line for each epsilon and set of overrides: the mean over seeds, its standard error, and the ratio to the best
+set without privacy. A set of one seed that was picked as the best of many flatters itself: --least leaves such sets out.
+The runs of docs/results/dpo_pairs.runs.jsonl, without a run of its own:
+
+    .venv/bin/python benchmarks/dpo_pairs.py --seeds 0 --least 8 --output docs/results/dpo_pairs.runs.jsonl
 """
 
 from __future__ import annotations
@@ -46,6 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--all", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides of every run")
     parser.add_argument("--at", nargs="+", action="append", default=[], metavar=("EPSILON", "FIELD=VALUE"))
+    parser.add_argument(
+        "--least", type=int, default=1, help="only sets of at least so many seeds are compared and printed"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/dpo_pairs.jsonl"))
     given = parser.parse_args(arguments)
     given.output.parent.mkdir(parents=True, exist_ok=True)
@@ -62,14 +68,16 @@ def main(arguments: list[str] | None = None) -> None:
     sets: dict[tuple, list[dict]] = {}
     for row in rows:
         sets.setdefault((row["epsilon"], tuple(row["overrides"])), []).append(row)
-    means = {key: statistics.mean(r["accuracy"] for r in found) for key, found in sets.items()}
+    full = {key: found for key, found in sets.items() if len(found) >= given.least}
+    means = {key: statistics.mean(r["accuracy"] for r in found) for key, found in full.items()}
     best = max((mean for (epsilon, _), mean in means.items() if epsilon == "inf"), default=float("nan"))
-    for (epsilon, overrides), found in sets.items():
+    for (epsilon, overrides), found in sorted(full.items(), key=lambda item: (item[0][0], -means[item[0]])):
         accuracies = [r["accuracy"] for r in found]
         mean = means[epsilon, overrides]
+        error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else float("nan")
         print(
-            f"epsilon {epsilon} {' '.join(overrides)}: accuracy {mean:.3f} (seeds: "
-            f"{', '.join(f'{a:.3f}' for a in accuracies)}), {mean / best:.3f} of the best without privacy"
+            f"epsilon {epsilon} {' '.join(overrides)}: accuracy {mean:.4f}, standard error {error:.4f} over "
+            f"{len(found)} seeds, {mean / best:.3f} of the best without privacy"
         )
 
 

@@ -1,4 +1,8 @@
+import os
 from pathlib import Path
+
+# Two processes of tests on two cores: more threads would only wait for each other. Before torch reads it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +20,7 @@ import pytest
 import yaml
 
 from dpalign.cli import main
+from dpalign.models import embedded
 
 ADJECTIVES = ["dull", "bright", "strange", "quiet", "brave", "silly", "lovely", "clumsy", "honest", "greedy"]
 NOUNS = ["film", "play", "novel", "series", "concert", "game", "album", "circus", "lecture", "parade"]
@@ -52,12 +57,37 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
+@functools.cache
+def small_model() -> str:
+    """Folder of a random Llama of one narrow layer with the embedded model's tokenizer, made once for all tests.
+
+    A run of the command spends its time in python and in five layers of 256; one layer of 32 shows the same mechanics.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = Path(embedded.resolve(embedded.TINY_REVIEW_LM))
+    folder = Path(tempfile.mkdtemp(prefix="dpalign-small-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sizes = {
+        "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 512, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return str(folder)
+
+
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """A recipe of two short stages whose files all lie in `folder`; `changes` are merged into its sections."""
     stage = {"expected_batch_size": 8, "micro_batch_size": 32, "prepend_bos": True, "adapter": {"r": 2}}
     recipe: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "ledger": str(folder / "ledger.sqlite"),
+        "model": {"name_or_path": small_model(), "is_public": True},
         "data": {"name": "reviews", "path": str(folder / "data.jsonl")},
         "target_epsilon": 2,
         "sft": stage | {"max_steps": 3, "max_length": 16},

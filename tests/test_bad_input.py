@@ -94,7 +94,7 @@ def ledger_is_a_folder(folder: Path) -> dict[str, Any]:
 def undeclared_model(folder: Path) -> dict[str, Any]:
     tiny_base("gpt2").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    return {"model": {"name_or_path": str(folder / "model")}}
+    return {"model": {"name_or_path": str(folder / "model"), "is_public": False}}
 
 
 CHAT = [{"role": "user", "content": f"{MARKER} says hello"}]

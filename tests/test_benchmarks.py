@@ -170,6 +170,11 @@ def check_dpo_pairs(out: str, folder: Path) -> None:
     assert out.count(" of the best without privacy") == 2
 
 
+def check_dpo_table(out: str, folder: Path) -> None:
+    """The published table, computed again from the published runs."""
+    assert f"```\n{out}```\n" in (RESULTS / "dpo_pairs.md").read_text(encoding="utf-8") and out.count("\n") == 5
+
+
 def check_ukp(out: str, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "ukp.jsonl").read_text().splitlines()]
     assert [row["unit"] for row in rows] == ["pair", "annotator"] and rows[0]["units"] == 18 and rows[1]["units"] == 9
@@ -232,6 +237,7 @@ SMOKE = {
         "--seeds 1 --all dpo.max_steps=1 dpo.expected_batch_size=4 model.name_or_path=small model.is_public=true "
         "--output pairs.jsonl", check_dpo_pairs, demo
     ),
+    "dpo_pairs.py --seeds 0 --least 8 --output docs/results/dpo_pairs.runs.jsonl": Smoke("", check_dpo_table),
     "ukp_convincingness.py --data ukpconvarg1_full.jsonl.gz --threads 1 --max-votes 4": Smoke(
         "--epsilons 4 --pair-batch-size 4 --pair-steps 1 --annotator-batch-size 2 --annotator-steps 1 --max-length 16 "
         "--device cpu --model small --output ukp.jsonl",

@@ -33,11 +33,16 @@ TALKING = WAITING.replace("    time.sleep(60)\n", '    sys.stdin.readline()\n   
 
 
 def process(folder: Path, code: str, ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
-    """In a state in which it can be told to end."""
+    """In a state in which it can be told to end, also where the tests themselves run in the background (no SIGINT)."""
+
+    def signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
     started = subprocess.Popen(
         [sys.executable, "-c", code], env=environment(folder), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored] and None,
+        preexec_fn=signals,
     )  # fmt: skip
     assert started.stdout.readline() == "ready\n"
     return started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -41,6 +42,15 @@ def test_on_the_public_probe_it_is_an_error(error):
         check_reward(raiser(error, ""), "bad")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: a job in the background, as the tests may be, starts without SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_from_outside_goes_on():
     before = signal.getsignal(signal.SIGINT)
 

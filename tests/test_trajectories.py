@@ -62,7 +62,8 @@ def trajectory(
     write_jsonl(folder / "data.jsonl", judged(64) if stage == "reward_model" else reviews(64))
     others: dict[str, Any] = {"sft": None, "ppo": None}
     section = merged(STAGES[stage], changes)
-    recipe = write_recipe(folder, target_epsilon=1000, eval_prompts=2, **others | {stage: section})
+    model = {"name_or_path": "tiny-review-lm"}  # whose steps are committed
+    recipe = write_recipe(folder, model=model, target_epsilon=1000, eval_prompts=2, **others | {stage: section})
     done = call(capsys, command, recipe, "--json").json
     assert not done["private"] and [s["stage"] for s in done["stages"]] == [stage]
     run = folder / "run"
