@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TRL := .venv-trl/bin
 
-.PHONY: quickstart test lint bench-setup clean
+.PHONY: quickstart test docs bench-setup clean
 
 quickstart: .venv/installed
 	$(BIN)/dpalign quickstart $(if $(filter 1,$(COMPARE)),--compare) $(ARGS)
@@ -13,6 +13,10 @@ test: .venv/installed-test
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)
+
+# The documentation as a site, in build/docs.
+docs: .venv/installed-test
+	$(BIN)/python -m sphinx --fail-on-warning --fresh-env --quiet --builder html docs build/docs $(ARGS)
 
 # torch first and by itself: a range would let pip choose a build of several gigabytes.
 .venv/installed: pyproject.toml constraints.txt

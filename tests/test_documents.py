@@ -25,7 +25,7 @@ from helpers import judged, reviews, write_jsonl, write_recipe
 from reader import ROOT, at_home, run_here, small_model, write_gzip
 from test_benchmarks import SMOKE
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 # What a document holds -----------------------------------------------------------------------------------------------
@@ -164,6 +164,16 @@ RUN = {
     "dpalign sweep recipes/quickstart_preferences.yaml --epsilons 1 4 inf --seeds 3 --output_dir runs/preferences "
     "--reference_reward.source reward_model:runs/reference/reward_model": Small(leaves="runs/preferences/sweep.md"),
     # What is done with a release
+    # The tutorials
+    "dpalign plan letters.yaml": Small(says="rloo"),
+    "dpalign run letters.yaml": Small(leaves="runs/letters/private/report.html"),
+    "dpalign report runs/letters": Small(says="runs/letters/report.html"),
+    'dpalign generate runs/letters/release --prompt "My parcel"': Small(says="My parcel"),
+    "dpalign export runs/letters --to letters-adapter": Small(leaves="letters-adapter/privacy.json"),
+    "dpalign run verdicts.yaml": Small(leaves="runs/verdicts/reward_model/privacy.json"),
+    "dpalign plan --units PEOPLE --batch_size SAMPLE --steps 60 --delta 1e-5 --epsilon 4": Small(
+        "--json", {"PEOPLE": "500", "SAMPLE": "50"}, says='"noise_per_update": 0.02397'
+    ),
     "dpalign report RUN": Small(instead={"RUN": "runs/x"}, says="runs/x/report.html"),
     "dpalign ledger": Small(),
     'dpalign generate runs/x/release --prompt "The film" --prepend_bos': Small(says="The film"),
@@ -189,6 +199,7 @@ ELSEWHERE = {
     "dpalign evaluate --private": "test_provenance.py::test_a_private_measurement_states_what_it_and_the_model_spent",
 }
 MAKE = {
+    "make docs": "python -m sphinx --fail-on-warning",
     "make quickstart": ".venv/bin/dpalign quickstart",
     "make quickstart COMPARE=1": ".venv/bin/dpalign quickstart --compare",
     "make test": ".venv/bin/python -m pytest",
@@ -204,6 +215,8 @@ PYTHON = {  # by its first line: what makes it small
     '# my_rewards.py, called as ppo.reward.source: "my_rewards:politeness" with low: 0, high: 1, is_public: true': {},
     "from dpalign import compare": {"prompt_max_tokens=5": "prompt_max_tokens=5, max_completion_length=4"},
     "from dpalign import run_sweep": {},
+    "import json, random  # letters to a support desk": {},
+    "import json, random  # pairs of answers and who judged them": {},
 }
 
 
@@ -349,10 +362,13 @@ def follow_python(code: str) -> None:
 
 
 def follow_recipe(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is a recipe as it stands, and runs when smaller; that of the README is run by its commands."""
+    """It is a recipe as it stands, and runs when smaller; one that begins with its name is run by its document's commands."""
     (folder / "as_it_stands.yaml").write_text(text, encoding="utf-8")
     output = recipe_from("run", ["as_it_stands.yaml"]).output_dir
-    if not text.startswith("# recipe.yaml"):
+    if named := re.match(r"# (\w+\.yaml)\n", text):
+        if named[1] != "recipe.yaml":  # the README's, which the reader has
+            (folder / named[1]).write_text(smaller(text), encoding="utf-8")
+    else:
         (folder / "smaller.yaml").write_text(smaller(text), encoding="utf-8")
         follow_dpalign("dpalign run smaller.yaml", Small(leaves=f"{output}/release/privacy.json"), folder, capsys)
 

@@ -234,8 +234,8 @@ def mechanism_of(stage: Mapping[str, Any], m: Mapping[str, Any], delta: float) -
     if stage["private"] and sigma > 0 and metrics_sigma > 0 and len(stage["mechanisms"]) == 1:
         joint = (m["passes"] / sigma**2 + 1 / metrics_sigma**2) ** -0.5
         again = (
-            f"dpalign plan --units {stage['units']:.12g} --batch-size {rate * stage['units']:.12g} "
-            f"--steps {m['steps']} --delta {delta:g} --noise-multiplier {joint:.9g}"
+            f"dpalign plan --units {stage['units']:.12g} --batch_size {rate * stage['units']:.12g} "
+            f"--steps {m['steps']} --delta {delta:g} --noise_multiplier {joint:.9g}"
         )
     return {
         "rate": f"{rate:.5f}",
