@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .algorithms.pairs import PairAlgorithm
@@ -20,20 +20,31 @@ from .stages import kind
 Records = Mapping[str, list[Record]]  # by stage
 
 
-def read_stage_records(recipe: Recipe, cache: Path | None = None) -> Records:
+def read_stage_records(recipe: Recipe, cache: Path | None = None, leaving: Collection[str] = ()) -> Records:
     """Records by stage; a file that several stages share is read once.
+
+    Args:
+        leaving: stages that are left out.
 
     Raises:
         DPAlignError: no path, or what `read_records` refuses.
     """
     by_source: dict[tuple[str, str], list[Record]] = {}
-    for name in recipe.stages:
+    names = [name for name in recipe.stages if name not in leaving]
+    for name in names:
         config = recipe.data_of(name)
         if not config.path:
             raise DPAlignError(f"the recipe names no data for stage {name}: set data.path (and data.name).")
         if (config.path, config.split) not in by_source:
             by_source[config.path, config.split] = read_records(config.path, config.split, cache)
-    return {n: by_source[recipe.data_of(n).path, recipe.data_of(n).split] for n in recipe.stages}
+    return {n: by_source[recipe.data_of(n).path, recipe.data_of(n).split] for n in names}
+
+
+def stages_without_data(recipe: Recipe) -> list[str]:
+    """Those whose data is not here: no path, or a file that does not exist."""
+    paths = {name: recipe.data_of(name).path for name in recipe.stages}
+    is_file = {name: bool(Path(path).suffix) and ":" not in path for name, path in paths.items()}
+    return [name for name, path in paths.items() if not path or (is_file[name] and not Path(path).exists())]
 
 
 def stage_units(recipe: Recipe, records: Records, ledger: Ledger) -> tuple[dict[str, UnitDataset], set[str]]:
@@ -104,7 +115,7 @@ def check_shared_texts(
     """
     read = {name: [c for columns in kind(name).columns for c in columns] for name in recipe.stages}
     private, shown, seen = [], [], set()
-    for name in recipe.stages:
+    for name in records:
         data = recipe.data_of(name)
         if (data.name, id(records[name]), tuple(read[name])) in seen:
             continue  # a file that several stages share

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from .models.reward_model import is_classifier, normalization_of
 from .plan import Plan, PlannedStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
 from .privacy.context import own_context
+from .privacy.ledger import Ledger
 from .privacy.statement import PrivacyStatement, state_privacy
 from .provenance import past_stages
 from .recipe import Recipe
@@ -116,10 +118,14 @@ def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
     Raises:
         DPAlignError: what `run_recipe` would refuse.
     """
-    records = {name: read_by(recipe, name, rows) for name, rows in read_stage_records(recipe).items()}
-    models = Models.load(recipe)
-    shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in read_public(recipe).items()}
-    surveys = check_inputs(plan, models, records, shown)
+    with closing(Ledger.copy_of(recipe.ledger)) as ledger:
+        given = read_stage_records(recipe)
+        stage_units(recipe, given, ledger)
+        records = {name: read_by(recipe, name, rows) for name, rows in given.items()}
+        shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in read_public(recipe).items()}
+        models = Models.load(recipe)
+        surveys = check_inputs(plan, models, records, shown)
+        check_shared_texts(recipe, records, shown, ledger)
     for stage in plan.stages.values():
         for entering in stage.kind.entering(stage.config).values():
             if isinstance(entering, RewardConfig) and entering.source != RELEASED:

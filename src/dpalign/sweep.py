@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,10 +28,12 @@ from .privacy.ledger import Ledger
 from .privacy.statement import account
 from .provenance import check_provenance
 from .recipe import Recipe
+from .records import check_shared_texts, read_public, read_stage_records, stages_without_data
 from .reporting.progress import Reporter
 from .reporting.sweep import plot_sweep, spent_sentence, summarize_sweep, write_markdown
 from .results import PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
+from .run import read_by
 from .stages import STAGES, kind
 
 Epsilon: TypeAlias = str | float  # text is kept as it is written
@@ -77,6 +80,7 @@ def run_sweep(
     recipes = [sweep.asked(trial) for trial in trials]
     for trial, asked in zip(trials, recipes, strict=True):
         _check(trial, asked)
+    _check_contents(recipe_from("sweep", [str(recipe), *overrides]), public_proxy, reporter)
     done = sweep.finished(trials)
     with owner_only():
         sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -284,6 +288,26 @@ def _command(
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
+
+
+def _check_contents(recipe: Recipe, public_proxy: str | Path | None, reporter: Reporter) -> None:
+    """Compares the recipe's own data, its public prompts and the proxy: what is shown must not be what is protected.
+
+    Raises:
+        DPAlignError: they share texts, which nobody declares to be all right.
+    """
+    missing = stages_without_data(recipe)
+    for name in missing if public_proxy is not None else ():
+        path = recipe.data_of(name).path
+        reporter.note(f"the data of stage {name} ({path or 'no path'}) is not here: nothing was compared with it.")
+    own = {n: read_by(recipe, n, rows) for n, rows in read_stage_records(recipe, leaving=missing).items()}
+    shown = [read_public(recipe)]
+    if public_proxy is not None:
+        shown += [dict.fromkeys(recipe.stages, (read_records(str(public_proxy)), f"the proxy {public_proxy}"))]
+    with closing(Ledger.copy_of(recipe.ledger)) as ledger:
+        for public in shown:
+            read = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in public.items()}
+            check_shared_texts(recipe, own, read, ledger)
 
 
 def _sampling(recipe: Recipe) -> tuple[str, RolloutConfig]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import shutil
 import unicodedata
 from decimal import Decimal
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dpalign import sweep
 from dpalign.data import DataConfig, build_units, check_disjoint
 from dpalign.data.load import read_records
 from dpalign.data.overlap import DECLARED, Texts, check_contents, hash_texts, remember_contents
@@ -19,8 +22,10 @@ from dpalign.errors import DPAlignError
 from dpalign.privacy import ledger as ledger_of
 from dpalign.privacy.ledger import Ledger
 from helpers import call, files_below, ledger_rows, reviews, statement, write_jsonl, write_recipe
+from reader import small_model
 from test_provenance import INTENT
 
+FORMATS = Path(__file__).parent.parent / "formats"
 NFC, NFD = unicodedata.normalize("NFC", "Zoë Å"), unicodedata.normalize("NFD", "Zoë Å")
 
 
@@ -310,3 +315,87 @@ def test_the_data_holder_may_declare_that_equal_texts_are_different_peoples(tmp_
 def test_a_declaration_is_stated_whatever_was_found(tmp_path, capsys):
     recipe = write_recipe(tmp_path, ppo=None, sft=SHORT, shared_texts="declared")
     assert DECLARED in call(capsys, "run", recipe, "--json").json["assumptions"]
+
+
+# Through commands that draw nothing --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def knowing(tmp_path) -> bytes:
+    """A ledger that something was drawn from the 64 reviews in; its bytes."""
+    with contextlib.closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        remember_contents([texts(reviews(64), ledger, "reviews")], ledger)
+        drawn(ledger, "reviews")
+    return (tmp_path / "ledger.sqlite").read_bytes()
+
+
+def test_a_copy_of_a_ledger_knows_what_it_knows_and_writes_nothing(knowing, tmp_path):
+    copy = Ledger.copy_of(tmp_path / "ledger.sqlite")
+    drawn(copy, "others")
+    with pytest.raises(DPAlignError, match=r"^5 of the 5 records of 'new' .* 'reviews', which the ledger knows"):
+        check_contents([texts(reviews(5), copy, "new")], copy)
+    assert (tmp_path / "ledger.sqlite").read_bytes() == knowing
+    assert Ledger.copy_of(tmp_path / "none.sqlite").known_texts() == [] and not (tmp_path / "none.sqlite").exists()
+    old = FORMATS / "ledger_v0.sqlite"
+    before = old.read_bytes()
+    assert Ledger.copy_of(old).datasets() == Ledger(shutil.copy(old, tmp_path / "old.sqlite")).datasets() != []
+    assert old.read_bytes() == before
+    (tmp_path / "letter").write_text("no ledger " * 99)
+    with pytest.raises(DPAlignError, match="letter cannot be read"):
+        Ledger.copy_of(tmp_path / "letter")
+
+
+def test_an_evaluation_refuses_private_prompts_as_public_ones(knowing, tmp_path, capsys):
+    shown = [{"prompt": r["text"], "summary": f"of {r['id']}"} for r in [*reviews(3, "public"), *reviews(2)]]
+    public = write_jsonl(tmp_path / "public.jsonl", shown)
+    words = ("evaluate", small_model(tmp_path / "little"), "--data", public, "--eval_is_public")
+    words += ("--max_completion_length", 1, "--json")
+    error = call(capsys, *words).error
+    assert f"2 of the 5 records of {public} (declared public) have texts that are in 'reviews', which the" in error
+    assert "evening" not in error and "--shared_texts declared" in error
+    assert "there is no ledger elsewhere" in call(capsys, *words, "--ledger", "elsewhere").error
+    assert call(capsys, *words, "--shared_texts", "declared").json["assumptions"] == [DECLARED]
+    write_jsonl(public, shown[:3])
+    assert call(capsys, *words).json["assumptions"] == []
+    write_jsonl(public, [shown[0] | {"summary": reviews(1)[0]["text"]}])
+    assert "1 of the 1 records" in call(capsys, *words, "--reference_column", "summary").error
+    assert (tmp_path / "ledger.sqlite").read_bytes() == knowing
+
+
+def test_a_plan_compares_what_a_run_compares(knowing, tmp_path, capsys):
+    other = [r | {"id": "somebody"} for r in reviews(20)]
+    model = {"name_or_path": str(small_model(tmp_path / "little")), "is_public": True}
+    recipe = two_files(tmp_path, other, ledger=str(tmp_path / "none.sqlite"), model=model)
+    says = "20 of the 64 records of 'reviews' (sft) have texts that are in 'others' (ppo)"
+    assert says in call(capsys, "plan", recipe).error
+    assert (
+        "cannot be checked without one unit column" in call(capsys, "plan", recipe, "--units_disjoint", "checked").error
+    )
+    assert call(capsys, "plan", recipe, "--no_data").status == 0
+    recipe = write_recipe(tmp_path, ppo=None, data={"name": "fresh"}, model=model)
+    assert "64 of the 64 records of 'fresh' (sft)" in call(capsys, "plan", recipe).error
+    assert call(capsys, "plan", recipe, "--data.name", "reviews").status == 0
+    assert not (tmp_path / "none.sqlite").exists() and (tmp_path / "ledger.sqlite").read_bytes() == knowing
+
+
+def test_a_sweep_refuses_a_proxy_and_prompts_of_the_recipes_own_records(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "_in_fresh_process", lambda words: pytest.fail("a run has begun"))
+    public = write_jsonl(tmp_path / "public.jsonl", reviews(8, "morning"))
+    proxy = write_jsonl(tmp_path / "proxy.jsonl", [*reviews(30, "noon"), *reviews(2)])
+    recipe = write_recipe(tmp_path, data={"eval_path": str(public), "eval_is_public": True})
+    words = ("sweep", recipe, "--epsilons", 2, "--seeds", 1, "--output_dir", tmp_path / "sweep", "--json")
+    says = f"2 of the 64 records of 'reviews' (sft) have texts that are in the proxy {proxy}"
+    assert says in call(capsys, *words, "--public_proxy", proxy).error
+    write_jsonl(public, [*reviews(7, "morning"), *reviews(1)])
+    assert f"1 of the 64 records of 'reviews' (sft) have texts that are in {public}" in call(capsys, *words).error
+    assert not (tmp_path / "sweep").exists() and not (tmp_path / "ledger.sqlite").exists()
+
+
+def test_a_sweep_says_what_it_could_not_compare_its_proxy_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "_in_fresh_process", lambda words: (1, ""))
+    public = write_jsonl(tmp_path / "public.jsonl", reviews(8, "morning"))
+    recipe = write_recipe(tmp_path, data={"eval_path": str(public), "eval_is_public": True, "path": "elsewhere.jsonl"})
+    words = ("sweep", recipe, "--epsilons", 2, "--seeds", 1, "--output_dir", tmp_path / "sweep")
+    called = call(capsys, *words, "--public_proxy", write_jsonl(tmp_path / "proxy.jsonl", reviews(30, "noon")))
+    told = "the data of stage sft (elsewhere.jsonl) is not here: nothing was compared with it"
+    assert told in " ".join((called.out + called.err).split())

@@ -13,6 +13,13 @@ from ..printable import printable
 
 PREPEND_BOS = "put BOS in front of prompts (default: as the release was trained)"
 
+LEDGER = "the ledger file (default: as for `dpalign run`)"
+
+
+def add_shared_texts(parser: argparse._ActionsContainer, told: str) -> None:
+    """Whether contents are compared, or their holder's word is taken."""
+    parser.add_argument("--shared_texts", choices=("checked", "declared"), default="checked", help=told)
+
 
 def number(kind: type[int] | type[float], interval: str, *, or_inf: bool = False) -> Callable[[str], Any]:
     """An argument's type: a number in an interval, such as `[1, 64]`."""

@@ -11,7 +11,7 @@ from ..errors import DPAlignError
 from ..files import write_json
 from ..settings.rewards import RewardConfig
 from ..settings.rollouts import SamplingConfig
-from .arguments import PREPEND_BOS, Parser, Switch, number
+from .arguments import LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
@@ -91,6 +91,8 @@ def _compare(given: argparse.Namespace, reporter: Reporter) -> Comparison:
         reference_column=given.reference_column,
         seed=given.seed,
         device=given.device,
+        shared_texts=given.shared_texts,
+        ledger=given.ledger,
         status=lambda doing: reporter.status(doing),
     )
 
@@ -116,6 +118,8 @@ def _parser() -> Parser:
     data = parser.add_argument_group("prompts")
     data.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
     data.add_argument("--eval_is_public", action="store_true", help="declare the prompts public")
+    add_shared_texts(data, "checked: no prompt is in private data that the ledger knows; declared: it is public anyway")
+    data.add_argument("--ledger", help=LEDGER)
     data.add_argument("--num_prompts", type=number(int, COUNT), help="use only the first so many prompts")
     data.add_argument(
         "--prompt_tokens", type=number(int, LENGTH), help="cut `text` into prompts of this many tokens (default 8)"
@@ -208,6 +212,7 @@ def _notes(comparison: Comparison, labels: dict[str, str]) -> list[str]:
     if unprotected:
         what = ", ".join(unprotected)
         lines.append(f"{OUTSIDE}: {what}. Made from private data without one, or not declared public: not for release.")
+    lines += [f"assumed: {assumption}" for assumption in comparison.assumptions]
     return lines + ([comparison.no_rouge] if comparison.no_rouge else [])
 
 

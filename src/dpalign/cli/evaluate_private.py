@@ -18,7 +18,7 @@ from ..settings.measurement import MeasurementConfig
 from ..settings.models import ModelConfig
 from ..settings.rewards import RewardConfig
 from ..settings.rollouts import SamplingConfig
-from .arguments import PREPEND_BOS, Parser, Switch, number
+from .arguments import LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
 model and of its base, and how often the model wins, as one Gaussian release. It is journaled in the ledger under the
@@ -118,12 +118,8 @@ def _parser() -> Parser:
     parser.add_argument("--data", required=True, help="file with `prompt`, or `text` to cut prompts from")
     parser.add_argument("--unit", help="column that names the privacy unit; without one each record is a unit")
     parser.add_argument("--max_records_per_unit", type=number(int, "[1, 1000000]"), default=1)
-    parser.add_argument(
-        "--shared_texts",
-        choices=("checked", "declared"),
-        default="checked",
-        help="checked: no text of these is in other data that the ledger knows; declared: equal ones are other units'",
-    )
+    told = "checked: no text of these is in other data that the ledger knows; declared: equal ones are other units'"
+    add_shared_texts(parser, told)
     parser.add_argument(
         "--declared_units",
         type=number(int, "[1, 1000000000000]"),
@@ -150,7 +146,7 @@ def _parser() -> Parser:
     parser.add_argument("--max_completion_length", type=number(int, "[1, 100000]"), default=16)
     parser.add_argument("--prepend_bos", action=Switch, help=PREPEND_BOS)
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    parser.add_argument("--ledger", help="the ledger file (default: as for `dpalign run`)")
+    parser.add_argument("--ledger", help=LEDGER)
     parser.add_argument("--output_dir", required=True, help="folder of this measurement")
     return parser
 

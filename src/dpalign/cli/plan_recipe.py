@@ -17,7 +17,7 @@ from ..privacy.budget import StageBudget, allocate
 from ..privacy.parts import Part, epsilon_of
 from ..provenance import check_provenance
 from ..recipe import Recipe
-from ..records import count_undeclared
+from ..records import count_undeclared, stages_without_data
 from ..reporting.numbers import at_most
 from ..reporting.terminal import Terminal, plain
 from ..run import check_recipe
@@ -27,7 +27,7 @@ from ..survey import Survey
 def run(recipe: Recipe, as_json: bool, with_data: bool) -> dict[str, Any]:
     """Returns the plan."""
     plan = planned(recipe)
-    is_here = with_data and not missing_data(recipe)
+    is_here = with_data and not stages_without_data(recipe)
     surveys = check_recipe(recipe, plan) if is_here else None
     shown = _as_json(plan)
     if not as_json:
@@ -39,12 +39,6 @@ def run(recipe: Recipe, as_json: bool, with_data: bool) -> dict[str, Any]:
 def plan_of(recipe: Recipe) -> dict[str, Any]:
     """The plan of every stage, and of all together in parallel and in sequential composition, as JSON."""
     return _as_json(planned(recipe))
-
-
-def missing_data(recipe: Recipe) -> bool:
-    """Whether stages name data that is not here."""
-    paths = [recipe.data_of(name).path for name in recipe.stages]
-    return any(not path or (Path(path).suffix and ":" not in path and not Path(path).exists()) for path in paths)
 
 
 def planned(recipe: Recipe) -> Plan:

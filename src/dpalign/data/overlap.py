@@ -114,7 +114,8 @@ def _refuse(one: Texts, shared: int, other: str, other_is_public: bool) -> None:
     raise DPAlignError(
         f"{shared} of the {one.records} records of {one.source} have texts that are in {other}, too: who wrote them "
         f"would be counted as two.{public} Give data one name wherever it is used, and take out what is not to be "
-        "there; if equal texts are different people's (form letters, say), declare shared_texts: declared."
+        "there; if equal texts are different people's (form letters, say), declare it (shared_texts: "
+        "declared, or for a command --shared_texts declared)."
     )
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..algorithms.completions import PROMPT_COLUMNS, check_prompts
 from ..data.load import Record, read_records, require_columns
+from ..data.overlap import DECLARED, check_contents, hash_texts
 from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
 from ..models.loading import device_of
+from ..privacy.ledger import Ledger
 from ..rewards import Reward, load_reward
 from ..settings.rewards import RewardConfig
 from ..settings.rollouts import SamplingConfig
@@ -64,7 +66,7 @@ class Comparison:
     the prompts. reward, reference_reward, judge: their sources; without a judge the higher reward wins.
     reference_column: column of the texts for ROUGE; no_rouge: why there is none, where a reader may wonder.
     columns_outside: `reward`, `reference_reward` and `win_rate` where their numbers rest on private data without a
-    guarantee, or on something that nobody declares public.
+    guarantee, or on something that nobody declares public. assumptions: what was declared instead of checked.
     """
 
     data: str
@@ -77,6 +79,7 @@ class Comparison:
     reference_column: str | None = None
     no_rouge: str | None = None
     columns_outside: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> int:
@@ -92,6 +95,7 @@ class Comparison:
         """What `dpalign evaluate --output` writes."""
         outside = self.columns_outside
         value: dict[str, Any] = {"data": self.data, "reward": self.reward, "seed": self.seed, "intervals": INTERVALS}
+        value["assumptions"] = list(self.assumptions)
         if self.reference_reward is not None:
             labelled = "reference_reward" in outside
             value["reference_reward"] = {"source": self.reference_reward, "outside_the_guarantee": labelled}
@@ -118,12 +122,14 @@ def compare(
     reference_column: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    shared_texts: Literal["checked", "declared"] = "checked",
+    ledger: str | Path | None = None,
     status: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Comparison:
     """Samples one completion per public prompt from each model, with the same seed, and measures them side by side.
 
-    Everything is exact and shows no noise, so that the prompts must be public. Rewards, judges and models that were
-    made from private data without a guarantee may take part, but the result names them: do not publish their numbers.
+    Everything is exact and without noise, so the prompts must be public. Rewards, judges and models that were made from
+    private data without a guarantee may take part, but the result names them: do not publish their numbers.
 
     Args:
         models: releases or base models.
@@ -138,32 +144,25 @@ def compare(
         reference_reward: a second reward, which may be non-private: its numbers are labelled unless it is public.
         reference_column: column of reference texts for ROUGE; default: `completion` if every record has one.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`.
+        shared_texts: `checked`: no prompt is in private data that the `ledger` (default: as for a run) knows;
+            `declared`: one that is, is public all the same.
         status: called with what is being done; the context that it returns is open for as long.
 
     Raises:
-        DPAlignError: the prompts are not declared public; or what cannot be measured, wherever that is possible
-            before the first model is loaded.
+        DPAlignError: the prompts are not declared public, or the ledger knows them as private; or what cannot be
+            measured, wherever that is possible before the first model is loaded.
     """
     asked, against = [str(model) for model in models], str(baseline) if baseline else None
     _check(asked, against, judge, prompts_are_public, num_prompts, sampling)
+    names = list(dict.fromkeys([*asked, *filter(None, [against])]))
     inputs = _Inputs.read(records, sampling, num_prompts, reference_reward, reference_column, seed, device)
-    judging = load_judge(judge) if judge else None
-    names = [*asked, *([against] if against and against not in asked else [])]
+    assumptions, judging = inputs.check_contents(shared_texts, ledger), load_judge(judge) if judge else None
     epsilons = {name: stated_epsilon(name) for name in names}
     measured = inputs.measure(sorted(names, key=lambda name: name != against), status)  # the baseline first
     won = {name: _won(name, against, measured, judge, judging) for name in names}
-    return Comparison(
-        data=inputs.data,
-        seed=seed,
-        models={name: Compared(measured[name].evaluation, epsilons[name], won[name]) for name in names},
-        reward=sampling.reward.source,
-        reference_reward=reference_reward.source if reference_reward else None,
-        baseline=against,
-        judge=judge or None,
-        reference_column=inputs.reference_column,
-        no_rouge=inputs.no_rouge,
-        columns_outside=_columns_outside(sampling.reward, reference_reward, against, judge, judge_is_public),
-    )
+    found = {name: Compared(measured[name].evaluation, epsilons[name], won[name]) for name in names}
+    outside = _columns_outside(sampling.reward, reference_reward, against, judge, judge_is_public)
+    return inputs.comparison(found, against, judge, outside, assumptions)
 
 
 def _check(
@@ -209,6 +208,7 @@ class _Inputs:
     num_prompts: int | None
     reward: Reward
     reference_reward: Reward | None
+    reference_source: str | None
     reference_column: str | None
     no_rouge: str | None
     seed: int
@@ -233,11 +233,53 @@ class _Inputs:
         column, no_rouge = _reference_column(reference_column, records, data)
         device = device_of(device)
         reward = load_reward(sampling.reward, device)
-        reference = None
+        source = reference = None
         if reference_reward is not None:
             # Declared or not: it decides nothing here, and its numbers are labelled by `_columns_outside`.
-            reference = load_reward(replace(reference_reward, is_public=True), device)
-        return _Inputs(records, data, sampling, num_prompts, reward, reference, column, no_rouge, seed, device)
+            source, reference = reference_reward.source, load_reward(replace(reference_reward, is_public=True), device)
+        return _Inputs(records, data, sampling, num_prompts, reward, reference, source, column, no_rouge, seed, device)
+
+    def comparison(
+        self,
+        models: Mapping[str, Compared],
+        baseline: str | None,
+        judge: str | None,
+        outside: tuple[str, ...],
+        assumptions: tuple[str, ...],
+    ) -> Comparison:
+        """The models' numbers, with what they were measured by."""
+        return Comparison(
+            data=self.data,
+            seed=self.seed,
+            models=models,
+            reward=self.sampling.reward.source,
+            reference_reward=self.reference_source,
+            baseline=baseline,
+            judge=judge or None,
+            reference_column=self.reference_column,
+            no_rouge=self.no_rouge,
+            columns_outside=outside,
+            assumptions=assumptions,
+        )
+
+    def check_contents(self, shared_texts: str, path: str | Path | None) -> tuple[str, ...]:
+        """Compares the texts with those of private data that the ledger knows; returns what is declared instead.
+
+        Raises:
+            DPAlignError: some are there, or there is no such ledger.
+        """
+        if shared_texts == "declared":
+            return (DECLARED,)
+        if path is not None and not Path(path).is_file():
+            raise DPAlignError(f"there is no ledger {path}: leave it out if nothing was spent here.")
+        columns = [column for columns in PROMPT_COLUMNS for column in columns]
+        columns += [self.reference_column] if self.reference_column else []
+        with closing(Ledger.copy_of(path)) as ledger:
+            source = f"{self.data} (declared public)"
+            check_contents(
+                [hash_texts(self.records, columns, ledger, name=None, is_public=True, source=source)], ledger
+            )
+        return ()
 
     def measure(self, names: list[str], status: Callable[[str], AbstractContextManager[object]]) -> dict[str, Measured]:
         """Every model on the same prompts."""

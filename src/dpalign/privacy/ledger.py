@@ -17,7 +17,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,6 +150,21 @@ class Ledger:
                 f"the ledger {self.path} cannot be opened or written ({error}): nothing was drawn from the data; "
                 "give another path with --ledger."
             ) from None
+
+    @classmethod
+    def copy_of(cls, path: str | Path | None = None) -> Ledger:
+        """What a ledger holds now, in memory: nothing that is done with it is written. Empty where there is no file."""
+        copy, path = cls(":memory:"), Path(path) if path is not None else default_path()
+        if path.is_file():
+            copy.path = path
+            try:
+                # Not mode=ro, which cannot mend what a killed process left half written; no file is made.
+                with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=60)) as file:
+                    file.backup(copy._db)
+                copy._migrate()
+            except sqlite3.Error as error:
+                raise DPAlignError(f"the ledger {path} cannot be read ({error}): restore it from a copy.") from None
+        return copy
 
     def _migrate(self) -> None:
         """Brings the file to this code's format, by adding only.
