@@ -88,20 +88,23 @@ def run_recipe(
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
     recipe.check()
+    reporter = reporter or Reporter(quiet=True)
     with Workspace.open(recipe) as workspace:
         origins = workspace.origins(recipe)
-        records = records or read_stage_records(recipe, workspace.private / "cache")
+        with reporter.status("reading the data"):
+            records = records or read_stage_records(recipe, workspace.private / "cache")
         data, assumptions = stage_units(recipe, records, workspace.ledger)
         records = {name: read_by(recipe, name, rows) for name, rows in records.items()}
         units = units_of(recipe, records, data)
         plan = make_plan(recipe, units, workspace.past(recipe, origins, delta_of(recipe, units)), assumptions)
-        models = Models.load(recipe, policy, reward_model)
+        with reporter.status("loading the model"):
+            models = Models.load(recipe, policy, reward_model)
         shown = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
         shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in shown.items()}
         surveys = check_inputs(plan, models, records, shown)
         write_json(workspace.private / SURVEY, {name: found.as_dict() for name, found in surveys.items()})
         texts = check_shared_texts(recipe, records, shown, workspace.ledger)
-        run = Run(plan, workspace, data, models, shown, reporter or Reporter(quiet=True), reward_function)
+        run = Run(plan, workspace, data, models, shown, reporter, reward_function)
         run.load_rewards()
         run.check_prompts_of_rewards(records)
         run.self_check(records)
@@ -392,7 +395,9 @@ class Run:
             stage.load_final()
             reporter.note(f"stage {name} is already done.")
             return
-        reporter.start(name, stage.plan, planned.units.count, planned.units.unit, stage.private)
+        cost = planned.kind.tokens(planned.config)
+        tokens = planned.batch_size * (cost.trained + cost.read)
+        reporter.start(name, stage.plan, planned.units.count, planned.units.unit, stage.private, tokens)
         with reporter.tracking(self.plan.recipe.report_to, workspace.folder / "logs", name):
             stage.train()
 

@@ -1,4 +1,4 @@
-"""The `dpalign` command. Each subcommand is a module with `run(arguments) -> dict | None`."""
+"""The `dpalign` command. Each subcommand is a module with `run(arguments, as_json)`: a dict for --json, or help."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def _run(command: str, rest: list[str]) -> None:
     rest = [a for a in rest if a != "--json"]
     module = importlib.import_module(f".{'train' if command in TRAINING else command}", __name__)
     result = module.run([command, *rest] if command in TRAINING else rest, as_json)
-    if as_json and result is not None:
+    if isinstance(result, str):
+        print(result)
+    elif as_json and result is not None:
         print(dumps(result, indent=None))
 
 

@@ -31,8 +31,8 @@ numbers have no noise: they are for the data holder, on this terminal and not in
 --no_data asks for the budget alone, which needs no data where the datasets have declared_units."""
 
 
-def run(arguments: list[str], as_json: bool) -> dict[str, Any] | None:
-    """Returns the completed plan, or that of a recipe."""
+def run(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
+    """Returns the completed plan, or that of a recipe, or the help that is asked for."""
     if arguments and not arguments[0].startswith("-"):
         return _of_recipe(arguments, as_json)
     parser = Parser(prog="dpalign plan", description=DESCRIPTION)
@@ -75,11 +75,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any] | None:
     return plan
 
 
-def _of_recipe(arguments: list[str], as_json: bool) -> dict[str, Any] | None:
+def _of_recipe(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
     text = manual.asked("plan", arguments, "dpalign plan recipe.yaml --target_epsilon 2", OF_A_RECIPE)
     if text is not None:
-        print(text)
-        return None
+        return text
     recipe = recipe_from("plan", [word for word in arguments if word != "--no_data"])
     recipe.check()
 

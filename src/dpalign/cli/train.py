@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from ..data.load import check_there
@@ -11,33 +13,64 @@ from ..domains import check_settings
 from ..errors import DPAlignError
 from ..parsing import recipe_from
 from ..recipe import Recipe
+from ..reporting.progress import Reporter, duration
+from ..reporting.terminal import Terminal
 from ..stages import STAGES, kind
 from . import manual
 
 
-def run(arguments: list[str], as_json: bool) -> dict[str, Any] | None:
-    """Returns what summary.json holds."""
+def run(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
+    """Returns what summary.json holds, or the help that is asked for."""
     command, rest = arguments[0], arguments[1:]
     text = manual.asked(command, rest, _example(command))
     if text is not None:
-        print(text)
-        return None
+        return text
     recipe = recipe_from(command, rest)
     check_settings(recipe) if command in STAGES else recipe.check()
     for data in [recipe.data_of(name) for name in ([command] if command in STAGES else recipe.stages)]:
         check_there(data.path)
         check_there(data.eval_path or "")
 
-    from ..reporting.progress import Reporter  # these import torch, which what is wrong with a recipe does without
-    from ..reporting.tables import print_results
-    from ..run import run_recipe
+    reporter = Reporter()
+    with reporter.status("loading the libraries"):
+        from ..reporting.tables import print_results  # these import torch
+        from ..run import run_recipe
 
     if command in STAGES:
         recipe = only_stage(recipe, command)
-    results = run_recipe(recipe, reporter=Reporter(), command=shlex.join(["dpalign", *arguments]))
+    results = run_recipe(recipe, reporter=reporter, command=shlex.join(["dpalign", *arguments]))
     if not as_json:
         print_results(results)
+        for sentence in ends(Path(recipe.output_dir), results.release, Terminal().is_terminal):
+            Terminal().say(sentence)
     return results.to_json()
+
+
+def ends(run: Path, release: Path | None, is_terminal: bool) -> list[str]:
+    """What a data holder wants to know when a run has ended, and the next command to type.
+
+    Args:
+        is_terminal: whether they read it there. Time, memory and what was cut are functions of the records without any
+            noise: a log that others may read names the files in private/ instead.
+    """
+    from ..release import RELEASE
+    from ..survey import Survey
+
+    private = run / "private"
+    if is_terminal:
+        resources = json.loads((private / "resources.json").read_text(encoding="utf-8"))
+        surveys = json.loads((private / "data.json").read_text(encoding="utf-8"))
+        said = [f"{duration(resources['seconds'])}, {resources['peak_memory_mb']:,.0f} MB at the peak"]
+        said += [f"{stage}: {text}" for stage, found in surveys.items() for text in Survey(**found).sentences()]
+        said = [f"for the data holder alone: {sentence}." for sentence in said]
+    else:
+        said = [f"time, memory and what the data did: resources.json and data.json in {private} (the data holder's)"]
+    if release is None:
+        return said
+    place = shlex.quote(str(release))
+    if release.name == RELEASE:
+        return [*said, f"next: dpalign generate {place} --prompt 'What to complete'"]
+    return [*said, f"next: a stage that samples completions, with reward.source reward_model:{place}"]
 
 
 def _example(command: str) -> str:

@@ -1,13 +1,19 @@
-"""Progress on the terminal and in a tracker: public numbers and noised metrics, nothing else."""
+"""Progress on the terminal, in a job's log and in a tracker: public numbers, noised metrics and time, nothing else.
+
+How long a step takes depends on who was drawn. So no step's own time is shown: time left and tokens per second are
+means since the stage began, to two digits, and count the tokens of the expected sample, a public constant.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from ..errors import DPAlignError
 from .numbers import at_most
@@ -16,12 +22,15 @@ from .terminal import Terminal
 if TYPE_CHECKING:
     from ..training import StagePlan, StepReport
 
+QUIET = (10.0, 60.0)  # seconds without a line in a log, at least and at most: one in twenty of those that have passed
+SHORT = {"completion_length": "length"}
+
 
 class Reporter:
-    """Prints to standard error, so that --json leaves standard output alone."""
+    """Prints to standard error, so that --json leaves standard output alone: a bar on a terminal, else whole lines."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.console = Terminal(stderr=True, quiet=quiet)
+    def __init__(self, quiet: bool = False, console: Terminal | None = None) -> None:
+        self.console = console or Terminal(stderr=True, quiet=quiet)
         self._progress: Progress | None = None
         self._tracker = None
 
@@ -29,10 +38,18 @@ class Reporter:
         self.console.say(message)
 
     def status(self, message: str) -> AbstractContextManager[object]:
-        return self.console.status(message) if self.console.is_terminal else nullcontext()
+        """Says what is being done, while it is done on a terminal."""
+        if self.console.is_terminal:
+            return self.console.status(message)
+        self.note(f"{message} ...")
+        return nullcontext()
 
-    def start(self, stage: str, plan: StagePlan, units: float, unit: str, private: bool) -> None:
-        """Says before the first draw what a stage is about to spend."""
+    def start(self, stage: str, plan: StagePlan, units: float, unit: str, private: bool, tokens: float) -> None:
+        """Says before the first draw what a stage is about to spend.
+
+        Args:
+            tokens: that a step reads and trains on, of the expected sample.
+        """
         budget = (
             f"epsilon {at_most(plan.epsilon)} at delta {plan.target_delta:.2g}, "
             f"noise multiplier {plan.noise_multiplier:.4f}"
@@ -43,6 +60,7 @@ class Reporter:
             f"{stage}: {plan.steps} steps, each a Poisson sample of {plan.sampling_rate:.4f} of {units:g} units "
             f"(unit: {unit}); {budget}"
         )
+        self._pace = Pace(plan.steps, tokens)
 
     def step(self, report: StepReport) -> None:
         if self._tracker is not None and report.metrics is not None:
@@ -50,10 +68,17 @@ class Reporter:
             self._tracker.log({**values, f"{report.stage}/epsilon": report.epsilon}, step=report.step)
         if self._progress is None:
             return
-        short = {"completion_length": "tokens"}
-        noised = " ".join(f"{short.get(k, k)} {v:.2f}" for k, v in (report.metrics or {}).items())
-        spent = at_most(report.epsilon, 2)
-        self._progress.update(self._task, completed=report.step, total=report.steps, epsilon=spent, noised=noised)
+        left, speed = self._pace.after(report.step)
+        noised = " ".join(f"{SHORT.get(k, k)} {v:.2f}" for k, v in (report.metrics or {}).items())
+        spent = f"epsilon {at_most(report.epsilon, 2)}"
+        if self.console.is_terminal:
+            rest = ", ".join(filter(None, [noised and f"noised: {noised}", speed]))
+            self._progress.update(
+                self._task, completed=report.step, total=report.steps, left=left, spent=spent, rest=rest
+            )
+        elif self._pace.is_due(report.step):
+            said = [f"{report.stage} {report.step}/{report.steps}", left, spent, noised and f"noised {noised}", speed]
+            self.note(", ".join(filter(None, said)))
 
     @contextmanager
     def tracking(self, report_to: str, folder: Path, stage: str) -> Iterator[None]:
@@ -70,20 +95,70 @@ class Reporter:
                     f"report_to {report_to} needs its package: pip install 'dpalign[{report_to}]'."
                 ) from None
             self._tracker = accelerator
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left, stage's epsilon {task.fields[epsilon]}"),
-            TextColumn("[dim]noised: {task.fields[noised]}"),
-        )
         try:
-            with Progress(*columns, console=self.console) as self._progress:
-                self._task = self._progress.add_task(stage, total=None, epsilon="0.00", noised="")
+            with bar(self.console) as self._progress:
+                total = self._pace.steps
+                self._task = self._progress.add_task(stage, total=total, left="", spent="epsilon 0.00", rest="")
                 yield
         finally:
             self._progress = None
             if accelerator is not None:
                 accelerator.end_training()
                 self._tracker = None
+
+
+def bar(console: Terminal) -> Progress:
+    """One line; where it is too narrow, its end is cut and the counter stays."""
+    kept = Column(no_wrap=True)
+    return Progress(
+        TextColumn("[bold]{task.description}", table_column=kept),
+        BarColumn(bar_width=8, table_column=kept),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=kept),
+        TextColumn("{task.fields[left]}", table_column=kept),
+        TextColumn("{task.fields[spent]}", table_column=kept),
+        TextColumn("[dim]{task.fields[rest]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        console=console,
+        disable=not console.is_terminal,
+        expand=True,
+    )
+
+
+class Pace:
+    """How fast a stage goes, as the mean since it began.
+
+    Args:
+        steps: of the stage. tokens: of a step with the expected sample. clock: seconds.
+    """
+
+    def __init__(self, steps: int, tokens: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.steps, self.tokens, self.clock = steps, tokens, clock
+        self.began = self.told = clock()
+        self.first: int | None = None  # the step at which this process goes on
+
+    def after(self, step: int) -> tuple[str, str]:
+        """Time left and tokens per second, in words."""
+        self.first = step - 1 if self.first is None else self.first
+        each = max(self.clock() - self.began, 1e-9) / (step - self.first)
+        left = "done" if step == self.steps else f"{duration(each * (self.steps - step))} left"
+        return left, f"{two_digits(self.tokens / each):,.0f} tokens/s"
+
+    def is_due(self, step: int) -> bool:
+        """Whether a log gets a line now: of the first and the last step, and in between now and then."""
+        now = self.clock()
+        quiet = min(max(QUIET[0], (now - self.began) / 20), QUIET[1])
+        if step - 1 != self.first and step != self.steps and now - self.told < quiet:
+            return False
+        self.told = now
+        return True
+
+
+def two_digits(number: float) -> float:
+    return float(f"{number:.2g}")
+
+
+def duration(seconds: float) -> str:
+    """In the unit that fits, to two digits."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{two_digits(seconds / size):g} {unit}"
+    return f"{two_digits(seconds):g} s"

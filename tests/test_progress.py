@@ -1,0 +1,153 @@
+"""What a terminal and a job's log show while a run goes on, and at its end: soon, whole, and public or noised."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpalign.cli import train
+from dpalign.reporting import progress
+from dpalign.reporting.progress import Pace, Reporter, duration
+from dpalign.reporting.terminal import Terminal
+from dpalign.training import StagePlan, StepReport
+from helpers import call, write_recipe
+
+
+class Clock:
+    """Seconds that pass only when they are told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+PLAN = StagePlan(
+    steps=60, sampling_rate=0.1, passes=1, minibatches=1, noise_multiplier=1.0, metrics_noise_ratio=10.0,
+    target_epsilon=4.0, target_delta=1e-5, epsilon=3.9,
+)  # fmt: skip
+METRICS = {"reward": 0.3149, "kl": 12.5, "loss": -3.25, "completion_length": 15.75}
+
+
+def told(monkeypatch, tmp_path: Path, seconds: float, steps: range = range(1, 61), width: int | None = None) -> str:
+    """What a stage of 60 steps says, each of which takes so many seconds; on a terminal of that width, or in a log."""
+    clock = Clock()
+    monkeypatch.setattr(progress, "Pace", partial(Pace, clock=clock))
+    out = io.StringIO()
+    options = {"force_terminal": True, "width": width} if width else {"force_terminal": False}
+    reporter = Reporter(console=Terminal(file=out, **options))
+    reporter.start("reward_model", PLAN, 1000, "user", True, tokens=1000 * seconds)
+    with reporter.tracking("none", tmp_path, "reward_model"):
+        for step in steps:
+            clock.now += seconds
+            reporter.step(StepReport("reward_model", step, 60, 4.0 * step / 60, METRICS))
+    return out.getvalue()
+
+
+# In a log --------------------------------------------------------------------------------------------------------------
+
+
+def lines(text: str) -> dict[int, str]:
+    """Lines of a log by step."""
+    found = [line for line in text.splitlines() if line.startswith("reward_model ")]
+    return {int(line.split()[1].partition("/")[0]): line for line in found}
+
+
+def test_a_log_has_whole_lines_at_intervals(monkeypatch, tmp_path):
+    text = told(monkeypatch, tmp_path, 4.0)
+    shown = lines(text)
+    assert list(shown)[:4] == [1, 4, 7, 10] and max(shown) == 60 and len(shown) < 25
+    assert shown[1] == (
+        "reward_model 1/60, 3.9 min left, epsilon 0.07, noised reward 0.31 kl 12.50 loss -3.25 length 15.75, "
+        "1,000 tokens/s"
+    )
+    assert ", 3.5 min left, epsilon 0.47, " in shown[7] and shown[60].startswith(
+        "reward_model 60/60, done, epsilon 4.00"
+    )
+    assert "\r" not in text and "\x1b" not in text and text.splitlines()[0].startswith("reward_model: 60 steps, each")
+
+
+@pytest.mark.parametrize(("seconds", "gap"), [(0.01, 59), (4.0, 16), (50.0, 100), (600.0, 600)])
+def test_a_log_is_neither_full_nor_silent(monkeypatch, tmp_path, seconds, gap):
+    shown = list(lines(told(monkeypatch, tmp_path, seconds)))
+    assert shown[0] == 1 and shown[-1] == 60
+    waits = [(b - a) * seconds for a, b in pairwise(shown)]
+    assert max(waits) <= gap
+    assert min(waits[:-1], default=60.0) >= min(10.0, 60 * seconds)
+
+
+def test_a_resumed_stage_counts_its_own_steps(monkeypatch, tmp_path):
+    shown = lines(told(monkeypatch, tmp_path, 4.0, range(31, 61)))
+    assert list(shown)[:2] == [31, 34] and "120 s left" in shown[31] and ", 1,000 tokens/s" in shown[31]
+
+
+def test_durations_have_two_digits():
+    said = [duration(seconds) for seconds in (0.4, 41.3, 119, 121, 3599, 7300, 123456)]
+    assert said == ["0.4 s", "41 s", "120 s", "2 min", "60 min", "2 h", "34 h"]
+
+
+# On a terminal ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 60, 140])
+def test_the_counter_survives_a_narrow_terminal(monkeypatch, tmp_path, width):
+    text = told(monkeypatch, tmp_path, 4.0, width=width)
+    last = [line for line in Terminal(width=width).render_str(text).plain.splitlines() if "60/60" in line][-1]
+    plain = "".join(part for part in last.split("\x1b") if part)
+    assert "60/60" in plain and "epsilon 4.00" in text and "done" in text
+    assert ("length 15.75" in text) == (width == 140)
+
+
+# Public or noised ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_shown_does_not_tell_who_was_drawn(tmp_path, capsys, monkeypatch):
+    """Two runs that draw other units, and other numbers of them, in the same time: every line is the same."""
+    monkeypatch.setattr(progress, "Pace", partial(Pace, clock=Clock()))
+    said = []
+    for number, drawn in enumerate((3, 11)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+
+        def draw(units, rate, entropy, drawn=drawn):
+            return np.sort(np.random.default_rng().permutation(units)[:drawn])
+
+        monkeypatch.setattr("dpalign.privacy.gate.poisson_sample", draw)
+        stage = {"max_steps": 2, "metrics_noise_ratio": 0, "expected_batch_size": 8}
+        called = call(capsys, "sft", write_recipe(folder, ppo=None, sft=stage))
+        assert called.status == 0 and f"next: dpalign generate {folder}/run/release --prompt" in called.out
+        assert "data.json in" in called.out and " MB at the peak" not in called.out + called.err
+        said.append(called.err.replace(str(folder), ""))
+    assert said[0] == said[1]
+    shown = said[0].splitlines()
+    assert (
+        shown[0] == "loading the libraries ..." and "reading the data ..." in shown and "loading the model ..." in shown
+    )
+    assert shown.index("reading the data ...") < shown.index("trying the stages on self-written text ...")
+    (first,) = [line for line in shown if line.startswith("sft 1/2, ")]
+    assert first.endswith(" tokens/s") and f"{8 * 16 / 1e-9:,.0f} tokens/s".replace("128", "130") in first
+
+
+# The end ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_says_what_a_data_holder_wants_to_know(tmp_path):
+    private = tmp_path / "a run" / "private"
+    private.mkdir(parents=True)
+    (private / "resources.json").write_text(json.dumps({"seconds": 754.2, "peak_memory_mb": 1234.5}))
+    survey = {"records": 40, "limit": 7, "cut": 39, "longest": 30, "nine_in_ten": 20, "empty": 0, "units": 40}
+    (private / "data.json").write_text(json.dumps({"sft": survey | {"idle_units": 0}}))
+    run = private.parent
+    here = train.ends(run, run / "release", is_terminal=True)
+    assert here[0] == "for the data holder alone: 13 min, 1,234 MB at the peak."
+    assert here[1].startswith("for the data holder alone: sft: 39 of 40 records are cut at 7 tokens")
+    assert here[2] == f"next: dpalign generate '{run}/release' --prompt 'What to complete'"
+    elsewhere = train.ends(run, run / "reward_model", is_terminal=False)
+    assert len(elsewhere) == 2 and not any(number in elsewhere[0] for number in ("754", "13 min", "1,234", "39", "cut"))
+    assert elsewhere[1].endswith(f"reward.source reward_model:'{run}/reward_model'")
