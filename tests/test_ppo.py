@@ -63,7 +63,7 @@ class FixedPolicy:
     logprobs: Tensor
     values: Tensor
 
-    def completion_logprobs(self, rollouts: Rollouts, min_new_tokens: int) -> tuple[Tensor, Tensor]:
+    def completion_logprobs(self, rollouts: Rollouts, *law: float) -> tuple[Tensor, Tensor]:
         return self.logprobs, self.values
 
 

@@ -36,6 +36,7 @@ def sample(
         mask,
         config.max_completion_length,
         min_new_tokens=config.min_completion_length,
+        temperature=config.temperature,
         coins=coins,
         rows_at_once=at_once,
     )

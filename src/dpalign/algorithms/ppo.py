@@ -80,7 +80,7 @@ class PPO(RolloutAlgorithm[PPOConfig]):
         """Clipped policy loss plus value loss, summed over tokens and divided by the constant length."""
         config, rollouts = self.config, rollouts_of(rows)
         mask, scores, ref_logprobs = rollouts.completion_mask, rows.tensors["scores"], rows.tensors["ref_logprobs"]
-        logprobs, values = policy.completion_logprobs(rollouts, config.min_completion_length)
+        logprobs, values = policy.completion_logprobs(rollouts, config.min_completion_length, config.temperature)
         if "old_logprobs" not in rows.tensors:  # on-policy: the old policy is the current one, detached
             old_logprobs, old_values = logprobs.detach(), values.detach()
             advantages, returns = self.advantages(old_logprobs, ref_logprobs, old_values, scores, mask)

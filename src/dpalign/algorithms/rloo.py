@@ -25,7 +25,7 @@ class RLOO(RolloutAlgorithm[RLOOConfig]):
         """-advantage * log pi(completion), divided by the constant length; all rows of a prompt are among `rows`."""
         config, rollouts = self.config, rollouts_of(rows)
         mask, scores = rollouts.completion_mask, rows.tensors["scores"]
-        logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length)
+        logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length, config.temperature)
         kl = ((logprobs.detach() - rows.tensors["ref_logprobs"]) * mask).sum(1)
         group = rows.tensors["prompt"] * (rows.unit.max() + 1) + rows.unit  # rows that fill up are another unit's
         advantages = leave_one_out(scores - self.beta * kl, group)

@@ -192,7 +192,7 @@ def rollouts_of(rows: Rows) -> Rollouts:
 def in_micro_batches(policy: Policy, rollouts: Rollouts, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Log-probabilities and values `(rows, completion)` of rollouts, `micro_batch_size` rows at a time."""
     parts = [
-        (policy.completion_logprobs(rollouts[chunk], config.min_completion_length), count)
+        (policy.completion_logprobs(rollouts[chunk], config.min_completion_length, config.temperature), count)
         for chunk, count in chunks(len(rollouts.input_ids), config.micro_batch_size)
     ]
     if not parts:

@@ -208,8 +208,8 @@ def perplexity_of(logprobs: Tensor, lengths: Tensor) -> tuple[float, float]:
 def logprobs_under(policy: Policy, rollouts: Rollouts, config: SamplingConfig) -> Tensor:
     """`(rows, completion)` log-probabilities of the completions under the policy as it is switched now."""
     chunks = [rollouts[start : start + 64] for start in range(0, len(rollouts.input_ids), 64)]
-    shortest = config.min_completion_length
-    return torch.cat([policy.completion_logprobs(chunk, shortest, with_values=False)[0] for chunk in chunks])
+    law = (config.min_completion_length, config.temperature)
+    return torch.cat([policy.completion_logprobs(chunk, *law, with_values=False)[0] for chunk in chunks])
 
 
 def distinct(ids: Tensor, mask: Tensor, n: int) -> float:

@@ -151,7 +151,7 @@ class Policy(AdapterStack):
         return logits, hidden
 
     def completion_logprobs(
-        self, rollouts: Rollouts, min_new_tokens: int = 0, *, with_values: bool = True
+        self, rollouts: Rollouts, min_new_tokens: int = 0, temperature: float = 1.0, *, with_values: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and value of every completion token, under the law that sampled it.
 
@@ -165,6 +165,8 @@ class Policy(AdapterStack):
         logits, hidden = self(
             rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1], width, with_hidden=head is not None
         )
+        if temperature != 1:
+            logits = logits / temperature
         if min_new_tokens and self.stop_ids:
             with torch.no_grad():  # in place, for a copy is large; at probability 0 the gradient is 0 anyway
                 logits[:, :min_new_tokens, self.stop_ids] = -torch.inf
@@ -235,6 +237,7 @@ class Policy(AdapterStack):
         max_new_tokens: int,
         *,
         min_new_tokens: int = 0,
+        temperature: float = 1.0,
         rows_at_once: int = 256,
         coins: SystemEntropy | None = None,
     ) -> Rollouts:
@@ -245,7 +248,14 @@ class Policy(AdapterStack):
             for chunk, count in chunks(len(ids), rows_at_once):
                 rows = chunk[:count] if drawn is None else chunk  # public rows need no company
                 dealt = None if drawn is None else Dealt([step[rows] for step in drawn])
-                part = self.generate(ids[rows], mask[rows], max_new_tokens, min_new_tokens=min_new_tokens, coins=dealt)
+                part = self.generate(
+                    ids[rows],
+                    mask[rows],
+                    max_new_tokens,
+                    min_new_tokens=min_new_tokens,
+                    temperature=temperature,
+                    coins=dealt,
+                )
                 parts.append(part[:count])
         if not parts:  # an empty sample
             nothing = ids.new_zeros(0, ids.shape[1] + max_new_tokens)

@@ -27,6 +27,7 @@ class SamplingConfig:
         prepend_bos: put the tokenizer's BOS in front of every prompt.
         max_completion_length: most tokens sampled per completion.
         min_completion_length: EOS is not sampled before this many tokens.
+        temperature: the policy is softmax(logits / temperature): in sampling, in the loss and as its own reference.
         micro_batch_size: prompts that are computed together; memory only, no effect on the result.
         reward: the reward function.
     """
@@ -38,6 +39,7 @@ class SamplingConfig:
     prepend_bos: bool = False
     max_completion_length: int = within(16, LENGTH)
     min_completion_length: int = within(0, "[0, 1000000]")
+    temperature: float = within(1.0, "[0.01, 100]")
     micro_batch_size: int = within(32, "[1, 65536]")
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -114,6 +116,8 @@ class RolloutConfig(TrainingConfig, SamplingConfig):
     def validate(self) -> None:
         super().validate()
         SamplingConfig.validate(self)
+        if self.temperature != 1 and self.adapter.init_a != "random":
+            raise DPAlignError("init_a synthetic_gradient is of the policy itself: it needs temperature 1.")
         if self.adapter.r < 1:
             raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
         if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:

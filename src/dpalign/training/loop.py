@@ -40,6 +40,7 @@ LATER_SETTINGS = {
     "completion_only_loss": None,
     "assistant_only_loss": False,
     "truncate_prompts": False,
+    "temperature": 1.0,
 }  # that version 0.1.0 did not have, and what they are for a run of that version
 
 
