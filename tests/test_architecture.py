@@ -9,6 +9,7 @@ SOURCE = Path(dpalign.__file__).parent
 # From the top down; rooms on one line are level. `privacy` imports nothing of ours but the error type and a mode for files.
 ROOMS = [
     ["cli"],
+    ["trl"],
     ["trainers"],
     ["sweep"],
     ["run"],
