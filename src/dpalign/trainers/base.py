@@ -21,6 +21,7 @@ from transformers import (
 
 from ..algorithms import Algorithm, TrainingConfig
 from ..algorithms.pairs import PairAlgorithm
+from ..algorithms.rollouts import RolloutAlgorithm
 from ..data.load import Record
 from ..domains import check_settings
 from ..errors import DPAlignError
@@ -83,8 +84,8 @@ class Trainer:
         name = asked.attempt(lambda: model if isinstance(model, str) else _start_of(model, args.output_dir or ""))
         section = self._section(asked, reward_function, peft_config)
         ask_for_names(asked, args, privacy)
-        if eval_dataset is not None and not issubclass(self.algorithm, PairAlgorithm):
-            asked.say("eval_dataset is for pairs; `dpalign evaluate --eval_is_public` measures a release on prompts")
+        if eval_dataset is not None and not issubclass(self.algorithm, PairAlgorithm | RolloutAlgorithm):
+            asked.say("eval_dataset is for pairs and prompts, which this stage has none of: leave it out")
         ask_what_is_public(asked, privacy, name, getattr(section, "reward", None), eval_dataset is not None)
         self._records = asked.attempt(lambda: _records(train_dataset, "train_dataset")) or []
         shown = None if eval_dataset is None else asked.attempt(lambda: _records(eval_dataset, "eval_dataset"))

@@ -5,9 +5,9 @@
 See docs/coming_from_trl.md for what changes.
 """
 
+from ..settings.privacy import Privacy
 from .config import PPOConfig
 from .models import AutoModelForCausalLMWithValueHead, LengthSampler, create_reference_model, set_seed
-from .privacy import Privacy
 from .trainer import PPOTrainer
 
 PPOv2Config, PPOv2Trainer = PPOConfig, PPOTrainer  # their names in TRL 0.11

@@ -25,11 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..algorithms.completions import PROMPT_COLUMNS
 from ..algorithms.ppo import PPO
-from ..data.load import DataConfig
 from ..data.overlap import hash_texts, remember_contents
 from ..data.units import UnitDataset, build_units
 from ..errors import DPAlignError
-from ..models import AdapterConfig, ModelConfig, Policy, embedded
+from ..models import Policy, embedded
 from ..models.objects import Given, folder_of
 from ..models.policy import Rollouts
 from ..privacy import accountant
@@ -40,11 +39,13 @@ from ..privacy.parts import Part
 from ..privacy.statement import state_privacy
 from ..release import PromptFormat, write_release
 from ..reporting.progress import Reporter
-from ..trainers import adapter_from
+from ..settings.data import DataConfig
+from ..settings.models import AdapterConfig, ModelConfig
+from ..settings.privacy import Privacy
+from ..trainers.base import adapter_from
 from ..training.checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
 from .config import PPOConfig
 from .models import AutoModelForCausalLMWithValueHead, set_seed
-from .privacy import Privacy
 from .trainer import OPEN, THE_LOOP, PPOTrainer
 from .translate import as_list, check_reference, read_rows
 from .update import Batch, Coefficient, RunningMoments, collected, losses

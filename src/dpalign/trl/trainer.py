@@ -12,15 +12,16 @@ from typing import Any, NoReturn
 from peft import LoraConfig
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from ..algorithms.ppo import PPOConfig as Settings
 from ..data.text import encode_prompt_text, read_text, template_options
 from ..errors import DPAlignError
 from ..printable import printable
 from ..reporting.progress import Reporter
+from ..rewards import is_reward_model
+from ..settings.privacy import Privacy
+from ..settings.trainers import PPOConfig as Settings
 from ..trainers import DPPPOTrainer
 from .config import PPOConfig
-from .privacy import Privacy
-from .translate import SCORES, Scored, check_reference, check_stop, read_reward, read_rows, settings
+from .translate import OUTPUT, SCORES, Scored, check_reference, check_stop, read_reward, read_rows, settings
 
 OPEN = (
     "NOT PRIVATE: this run adds no noise and clips no row, as in TRL. Give PPOTrainer "
@@ -105,21 +106,19 @@ class Trainer(PPOTrainer):
         shown = None if eval_dataset is None else read_rows(eval_dataset, self.processing_class)
         longest = self._longest(rows + (shown or []), privacy)
         scored = read_reward(reward_model, longest + self.args.response_length)
-        told = _asked(privacy, scored, shown is not None) if privacy else _open(self.args, scored)
+        told = privacy or _open(self.args, scored)
         quiet = bool(self.args.disable_tqdm) if quiet is None else quiet
         if privacy is None:
             Reporter(quiet=quiet).note(OPEN)
-        self._trainer = _library_trainer(
+        self._trainer = DPPPOTrainer(
             given,
-            _with_privacy(settings(self.args, len(rows), longest, _declared(scored, told)), self.args, told),
-            told,
+            _clipped(settings(self.args, len(rows), longest, scored.config), self.args, told),
             rows,
             None if self.args.num_sample_generations == 0 else shown,
-            output_dir=str(self.args.output_dir or "trainer_output"),
-            report_to=_tracker(self.args.report_to),
-            tokenizer=self.processing_class,
-            peft_config=peft_config,
-            function=scored.function,
+            self.processing_class,
+            peft_config,
+            reward_funcs=scored.function,
+            privacy=told,
             quiet=quiet,
         )
 
@@ -173,11 +172,11 @@ class Trainer(PPOTrainer):
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Writes adapter, tokenizer, card and privacy statement; by default where TRL does, beside private/."""
-        self._trainer.save_model(str(output_dir or self.args.output_dir))
+        self._trainer.save_model(str(output_dir or self.args.output_dir or OUTPUT))
 
     def generate_completions(self, sampling: bool = False) -> None:
         """Prints some completions of eval_dataset, that train() left: of the model as it was, and as it is."""
-        file = Path(str(self.args.output_dir)) / "completions.json"
+        file = Path(str(self.args.output_dir or OUTPUT)) / "completions.json"
         if not file.is_file():
             return  # no eval_dataset, as in TRL
         for number, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
@@ -217,8 +216,8 @@ def _one_of(given: Any, older: Any, name: str, kind: type) -> Any:
 def _refuse_parts(args: PPOConfig, value_model: Any, collator: Any, optimizers: tuple[Any, Any], calls: Any) -> None:
     if value_model is not None:
         raise DPAlignError(
-            "value_model cannot be honoured: the value is a head on the policy's own body here, as in TRL 0.11, and one "
-            "clip bounds both; leave value_model out."
+            "value_model cannot be honoured: the value is a head on the policy's own body here, as in TRL 0.11, so "
+            "that one clip bounds both; leave value_model out."
         )
     if collator is not None and not isinstance(collator, DataCollatorWithPadding):
         raise DPAlignError("data_collator cannot be honoured: prompts are padded to one constant length; leave it out.")
@@ -230,13 +229,6 @@ def _refuse_parts(args: PPOConfig, value_model: Any, collator: Any, optimizers: 
         raise DPAlignError("callbacks cannot be honoured: they would be given a batch's own numbers; leave them out.")
 
 
-def _tracker(report_to: Any) -> str:
-    names = [report_to] if isinstance(report_to, str) else list(report_to or ["none"])
-    if len(names) > 1:
-        raise DPAlignError(f"report_to={names!r}: name one tracker.")
-    return str(names[0])
-
-
 # Privacy -------------------------------------------------------------------------------------------------------------
 
 
@@ -244,91 +236,16 @@ def _open(args: PPOConfig, scored: Scored) -> Privacy:
     """A run without privacy: recorded under its folder's name, so that nothing private is ever built on it."""
     return Privacy(
         target_epsilon=math.inf,
-        dataset_name=Path(str(args.output_dir or "trainer_output")).resolve().name,
+        dataset_name=Path(str(args.output_dir or OUTPUT)).resolve().name,
         model_is_public=True,
-        reward_is_public=True,
+        reward_is_public=not is_reward_model(scored.config),
         eval_is_public=True,
-        reward_range=None if _has_range(scored) else SCORES,
+        reward_range=None if is_reward_model(scored.config) else SCORES,
     )
 
 
-def _asked(privacy: Privacy, scored: Scored, has_eval: bool) -> Privacy:
-    """`privacy`, if it says all that a private run needs.
-
-    Raises:
-        DPAlignError: all that is missing.
-    """
-    missing = []
-    if privacy.target_epsilon is None and privacy.noise_multiplier is None:
-        missing.append("target_epsilon=..., the epsilon that the run may spend")
-    if not privacy.dataset_name:
-        missing.append("dataset_name=..., the ledger's key of train_dataset: all runs on one name add up")
-    if not _has_range(scored) and privacy.reward_range is None:
-        missing.append("reward_range=(low, high), to which the reward is clipped")
-    if not _has_range(scored) and not privacy.reward_is_public:
-        missing.append("reward_is_public=True, if it is: a reward made from private data would void the guarantee")
-    if has_eval and not privacy.eval_is_public:
-        missing.append("eval_is_public=True, if eval_dataset is: it is measured without noise")
-    if missing:
-        raise DPAlignError("\n- ".join(["Privacy has to be told more before the run can begin:", *missing]))
-    return privacy
-
-
-def _has_range(scored: Scored) -> bool:
-    """Whether a reward says its range and its past itself: the release of a reward model does."""
-    return scored.function is None and not scored.config.use_logit
-
-
-def _declared(scored: Scored, privacy: Privacy) -> Any:
-    low, high = privacy.reward_range or (None, None)
-    is_public = privacy.reward_is_public and not _has_range(scored)
-    return replace(scored.config, is_public=is_public, low=low, high=high)
-
-
-def _with_privacy(section: Settings, args: PPOConfig, privacy: Privacy) -> Settings:
-    """The settings with the budget; a private run clips every row's gradient to `max_grad_norm`."""
-    budget: dict[str, Any] = {
-        name: getattr(privacy, name) for name in ("target_epsilon", "target_delta", "noise_multiplier")
-    }
+def _clipped(section: Settings, args: PPOConfig, privacy: Privacy) -> Settings:
+    """The settings of a private run: every row's gradient is clipped to `max_grad_norm`."""
     if privacy.target_epsilon == math.inf or privacy.noise_multiplier == 0:
-        return replace(section, **budget)
-    return replace(section, **budget, clipping="automatic", max_grad_norm=args.max_grad_norm or 1.0)
-
-
-def _library_trainer(
-    model: Any,
-    section: Settings,
-    privacy: Privacy,
-    rows: list[dict[str, Any]],
-    shown: list[dict[str, Any]] | None,
-    *,
-    output_dir: str,
-    report_to: str,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: LoraConfig | None,
-    function: Any,
-    quiet: bool,
-) -> DPPPOTrainer:
-    trainer = DPPPOTrainer(
-        model,
-        section,
-        rows,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        reward_funcs=function,
-        dataset_name=privacy.dataset_name or "",
-        output_dir=output_dir,
-        model_is_public=privacy.model_is_public,
-        unit=privacy.unit,
-        declared_units=privacy.declared_units,
-        max_records_per_unit=privacy.max_records_per_unit,
-        units_disjoint=privacy.units_disjoint,
-        composition=privacy.composition,
-        dataset_version=privacy.dataset_version,
-        shared_texts=privacy.shared_texts,
-        ledger=privacy.ledger,
-        report_to=report_to,
-        quiet=quiet,
-    )
-    trainer._eval_records = shown
-    return trainer
+        return section
+    return replace(section, clipping="automatic", max_grad_norm=args.max_grad_norm or 1.0)

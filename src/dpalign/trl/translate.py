@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from ..algorithms.ppo import PPOConfig as Settings
 from ..data.load import Record
 from ..errors import DPAlignError
 from ..models import embedded
 from ..models.objects import folder_of
 from ..models.reward_model import FORMAT_FILE
-from ..rewards import RewardConfig
 from ..rewards.load import RELEASED
+from ..settings.rewards import RewardConfig
+from ..settings.trainers import PPOConfig as Settings
 from .config import PPOConfig
 
+OUTPUT = "trainer_output"  # transformers' own default
 SCORES = (-1e6, 1e6)  # range of a reward without privacy, where nothing needs one
 
 
@@ -50,6 +51,8 @@ def settings(config: PPOConfig, rows: int, longest: int, reward: RewardConfig) -
     if scheduler not in ("constant", "constant_with_warmup", "linear", "cosine"):
         raise DPAlignError(f"lr_scheduler_type {scheduler!r} cannot be honoured: use constant, linear or cosine.")
     return Settings(
+        output_dir=str(config.output_dir or OUTPUT),
+        report_to=_tracker(config.report_to),
         expected_batch_size=batch // config.num_mini_batches,
         max_steps=updates,
         micro_batch_size=config.per_device_train_batch_size,
@@ -97,6 +100,13 @@ def check_stop(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
             f"stop_token_id={config.stop_token_id} cannot be honoured: completions end at the tokenizer's EOS, "
             f"{tokenizer.eos_token_id}."
         )
+
+
+def _tracker(report_to: Any) -> str:
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ["none"])
+    if len(names) > 1:
+        raise DPAlignError(f"report_to={names!r}: name one tracker.")
+    return str(names[0])
 
 
 def _every(steps: float, updates: int) -> int:
