@@ -380,7 +380,9 @@ def damaged(change: Callable[[Path], None]) -> Callable[[Path], list[str]]:
     return make
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], Any], file: str = "model.safetensors") -> Callable[[Path], None]:
+def weights(
+    change: Callable[[dict[str, torch.Tensor]], Any], file: str = "model.safetensors"
+) -> Callable[[Path], None]:
     def apply(model: Path) -> None:
         tensors = load_file(model / file)
         change(tensors)
@@ -519,7 +521,9 @@ def reward_cases() -> Iterator[Case]:
             small = small_model(folder / "model")
             section = {"source": source, "is_public": True, "low": -1.0, "high": 1.0}
             sys.path[:] = [str(folder), *[p for p in sys.path if "malformed-" not in p]]
-            return recipe(folder, sft=None, ppo={"reward": section}, model={"name_or_path": str(small), "is_public": True})
+            return recipe(
+                folder, sft=None, ppo={"reward": section}, model={"name_or_path": str(small), "is_public": True}
+            )
 
         return make
 
@@ -528,8 +532,18 @@ def reward_cases() -> Iterator[Case]:
             yield Case("rewards", name, scored("faulty:score", content), says)
     for name, (source, says) in SOURCES.items():
         yield Case("rewards", name, scored(source), says)
-    yield Case("rewards", "no range", lambda folder: recipe(folder, sft=None, ppo={"reward": {"source": "math:sin", "is_public": True}}), "range")
-    yield Case("rewards", "not public", lambda folder: recipe(folder, sft=None, ppo={"reward": {"source": "math:sin"}}), "public")
+    yield Case(
+        "rewards",
+        "no range",
+        lambda folder: recipe(folder, sft=None, ppo={"reward": {"source": "math:sin", "is_public": True}}),
+        "range",
+    )
+    yield Case(
+        "rewards",
+        "not public",
+        lambda folder: recipe(folder, sft=None, ppo={"reward": {"source": "math:sin"}}),
+        "public",
+    )
 
 
 # Ledgers and statements ----------------------------------------------------------------------------------------------
@@ -565,7 +579,12 @@ def ledger_cases() -> Iterator[Case]:
                 return ["ledger", "--ledger", str(folder / "l.sqlite")]
 
             yield Case("ledgers", f"{column} = {value!r}", make)
-    for name, words in {"delta 2": ["--delta", "2"], "delta NaN": ["--delta", "nan"], "delta 0": ["--delta", "0"], "no dataset": ["--dataset", "x"]}.items():
+    for name, words in {
+        "delta 2": ["--delta", "2"],
+        "delta NaN": ["--delta", "nan"],
+        "delta 0": ["--delta", "0"],
+        "no dataset": ["--dataset", "x"],
+    }.items():
 
         def asked(folder: Path, words: list[str] = words) -> list[str]:
             shutil.copy(FORMATS / "ledger_v0.sqlite", folder / "l.sqlite")
@@ -622,7 +641,13 @@ def statement_cases() -> Iterator[Case]:
         for key, values in table.items():
             for value in values:
                 yield Case("statements", f"{where}{key} = {value!r}", stated(place, key, value), "privacy")
-    for name, content in {"a list": b"[]", "half": b'{"format": 1', "bytes": b"\xff\xfe", "empty": b"", "deep": b"[" * 100000}.items():
+    for name, content in {
+        "a list": b"[]",
+        "half": b'{"format": 1',
+        "bytes": b"\xff\xfe",
+        "empty": b"",
+        "deep": b"[" * 100000,
+    }.items():
 
         def other(folder: Path, content: bytes = content) -> list[str]:
             (small_model(folder / "model") / "privacy.json").write_bytes(content)

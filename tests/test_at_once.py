@@ -73,7 +73,11 @@ def test_nothing_heavy_is_imported_for_it(tmp_path):
     ("name", "command", "says"),
     [
         ("sft.max_step", "run", "did you mean max_steps."),
-        ("sft.per_device_train_batch_size", "sft", "micro_batch_size (memory only); the expected batch of an update is"),
+        (
+            "sft.per_device_train_batch_size",
+            "sft",
+            "micro_batch_size (memory only); the expected batch of an update is",
+        ),
         ("ppo.reward.sauce", "run", "did you mean source."),
         ("learning_rate", "sft", "its place is sft.learning_rate."),
         ("learning_rate", "run", "its place is sft.learning_rate or reward_model.learning_rate or "),

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 ONE_ROW = "it would let one record change another one's gradient, which no clip bounds"
 POISSON = "every update draws a fresh Poisson sample"
-ON_POLICY = "completions are sampled from the policy as it is (temperature 1, nothing cut off)"
+ON_POLICY = "completions are sampled from the policy as it is (nothing is cut off)"
 ONE_PROCESS = "one process trains"
 EOS = "completions end at the tokenizer's EOS, or where the chat template ends a turn"
 CHOOSING = "choosing by a measurement on private data would have to be paid for"
@@ -72,7 +72,7 @@ ELSEWHERE = {  # names of TRL, transformers, peft and Opacus: what to say here i
     "sft_model_path": "it is called model.name_or_path",
     "stop_token": EOS,
     "target_kl": "a stop that a batch decides would tell of it: use adaptive_kl_target, which sees noised numbers",
-    "temperature": ON_POLICY,
+    "temperature": "only stages that sample completions have one",
     "top_k": ON_POLICY,
     "top_p": ON_POLICY,
     "total_episodes": "say max_steps (of expected_batch_size prompts each) or num_train_epochs",

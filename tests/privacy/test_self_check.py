@@ -214,7 +214,10 @@ class BatchMeanLoss(SFT):
         (harness.ppo(WhitenedAdvantages, **SCORED), "no layer.* it is WhitenedAdvantages"),
         (harness.ppo(WhitenedAdvantages, num_ppo_epochs=2, **SCORED), "the advantages of a unit changes"),
         (harness.ppo(WhitenedRewards, **SCORED), "the reward of a unit changes"),
-        (harness.ppo(RunningScale, clipping_gamma=1.0, clipping="automatic", **SCORED), "no layer.* it is RunningScale"),
+        (
+            harness.ppo(RunningScale, clipping_gamma=1.0, clipping="automatic", **SCORED),
+            "no layer.* it is RunningScale",
+        ),
         (harness.sft(BatchMeanLoss, clipping="automatic", clipping_gamma=1.0), "no layer.* it is BatchMeanLoss"),
     ],
 )
