@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -64,6 +65,70 @@ def test_a_split_of_a_folder(tmp_path):
     assert read_records(str(tmp_path / "splits"), "test") == ROWS[:1]
     with pytest.raises(DPAlignError, match="no split 'dev'; it has train, test"):
         read_records(str(tmp_path / "splits"), "dev")
+
+
+def test_a_table_gives_nobody_arguments_that_they_do_not_have(tmp_path):
+    calls = [{"name": "look", "arguments": {"at": "it"}}, {"name": "hear", "arguments": {"far": [{"x": 1}, {"y": None}]}}]
+    rows = [{"id": "a", "note": None, "messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "a"))
+    calls[1]["arguments"]["far"][1] = {}
+    assert read_records(str(tmp_path / "a.parquet")) == read_records(str(tmp_path / "a")) == rows
+
+
+# Hub names ---
+
+
+def hub(monkeypatch, error: Exception | None = None) -> list[tuple[str, str]]:
+    """A hub that gives two records, or fails; what it was asked for."""
+    asked = []
+
+    def load_dataset(name, split, cache_dir):
+        asked.append((name, split))
+        if error is not None:
+            raise error
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_a_hub_name_is_honoured(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = hub(monkeypatch)
+    assert read_records("someone/reviews", "test") == read_records("imdb", "test") == ROWS
+    assert asked == [("someone/reviews", "test"), ("imdb", "test")]
+    for path in ("./chats/all", "data/chats/all", "/nowhere/chats", "~/chats"):
+        with pytest.raises(DPAlignError, match=f"{path} does not exist"):
+            read_records(path)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ConnectionError("Couldn't reach 'x'"), "there is no connection to it"),
+        (ValueError("Unknown split \"dev\". Should be one of ['train', 'test']."), r"no split 'dev' .*, but 'train', 'test'"),
+        (
+            ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample of"),
+            "several configurations .'a', 'b'.: save one with",
+        ),
+        (ValueError("cannot split 'a secret'"), "of that name: ValueError."),
+    ],
+)
+def test_why_a_hub_gave_nothing(monkeypatch, tmp_path, error, says):
+    monkeypatch.chdir(tmp_path)
+    hub(monkeypatch, error)
+    with pytest.raises(DPAlignError, match=says) as caught:
+        read_records("someone/reviews", "dev")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_folder_of_files_names_one(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part-0.parquet").write_bytes(b"")
+    with pytest.raises(DPAlignError, match=r"save_to_disk: give one of its files, such as part-0\.parquet"):
+        read_records(str(tmp_path))
 
 
 # Text to tokens ----------------------------------------------------------------------------------------------
@@ -152,6 +217,19 @@ def test_records_are_units_unless_a_column_says_otherwise(ledger):
     grouped = build_units(rows, DataConfig(name="d", unit="who", max_records_per_unit=3), ledger)
     assert len(grouped.units) == grouped.declared_units == 10 and grouped.unit == "who"
     assert all(len(unit) == 3 and len({r["who"] for r in unit}) == 1 for unit in grouped.units)
+
+
+def test_a_unit_may_be_inside_another_column(ledger, tmp_path):
+    config = DataConfig(name="toy", unit="meta.user", max_records_per_unit=5)
+    rows = [{"text": f"t{i}", "meta": {"user": f"u{i % 3}", "at": i}} for i in range(9)]
+    assert sorted(len(unit) for unit in build_units(rows, config, ledger).units) == [3, 3, 3]
+    flat = [{"text": row["text"], "meta.user": row["meta"]["user"], "meta": {"user": "all"}} for row in rows]
+    assert build_units(flat, config, ledger).ids == build_units(rows, config, ledger).ids  # a column's own name first
+    for odd in ({"text": "x", "meta": None}, {"text": "x", "meta": {"user": {"id": 1}}}, {"text": "x", "meta": "u1"}):
+        with pytest.raises(DPAlignError, match=r"record 10 names no unit in column 'meta\.user'"):
+            build_units([*rows, odd], config, ledger)
+    with pytest.raises(DPAlignError, match="record 1 has half of a character"):
+        build_units([{"text": "x", "meta": {"user": "u\ud800"}}], config, ledger)
 
 
 def test_a_units_records_are_bounded_by_a_rule_that_ignores_order_and_others(ledger):

@@ -21,8 +21,13 @@ from test_chats import model_folder
 ASK, YES, NO = ({"role": r, "content": c} for r, c in (("user", "Good?"), ("assistant", "Yes."), ("assistant", "No.")))
 SYSTEM = {"role": "system", "content": "Be short."}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+LOOK = CALL | {"tool_calls": [{"function": {"name": "look", "arguments": {"look": "there"}}}]}
 TOOL = {"role": "tool", "content": "It is good."}
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}]
+TOOLS_OF_TWO = [
+    {"type": "function", "function": {"name": n, "description": "Looks.", "parameters": {"properties": {n: {"type": "string"}}}}}
+    for n in ("look", "hear")
+]  # in a table each has the other's argument, too, and null
 PARTS = [{"type": "text", "text": "Good"}, {"type": "text", "text": "?"}]
 SHARE = [{"from": "human", "value": "Good?"}, {"from": "gpt", "value": "Yes."}]
 
@@ -85,6 +90,9 @@ WORK: dict[str, tuple[str, bytes, str, str]] = {
     "pairs of strings": ("d.jsonl", jsonl(PLAIN_PAIR), "dpo", "smol"),
     "pairs without a prompt": ("d.jsonl", jsonl({"chosen": "Good.", "rejected": "Bad."}), "reward_model", "smol"),
     "prompt of null": ("d.jsonl", jsonl(PLAIN_PAIR | {"prompt": None}), "dpo", "smol"),
+    "good answers alone": ("d.jsonl", jsonl({"prompt": "Good?", "completion": " Yes.", "label": True}), "sft", "smol"),
+    "a label of another kind": ("d.jsonl", jsonl({"prompt": "a", "completion": " b", "label": 0}), "sft", "smol"),
+    "parquet of tools": ("d.parquet", parquet({"messages": [ASK, LOOK, TOOL, YES], "tools": TOOLS_OF_TWO}), "sft", "qwen"),
     "chat prompts": ("d.jsonl", jsonl({"prompt": [SYSTEM, ASK]}), "rloo", "smol"),
     "messages as prompts": ("d.jsonl", jsonl({"messages": [ASK, YES]}), "rloo", "llama"),
     "string prompts": ("d.jsonl", jsonl({"prompt": "Good?"}), "rloo", "smol"),
@@ -126,7 +134,15 @@ REFUSED: dict[str, tuple[str, bytes, str, str, str]] = {
         "d.jsonl", jsonl(PAIR | {"rejected": [NO, NO]}), "reward_model", "mistral", "record 1.*must alternate",
     ),
     "unpaired preferences": (
-        "d.jsonl", jsonl({"prompt": "a", "completion": "b", "label": True}), "dpo", "smol", "expected 'chosen'",
+        "d.jsonl", jsonl({"prompt": "a", "completion": "b", "label": True}), "dpo", "smol", "join a true and a false answer",
+    ),
+    "bad answers as good ones": (
+        "d.jsonl", jsonl({"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}),
+        "sft", "smol", "unpaired preferences .*keep the records whose label is true",
+    ),
+    "one object": (
+        "d.json", json.dumps({"version": 1, "data": [{"text": "x"}]}, indent=1).encode(), "sft", "smol",
+        "save the array in its 'data' by itself",
     ),
     "only an answer": ("d.jsonl", jsonl({"messages": [YES]}), "rloo", "smol", "there is no prompt"),
     "latin-1": ("d.csv", "text\nDer Film läuft.\n".encode("latin-1"), "sft", "smol", "not UTF-8 text .byte"),
@@ -144,7 +160,7 @@ REFUSED: dict[str, tuple[str, bytes, str, str, str]] = {
     "nothing": ("d.jsonl", b"", "sft", "smol", "is empty"),
     "no gzip": ("d.jsonl.gz", b"text", "sft", "smol", "cannot be read"),
     "no parquet": ("d.parquet", b"text", "sft", "smol", "not a Parquet file"),
-    "excel": ("d.xlsx", b"PK", "sft", "smol", "unknown ending: use .jsonl"),
+    "excel": ("d.xlsx", b"PK", "sft", "smol", "save a spreadsheet as CSV"),
     "alpaca": ("d.jsonl", jsonl({"instruction": "a", "output": "b"}), "sft", "smol", "columns 'instruction', 'output'; exp"),
 }  # fmt: skip
 STAGES = {

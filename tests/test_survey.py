@@ -32,6 +32,9 @@ def test_a_survey_counts_records_and_units():
     ]
     alone = survey(readings, records, None)
     assert alone is not None and (alone.units, alone.idle_units) == (5, 3)
+    inside = [{"meta": {"user": name}} for name in ("a", " a", "b", "b", 7)]  # as the units are named
+    nested = survey(readings, inside, "meta.user")
+    assert nested is not None and (nested.units, nested.idle_units) == (3, 1)
     assert survey([Reading(3, 8, 2)], [{}], None).sentences() == []
     assert survey([None], [{}], None) is None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .algorithms.base import Reading
 from .data.load import Record
+from .data.units import same_name, unit_value
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def survey(readings: Sequence[Reading | None], records: Sequence[Record], unit: 
         return None
     learned: dict[object, int] = {}
     for number, (reading, record) in enumerate(zip(read, records, strict=True)):
-        name = number if unit is None else str(record.get(unit))
+        name = number if unit is None else same_name(unit_value(record, unit))
         learned[name] = learned.get(name, 0) + reading.learned
     lengths = sorted(reading.tokens for reading in read)
     return Survey(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -9,19 +10,18 @@ from typing import Any
 
 from ..errors import RECORDS_READ, DPAlignError
 from . import demo
-from .readers import ENDINGS, READERS, read_folder, read_hub
+from .readers import ENDINGS, READERS, ending, read_folder, read_hub
 
 Record = dict[str, Any]
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+UNPAIRED = "holds unpaired preferences (prompt, completion and label)"
+JOIN = "join a true and a false answer to one prompt into a record with prompt, chosen and rejected"
 
 
 def check_there(path: str) -> None:
     """Raises DPAlignError for a data file that does not exist; folders, hub names and demo data are not looked for."""
-    if not path.startswith(demo.PREFIX) and _ending(Path(path)) in READERS and not Path(path).exists():
+    if not path.startswith(demo.PREFIX) and ending(Path(path)) in READERS and not Path(path).exists():
         raise DPAlignError(f"data file {path} does not exist.")
-
-
-def _ending(file: Path) -> str:
-    return file.name.removesuffix(".gz").rpartition(".")[2].lower()
 
 
 def read_records(path: str, split: str = "train", cache_dir: Path | None = None) -> list[Record]:
@@ -35,7 +35,7 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
     """
     RECORDS_READ.set()
     file = demo.demo_file(path) if path.startswith(demo.PREFIX) else Path(path)
-    kind = _ending(file)
+    kind = ending(file)
     try:
         if file.is_dir():
             records = read_folder(file, split)
@@ -44,9 +44,13 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
                 raise DPAlignError(f"data file {path} does not exist.")
             records = READERS[kind](file)
         elif file.exists():
-            raise DPAlignError(f"data file {path} has an unknown ending: use {ENDINGS} (.gz allowed).")
-        else:
+            raise DPAlignError(
+                f"data file {path} has an unknown ending: use {ENDINGS} (.gz allowed); save a spreadsheet as CSV."
+            )
+        elif re.fullmatch(HUB_NAME, path):
             records = read_hub(path, split, cache_dir)
+        else:
+            raise DPAlignError(f"data file {path} does not exist.")
     except UnicodeDecodeError as error:
         raise DPAlignError(f"data file {path} is not UTF-8 text (byte {error.start}): convert it first.") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -76,10 +80,22 @@ def require_columns(records: list[Record], alternatives: list[tuple[str, ...]], 
                             f"column {c!r} of {path} holds a string in one record and chat messages in another (record "
                             f"{number}): give one kind in all records."
                         )
+            _refuse_labels(records, columns, path)
             return columns
+    if {"completion", "label"} <= set(records[0]) and any("chosen" in columns for columns in alternatives):
+        raise DPAlignError(f"{path} {UNPAIRED}, and this stage learns from pairs: {JOIN}.")
     expected = " or ".join(" + ".join(repr(c) for c in a) for a in alternatives)
     found = ", ".join(repr(c) for c in records[0])
     raise DPAlignError(f"{path} has the columns {found}; expected {expected}.")
+
+
+def _refuse_labels(records: list[Record], columns: tuple[str, ...], path: str) -> None:
+    """Answers that somebody found bad must not be learned as good ones."""
+    if columns == ("prompt", "completion") and any(r.get("label") is False for r in records):
+        raise DPAlignError(
+            f"{path} {UNPAIRED}: keep the records whose label is true, and leave the column out; or {JOIN}, for a "
+            "stage that learns from pairs."
+        )
 
 
 def only_columns(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DPAlignError
+from ..printable import printable
 
 DELIMITERS = ",;\t"
 
@@ -50,13 +52,25 @@ def _read_lines(file: Path, text: TextIO) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
+            text.seek(0)
             raise DPAlignError(
-                f"line {number} of {file} is not JSON: expected one object per line, or one array of objects."
+                f"line {number} of {file} is not JSON: expected one object per line, or one array of objects"
+                f"{_inside(text.read())}."
             ) from None
         if not isinstance(record, dict):
             raise DPAlignError(f"line {number} of {file} is not a JSON object.")
         records.append(record)
     return records
+
+
+def _inside(text: str) -> str:
+    """Of a file that is one object: which of its entries holds the records."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    lists = [key for key, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
+    return f"; it is one object, so save the array in its {printable(lists[0])!r} by itself" if lists else ""
 
 
 def _line_of(error: Exception) -> str:
@@ -103,10 +117,21 @@ def read_parquet(file: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        records: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+        return from_arrow(pyarrow.parquet.read_table(file).to_pylist())
     except pyarrow.ArrowInvalid:
         raise DPAlignError(f"{file} is not a Parquet file.") from None
-    return records
+
+
+def from_arrow(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of a table, without the nulls inside a column: a table has every key that any record has, and a chat's
+    tools and calls would seem to have arguments that nobody gave."""
+    return [{name: _without_nulls(value) for name, value in record.items()} for record in records]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_folder(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -115,13 +140,14 @@ def read_folder(folder: Path, split: str) -> list[dict[str, Any]]:
     try:
         loaded = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError):
-        raise DPAlignError(f"{folder} is not a folder written by datasets' save_to_disk.") from None
+        files = sorted(f.name for f in folder.rglob("*") if ending(f) in READERS)
+        cure = f": give one of its files, such as {printable(files[0])}" if files else ""
+        raise DPAlignError(f"{folder} is not a folder written by datasets' save_to_disk{cure}.") from None
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
             raise DPAlignError(f"{folder} has no split {split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[split]
-    records: list[dict[str, Any]] = loaded.to_list()
-    return records
+    return from_arrow(loaded.to_list())
 
 
 def read_hub(name: str, split: str, cache_dir: Path | None) -> list[dict[str, Any]]:
@@ -129,12 +155,23 @@ def read_hub(name: str, split: str, cache_dir: Path | None) -> list[dict[str, An
 
     try:
         loaded = load_dataset(name, split=split, cache_dir=str(cache_dir) if cache_dir else None)
-        records: list[dict[str, Any]] = loaded.to_list()
     except Exception as error:
-        raise DPAlignError(
-            f"{name!r} is neither a file here nor a dataset that the hub gave ({type(error).__name__})."
-        ) from None
-    return records
+        reason = _why_not(error, split)
+        raise DPAlignError(f"{name!r} is no file here, and the hub gave no dataset of that name: {reason}.") from None
+    return from_arrow(loaded.to_list())
+
+
+def _why_not(error: Exception, split: str) -> str:
+    """Nothing of a record is in what the hub says before it gives any."""
+    said = str(error)
+    if splits := re.match(r'Unknown split ".*?"\. Should be one of \[(.*)\]', said):
+        return f"it has no split {split!r} (data.split), but {splits[1]}"
+    if names := re.match(r"Config name is missing\.\s+Please pick one among the available configs: \[(.*)\]", said):
+        return (
+            f"it has several configurations ({names[1]}): save one with save_to_disk, and name that folder"
+        )
+    offline = isinstance(error, ConnectionError) or type(error).__name__ in ("OfflineModeIsEnabled", "ConnectError")
+    return "there is no connection to it" if offline else type(error).__name__
 
 
 READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
@@ -146,3 +183,7 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "parquet": read_parquet,
 }
 ENDINGS = ", ".join(f".{kind}" for kind in READERS)
+
+
+def ending(file: Path) -> str:
+    return file.name.removesuffix(".gz").rpartition(".")[2].lower()

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -141,12 +142,22 @@ def unit_key(record: Record, column: str, number: int) -> str:
     Raises:
         DPAlignError: no name, or neither text nor a whole number.
     """
-    name = same_name(record.get(column))
+    name = same_name(unit_value(record, column))
     if name is None:
         raise DPAlignError(
             f"record {number} names no unit in column {column!r}: every record needs text or a whole number there."
         )
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise DPAlignError(f"record {number} has half of a character (a lone surrogate) in the unit column {column!r}.")
     return name
+
+
+def unit_value(record: Record, column: str) -> object:
+    """What a record holds in a column; `meta.user` is `user` inside `meta`, unless a column is called so itself."""
+    value: object = record
+    for part in [column] if column in record else column.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def same_name(value: object) -> str | None:

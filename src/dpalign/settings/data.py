@@ -16,7 +16,8 @@ class DataConfig:
         path: .jsonl, .json, .csv, .tsv or .parquet file (.gz allowed), a folder written by `datasets`, a hub name, or
             `demo:NAME/FILE`.
         split: split of a `datasets` folder or hub dataset.
-        unit: column that names the privacy unit (a person, say); without one each record is a unit.
+        unit: column that names the privacy unit (a person, say; `meta.user` for one inside another); without one each
+            record is a unit.
         version: label for a state of data without a unit column: name another one when records came, went or changed,
             and what is spent on both is added up, since nobody can tell who is in which part.
         max_records_per_unit: records of a unit beyond this many are left out, by keyed hash.

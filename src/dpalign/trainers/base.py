@@ -23,6 +23,7 @@ from ..algorithms import Algorithm, TrainingConfig
 from ..algorithms.pairs import PairAlgorithm
 from ..algorithms.rollouts import RolloutAlgorithm
 from ..data.load import Record
+from ..data.readers import from_arrow
 from ..domains import check_settings
 from ..errors import DPAlignError
 from ..models import AdapterConfig, ModelConfig, Policy, RewardModel
@@ -286,7 +287,7 @@ def _records(dataset: Iterable[Any], name: str) -> list[Record]:
     Raises:
         DPAlignError: it has none, or they are no dicts.
     """
-    records = dataset.to_list() if hasattr(dataset, "to_list") else list(dataset)
+    records = from_arrow(dataset.to_list()) if hasattr(dataset, "to_list") else list(dataset)
     if not records or not all(isinstance(r, dict) for r in records):
         raise DPAlignError(f"{name} must be a datasets.Dataset or a non-empty list of dicts")
     return records
