@@ -17,7 +17,7 @@ import torch
 
 from ..data.text import Text
 from ..errors import DPAlignError
-from .foreign import Raised, contained
+from .foreign import Raised, call_rows, contained
 from .memory import Memory
 
 RewardFunction = Callable[..., list[float]]
@@ -93,7 +93,7 @@ class Reward:
         prompts, completions = [p for p, _, _ in full], [self._said(p, c) for p, c, _ in full]
         try:
             columns = {name: [row[name] for _, _, row in full] for name in full[0][2]}
-            scores = contained(lambda: [float(s) for s in self.function(prompts, completions, **columns)])
+            scores = contained(lambda: [float(s) for s in call_rows(self.function, prompts, completions, columns)])
             if len(scores) == len(full):
                 return scores[: len(rows)]
             raise Raised(ValueError())
@@ -154,7 +154,7 @@ def _probe(function: RewardFunction, name: str, rows: list[Row]) -> list[float]:
     """
     columns = {column: [row[column] for _, _, row in rows] for column in rows[0][2]}
     try:
-        scores = contained(lambda: list(function([p for p, _, _ in rows], [c for _, c, _ in rows], **columns)))
+        scores = contained(lambda: list(call_rows(function, [p for p, _, _ in rows], [c for _, c, _ in rows], columns)))
     except Raised as raised:
         error, said = raised.error, (str(raised.error).splitlines() or [""])[0]
         raise DPAlignError(f"reward {name!r} raised {type(error).__name__} on the public probe texts: {said}") from None

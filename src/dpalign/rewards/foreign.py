@@ -7,12 +7,14 @@ code sends itself, and crashes of the interpreter.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import DPAlignError
@@ -86,3 +88,45 @@ def import_function(source: str, what: str) -> Callable[..., Any]:
     if not callable(function):
         raise DPAlignError(f"{what} {source!r} is not a function.")
     return function
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a reward function takes rows.
+
+    by_name: `completions` is not its second argument, as in TRL's `f(completions, **columns)`: all are given by name.
+    takes_prompts: where all are given by name. takes: names of columns; None: any. needs: those without a default.
+    """
+
+    by_name: bool
+    takes_prompts: bool
+    takes: frozenset[str] | None
+    needs: tuple[str, ...]
+
+
+def signature_of(function: Callable[..., Any]) -> Signature:
+    """Of a function, an object that is called, or a partial; if it does not tell: (prompts, completions, **columns)."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return Signature(False, True, None, ())
+    kinds = inspect.Parameter
+    rest = any(p.kind is kinds.VAR_KEYWORD for p in parameters.values())
+    named = {n: p for n, p in parameters.items() if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+    in_order = [n for n, p in parameters.items() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    by_name = in_order[1:2] != ["completions"] and ("completions" in named or (rest and not in_order))
+    first = ["prompts", "completions"] if by_name else in_order[:2]
+    columns = {n: p for n, p in named.items() if n not in first}
+    needs = tuple(n for n, p in columns.items() if p.default is kinds.empty)
+    return Signature(by_name, rest or "prompts" in named, None if rest else frozenset(columns), needs)
+
+
+def call_rows(
+    function: Callable[..., Any], prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
+) -> Any:
+    """What a reward function returns, called as it takes its arguments."""
+    signature = signature_of(function)
+    if not signature.by_name:
+        return function(prompts, completions, **columns)
+    asked = {"prompts": prompts} if signature.takes_prompts else {}
+    return function(**asked, completions=completions, **columns)

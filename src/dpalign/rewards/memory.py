@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .weighted import Weighted
+
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 SMALL = 1 << 20  # elements: what is larger is a table or a model, whose content is not compared after every row
 ABSENT = object()
@@ -39,8 +41,7 @@ class Memory:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.unknown: set[str] = set()
         self._undo: list[Callable[[], None]] = []
-        named = function if hasattr(function, "__qualname__") else type(function)
-        self._package = str(named.__module__).partition(".")[0]  # its author's, also where it is installed
+        self._packages = set(_packages(function))  # their authors', also where they are installed
         seen: dict[int, Any] = {}
         waiting: list[Any] = [function]
         while waiting:
@@ -141,7 +142,7 @@ class Memory:
         package, file = name.partition(".")[0], getattr(sys.modules.get(name), "__file__", None)
         if package in OURS or package in sys.builtin_module_names:
             return False
-        return package == self._package or file is None or not file.startswith(LIBRARIES)
+        return package in self._packages or file is None or not file.startswith(LIBRARIES)
 
     def _note_array(self, array: Any) -> None:
         if isinstance(array, torch.Tensor):
@@ -151,6 +152,18 @@ class Memory:
             self._undo.append(partial(_set_bytes, array, bytes(array)))
         elif array.flags.writeable and array.size <= SMALL:
             self._undo.append(partial(_set_array, array, array.copy()))
+
+
+def _packages(function: Callable[..., Any]) -> Iterator[str]:
+    """The top-level package of a function, or of each of those that it is made of."""
+    if isinstance(function, Weighted):
+        for one in function.functions:
+            yield from _packages(one)
+    elif isinstance(function, partial):
+        yield from _packages(function.func)
+    else:
+        named = function if hasattr(function, "__qualname__") else type(function)
+        yield str(named.__module__).partition(".")[0]
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
-from ..domains import COUNT, within
+from ..domains import COUNT, SCALE, within
 from ..errors import DPAlignError
 from ..names import instead
 from . import dpo, ppo, reward_model, rloo, sft
@@ -61,7 +61,8 @@ class TrainerArguments:
         Raises:
             DPAlignError: one is given that belongs elsewhere in a recipe.
         """
-        mine = {f.name: f.default for f in fields(TrainerArguments) if f.name not in BATCHES}
+        shared = {*BATCHES, *(f.name for f in fields(self.Section))}
+        mine = {f.name: f.default for f in fields(self) if f.name not in shared}
         given = [name for name, default in mine.items() if getattr(self, name) != default]
         if given:
             raise DPAlignError(
@@ -132,6 +133,17 @@ def _instead(name: str, known: list[str]) -> str:
     return FOR_A_TRAINER.get(name) or instead(name, known) or "leave it out"
 
 
+@dataclass(kw_only=True)
+class RolloutArguments(TrainerArguments):
+    """Beside those of every trainer, of one that samples completions.
+
+    Args:
+        reward_weights: of the reward functions, in their order; default: 1 each.
+    """
+
+    reward_weights: list[float] | None = within(None, SCALE)
+
+
 @answering
 @dataclass(kw_only=True)
 class SFTConfig(TrainerArguments, sft.SFTConfig):  # type: ignore[misc]
@@ -158,15 +170,15 @@ class DPOConfig(TrainerArguments, dpo.DPOConfig):  # type: ignore[misc]
 
 @answering
 @dataclass(kw_only=True)
-class PPOConfig(TrainerArguments, ppo.PPOConfig):  # type: ignore[misc]
-    """Those of `settings.ppo` and of `TrainerArguments`."""
+class PPOConfig(RolloutArguments, ppo.PPOConfig):  # type: ignore[misc]
+    """Those of `settings.ppo` and of `RolloutArguments`."""
 
     Section = ppo.PPOConfig
 
 
 @answering
 @dataclass(kw_only=True)
-class RLOOConfig(TrainerArguments, rloo.RLOOConfig):  # type: ignore[misc]
-    """Those of `settings.rloo` and of `TrainerArguments`."""
+class RLOOConfig(RolloutArguments, rloo.RLOOConfig):  # type: ignore[misc]
+    """Those of `settings.rloo` and of `RolloutArguments`."""
 
     Section = rloo.RLOOConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -27,6 +27,7 @@ from ..data.readers import from_arrow
 from ..domains import check_settings
 from ..errors import DPAlignError
 from ..models import AdapterConfig, ModelConfig, Policy, RewardModel
+from ..models.loading import device_of
 from ..models.lora import check_to_train
 from ..models.objects import Given, check_tokenizer, folder_of
 from ..privacy.statement import read_statement
@@ -36,7 +37,8 @@ from ..reporting.progress import Reporter
 from ..run import run_recipe
 from ..settings.data import DataConfig
 from ..settings.privacy import Privacy
-from ..settings.trainers import TrainerArguments
+from ..settings.rollouts import RolloutConfig
+from ..settings.trainers import RolloutArguments, TrainerArguments
 from .asked import (
     Asked,
     ask_for_names,
@@ -46,6 +48,7 @@ from .asked import (
     recipe_target,
     with_reward,
 )
+from .rewards import Function, RewardFuncs, read_reward_funcs, reward_function
 
 Model: TypeAlias = str | PreTrainedModel | PeftModel
 Dataset: TypeAlias = Any  # a `datasets.Dataset`, or an iterable of dicts
@@ -70,7 +73,7 @@ class Trainer:
         peft_config: LoraConfig | None,
         privacy: Privacy | None,
         quiet: bool,
-        reward_function: Callable[..., list[float]] | None = None,
+        reward_funcs: RewardFuncs | None = None,
     ) -> None:
         if not isinstance(args, self.Arguments):
             raise DPAlignError(
@@ -83,12 +86,12 @@ class Trainer:
         self.args, self._privacy = args, privacy
         asked = Asked(type(self).__name__)
         name = asked.attempt(lambda: model if isinstance(model, str) else _start_of(model, args.output_dir or ""))
-        section = self._section(asked, reward_function, peft_config)
+        self._records = asked.attempt(lambda: _records(train_dataset, "train_dataset")) or []
+        section = self._section(asked, reward_funcs, peft_config)
         ask_for_names(asked, args, privacy)
         if eval_dataset is not None and not issubclass(self.algorithm, PairAlgorithm | RolloutAlgorithm):
             asked.say("eval_dataset is for pairs and prompts, which this stage has none of: leave it out")
         ask_what_is_public(asked, privacy, name, getattr(section, "reward", None), eval_dataset is not None)
-        self._records = asked.attempt(lambda: _records(train_dataset, "train_dataset")) or []
         shown = None if eval_dataset is None else asked.attempt(lambda: _records(eval_dataset, "eval_dataset"))
         self._public = {} if shown is None else {self.algorithm.name: shown}
         config = None if name is None else asked.attempt(lambda: self._model_config(model, name))
@@ -100,14 +103,13 @@ class Trainer:
         self._recipe = self._recipe_of(section, config)
         self._recipe.check()
         self._reporter = Reporter(quiet=quiet)
-        self._reward_function = reward_function
         self.summary: dict[str, Any] | None = None
         self._trained: PeftModel | None = None
 
     # From a trainer's arguments to a recipe -----------------------------------------------------------------------
 
     def _section(
-        self, asked: Asked, reward_function: Callable[..., list[float]] | None, peft_config: LoraConfig | None
+        self, asked: Asked, reward_funcs: RewardFuncs | None, peft_config: LoraConfig | None
     ) -> TrainingConfig | None:
         """The settings of the recipe's only stage; None if they contradict each other, which is then said."""
         budget = chosen(asked, self.args, self._privacy)
@@ -118,12 +120,20 @@ class Trainer:
         if peft_config is not None:
             adapter = asked.attempt(lambda: adapter_from(peft_config))
             section = section if adapter is None else dataclasses.replace(section, adapter=adapter)
-        if hasattr(section, "reward"):
-            if reward_function is not None:
-                source = f"{reward_function.__module__}:{reward_function.__qualname__}"
-                section = dataclasses.replace(section, reward=dataclasses.replace(section.reward, source=source))  # type: ignore[call-arg]
+        self._rewards: list[Function | str] = []
+        if isinstance(section, RolloutConfig):
+            weights, reward = self._weights(), section.reward
+            if reward_funcs is not None:
+                read = asked.attempt(lambda: read_reward_funcs(reward_funcs, weights, reward, self._records))
+                if read is not None:
+                    section, self._rewards = dataclasses.replace(section, reward=read[0]), read[1]
+            elif weights is not None:
+                asked.say("reward_weights is for reward_funcs: args.reward is one reward")
             section = with_reward(section, self._privacy, asked)
         return section
+
+    def _weights(self) -> list[float] | None:
+        return self.args.reward_weights if isinstance(self.args, RolloutArguments) else None
 
     def _model_config(self, model: Model, name: str) -> ModelConfig:
         """How the model is loaded.
@@ -192,6 +202,11 @@ class Trainer:
         if resume_from_checkpoint is False and (folder / "private" / "run.json").exists():
             raise DPAlignError(f"{folder} holds a run already: choose another output_dir, or resume it.")
         policy, reward_model = self._models()
+        function = None
+        if self._rewards:
+            config, device = self._recipe.rollouts, device_of(self._recipe.device)
+            assert config is not None
+            function = reward_function(self._rewards, self._weights(), config.reward, device)
         results = run_recipe(
             self._recipe,
             reporter=self._reporter,
@@ -199,7 +214,7 @@ class Trainer:
             public=self._public,
             policy=policy,
             reward_model=reward_model,
-            reward_function=self._reward_function,
+            reward_function=function,
         )
         self.summary = results.to_json()
         given = self._given.model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +9,7 @@ from .. import algorithms
 from ..settings.privacy import Privacy
 from ..settings.trainers import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
 from .base import Dataset, Model, Trainer
+from .rewards import RewardFuncs
 
 
 class DPSFTTrainer(Trainer):
@@ -108,8 +107,9 @@ class DPPPOTrainer(Trainer):
     Args:
         args: a `PPOConfig`.
         train_dataset: dicts with `prompt`, or `messages`, or `text` whose first tokens become the prompt.
-        reward_funcs: a function f(prompts, completions, **columns) -> list[float] that scores every row by
-            itself. Without one, `args.reward`.
+        reward_funcs: a function, an object that is called, a partial, the name or folder of a model, or a list of them
+            with `args.reward_weights`. A function scores every row by itself: f(prompts, completions, **columns) or
+            TRL's f(completions, **columns) -> list[float]. Without one, `args.reward`.
     """
 
     algorithm = algorithms.PPO
@@ -124,7 +124,7 @@ class DPPPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         *,
-        reward_funcs: Callable[..., list[float]] | None = None,
+        reward_funcs: RewardFuncs | None = None,
         privacy: Privacy | None = None,
         quiet: bool = False,
     ) -> None:
@@ -148,7 +148,7 @@ class DPRLOOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         *,
-        reward_funcs: Callable[..., list[float]] | None = None,
+        reward_funcs: RewardFuncs | None = None,
         privacy: Privacy | None = None,
         quiet: bool = False,
     ) -> None:

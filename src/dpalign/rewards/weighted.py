@@ -1,0 +1,29 @@
+"""Several reward functions as one: a weighted sum, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .foreign import call_rows, signature_of
+
+
+class Weighted:
+    """Sum of weight x score over functions; one that returns None for a row has nothing to say of it, as in TRL.
+
+    A row of which none has anything to say, or that one of them cannot score, cannot be scored.
+    """
+
+    def __init__(self, functions: Sequence[Callable[..., Any]], weights: Sequence[float]) -> None:
+        self.functions, self.weights = list(functions), list(weights)
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]:
+        totals: list[float | None] = [None] * len(completions)
+        for function, weight in zip(self.functions, self.weights, strict=True):
+            takes = signature_of(function).takes
+            given = {name: values for name, values in columns.items() if takes is None or name in takes}
+            scores = list(call_rows(function, prompts, completions, given))
+            for row, (score, total) in enumerate(zip(scores, totals, strict=True)):
+                if score is not None:
+                    totals[row] = (total or 0.0) + weight * float(score)
+        return totals
