@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import docstring_parser  # noqa: E402
 from docutils import nodes  # noqa: E402
+from sphinx.util import logging  # noqa: E402
 from sphinx.util.docutils import SphinxDirective  # noqa: E402
 
 from dpalign.version import __version__  # noqa: E402
@@ -92,15 +93,18 @@ class Settings(SphinxDirective):
         }
         lines = []
         homes = [vars(base).get("__annotations__", ()) for base in config.__mro__]
-        for one in sorted(
-            fields(config), key=lambda one: [one.name in home for home in homes], reverse=True
-        ):  # its own first
+        own_first = sorted(fields(config), key=lambda one: [one.name in home for home in homes], reverse=True)
+        for one in own_first:
             default = one.default_factory() if one.default_factory is not MISSING else one.default
-            shown = "its own defaults" if is_dataclass(default) else f"`{'none' if default is None else default}`"
+            shown = (
+                "its own defaults" if is_dataclass(default) else f"`{default}`" if default not in (None, "") else "none"
+            )
             domain = one.metadata.get("domain")
             interval = f", in `{interval_of(domain)}`" if domain is not None else ""
             text = " ".join(said.get(one.name, "").split()).rstrip(".")
-            lines.append(f"- **`{one.name}`**, default {shown}{interval}" + (f": {text}." if text else "."))
+            if not text:
+                logging.getLogger(__name__).warning("%s.%s has no sentence in a docstring", name, one.name)
+            lines.append(f"- **`{one.name}`**, default {shown}{interval}: {text}.")
         return self.parse_text_to_nodes("\n".join(lines))
 
 

@@ -174,6 +174,7 @@ RUN = {
     "dpalign plan --units PEOPLE --batch_size SAMPLE --steps 60 --delta 1e-5 --epsilon 4": Small(
         "--json", {"PEOPLE": "500", "SAMPLE": "50"}, says='"noise_per_update": 0.02397'
     ),
+    "dpalign report runs/x --beside runs/a": Small(says="private/report.html"),
     "dpalign report RUN": Small(instead={"RUN": "runs/x"}, says="runs/x/report.html"),
     "dpalign ledger": Small(),
     'dpalign generate runs/x/release --prompt "The film" --prepend_bos': Small(says="The film"),

@@ -6,12 +6,17 @@ import json
 import math
 import re
 import shutil
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from browser import needs_chromium, too_wide
+from dpalign.privacy.accountant import SampledGaussian
+from dpalign.privacy.entropy import SystemEntropy
+from dpalign.privacy.gate import PrivateStep, Sample
+from dpalign.privacy.mechanism import MetricRange
 from dpalign.reporting.charts import Measured, Series, curves, intervals
 from dpalign.reporting.html import write_report
 from finished import DELTA, LONG, finished_run, statement
@@ -113,6 +118,16 @@ def test_the_command_that_it_gives_computes_the_stages_epsilon(run, capsys):
     assert len(commands) == 2
     plan = call(capsys, *commands[0].split(), "--json").json
     assert plan["epsilon"] == pytest.approx(statement("").epsilon, rel=1e-6) and plan["delta"] == DELTA
+
+
+def test_the_band_is_the_noise_that_the_mechanism_adds():
+    """Mutant: the deviation of a metric without the others beside it (no square root of their number)."""
+    ranges = (MetricRange("reward", -1.0, 1.0), MetricRange("kl", 0.0, 40.0), MetricRange("length", 0.0, 10.0))
+    step = PrivateStep(SampledGaussian(0.5, 1.0, 1, 1, 6.0), max_grad_norm=1.0, divisor=32.0, metrics=ranges)
+    mechanism = Sample(step, [], SystemEntropy()).mechanism([])
+    released = [mechanism.release()[1] for _ in range(3000)]
+    for name, deviation in step.metrics_deviation().items():
+        assert statistics.stdev(metrics[name] for metrics in released) == pytest.approx(deviation, rel=0.1)
 
 
 # Whom it may be shown to -----------------------------------------------------------------------------------------

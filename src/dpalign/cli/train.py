@@ -41,7 +41,8 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
     results = run_recipe(recipe, reporter=reporter, command=shlex.join(["dpalign", *arguments]))
     if not as_json:
         print_results(results)
-        for sentence in ends(Path(recipe.output_dir), results.release, Terminal().is_terminal):
+        folder = Path(recipe.output_dir)
+        for sentence in (f"report: {folder / 'report.html'}", *ends(folder, results.release, Terminal().is_terminal)):
             Terminal().say(sentence)
     return results.to_json()
 
