@@ -6,6 +6,7 @@ import pytest
 
 from chats import ADDS, TEMPLATES, TURN_ENDS, byte_tokenizer
 from dpalign.data.text import (
+    _with_specials,
     apart,
     assistant_tokens,
     encode_completion,
@@ -187,3 +188,29 @@ class TestMessages:
             assistant_tokens(byte_tokenizer("llama"), chat)
         with pytest.raises(DPAlignError, match="is a string"):
             assistant_tokens(tokenizer, "text")
+
+
+def apart_by_reading_twice(tokenizer, text):
+    """What stands around a text's own ids, found by looking for them among all."""
+    ids, full = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
+    start = next(i for i in range(len(full)) if full[i : i + len(ids)] == ids)
+    return full[:start], ids, full[start + len(ids) :]
+
+
+@pytest.mark.parametrize("adds", ADDS)
+def test_a_string_is_read_once(adds, monkeypatch):
+    tokenizer = byte_tokenizer("smol", adds)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    texts = ["a film", f"{bos}a film", f"a film{eos}", f"{bos}{bos}a{eos}{eos}", f"a{eos}{bos}b", f"{eos}a", " ", "映画 😀"]
+    expected = [apart_by_reading_twice(tokenizer, text) for text in texts]
+    read, call = [], type(tokenizer).__call__
+
+    def counted(self, text, **options):
+        read.append(text)
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    assert [_with_specials(tokenizer, text) for text in texts] == expected
+    assert read == texts
+    only = _with_specials(tokenizer, bos)  # its own, beside one that the tokenizer adds in front of it
+    assert only[1] == [tokenizer.bos_token_id] and len(only[0]) == (adds in ("bos", "both"))

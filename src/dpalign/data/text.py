@@ -294,8 +294,13 @@ def cut_length(text: str, low: int, high: int) -> int:
 
 def _with_specials(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
     """What the tokenizer puts in front of a text, the text's own ids, and what it puts behind."""
+    encoded = tokenizer(text)
+    full: list[int] = encoded.input_ids
+    if encoded.encodings:  # a fast tokenizer marks what it adds: the text is read once
+        own = [place for place, added in enumerate(encoded.encodings[0].special_tokens_mask) if not added]
+        if own:
+            return full[: own[0]], full[own[0] : own[-1] + 1], full[own[-1] + 1 :]
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    full: list[int] = tokenizer(text).input_ids
     if not ids:
         return [t for t in full if t == tokenizer.bos_token_id], [], [t for t in full if t != tokenizer.bos_token_id]
     for start in range(len(full) - len(ids) + 1):
