@@ -93,7 +93,7 @@ def test_no_function_is_longer_than_a_page():
     assert not long
 
 
-NAMES = {"sft", "reward_model", "dpo", "ppo", "rloo", "measurement"}
+NAMES = {"sft", "reward_model", "reward_query", "dpo", "ppo", "rloo", "measurement"}
 # Where a stage may be called by its name: the list, the recipe's fields, and each stage's own file.
 OWN = {"stages.py", "recipe.py", "evaluation/private.py"}
 # Not the stage: the folder of a released reward model, the source of a reward, and the field of an old sweep's line.

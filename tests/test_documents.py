@@ -226,7 +226,9 @@ def smaller(recipe: str) -> str:
     fields = yaml.safe_load(recipe) | {"eval_prompts": 4}
     if fields.get("model", {}).get("name_or_path") == "tiny-review-lm":
         fields["model"] = {"name_or_path": "little", "is_public": True}
-    for name in STAGES.keys() & fields.keys():
+    if "reward_query" in fields:  # one release of all units, whatever their number
+        fields["reward_query"] |= {"max_length": 32, "own_texts": 40, "directions": 4}
+    for name in (STAGES.keys() & fields.keys()) - {"reward_query"}:
         stage = fields[name] = fields[name] | {"expected_batch_size": 4, "max_steps": 1, "micro_batch_size": 4}
         if name not in ("ppo", "rloo"):
             stage |= {"max_length": 32}
@@ -371,7 +373,9 @@ def follow_recipe(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -
             (folder / named[1]).write_text(smaller(text), encoding="utf-8")
     else:
         (folder / "smaller.yaml").write_text(smaller(text), encoding="utf-8")
-        follow_dpalign("dpalign run smaller.yaml", Small(leaves=f"{output}/release/privacy.json"), folder, capsys)
+        policy_less = set(yaml.safe_load(text)) & STAGES.keys() <= {"reward_model", "reward_query"}
+        left = f"{output}/{'reward_model' if policy_less else 'release'}/privacy.json"
+        follow_dpalign("dpalign run smaller.yaml", Small(leaves=left), folder, capsys)
 
 
 @pytest.mark.parametrize("document", followed(), ids=lambda d: str(d.relative_to(ROOT)))

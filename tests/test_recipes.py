@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from dpalign import run
-from dpalign.cli import train
 from dpalign.parsing import recipe_from
 from dpalign.plan import declared_units, delta_of, plan_stages
 from dpalign.recipe import Recipe
@@ -187,12 +186,13 @@ def ran(monkeypatch) -> list[Recorded]:
 def asked(monkeypatch) -> list[Recipe]:
     """The recipes that the command hands on."""
     recipes: list[Recipe] = []
+    carried_out = run.run_recipe
 
     def remember(given: Recipe, **options: Any) -> dict[str, Any]:
         recipes.append(given)
-        return run.run_recipe(given, **options)
+        return carried_out(given, **options)
 
-    monkeypatch.setattr(train, "run_recipe", remember)
+    monkeypatch.setattr(run, "run_recipe", remember)
     return recipes
 
 

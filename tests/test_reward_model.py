@@ -23,7 +23,7 @@ from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat
 from dpalign.models.reward_model import normalization_of
 from dpalign.rewards import RewardConfig, load_reward, normalize
-from dpalign.rewards.learned import Learned
+from dpalign.rewards.learned import Learned, own_texts
 from tiny import VOCABULARY, tiny_base, tiny_policy, tiny_tokenizer, words
 
 EOS = 1
@@ -438,16 +438,16 @@ def test_a_reward_model_reads_text_with_its_own_tokenizer():
     algorithm = RewardModelling(RewardModelConfig(max_length=12))
     pair = algorithm.encode(model, {"prompt": "w5 ", "chosen": "w6", "rejected": "w7"})
     assert pair is not None and pair.chosen == [*encode_text(model.tokenizer, "w5 w6"), EOS]
-    normalization = normalize(model, policy, rows=16, prompt_tokens=3, max_new_tokens=4, seed=0)
+    normalization = normalize(model, own_texts(policy, 16, prompt_tokens=3, max_new_tokens=4, seed=0))
     assert normalization.scale > 0
     with pytest.raises(DPAlignError, match="gives all texts the same score"):
         model.reset_head()
-        normalize(model, policy, rows=16, prompt_tokens=3, max_new_tokens=4, seed=0)
+        normalize(model, own_texts(policy, 16, prompt_tokens=3, max_new_tokens=4, seed=0))
 
 
 def test_normalisation_gives_the_policys_own_text_mean_0_and_deviation_1():
     policy, model = tiny_policy("gpt2"), reward_model("gpt2")
-    constants = normalize(model, policy, rows=64, prompt_tokens=3, max_new_tokens=5, seed=1)
+    constants = normalize(model, own_texts(policy, 64, prompt_tokens=3, max_new_tokens=5, seed=1))
     seen: list[str] = []
 
     class Watching(RewardModel):
@@ -456,7 +456,7 @@ def test_normalisation_gives_the_policys_own_text_mean_0_and_deviation_1():
             return super().score(texts, *others)
 
     model.__class__ = Watching
-    again = normalize(model, policy, rows=64, prompt_tokens=3, max_new_tokens=5, seed=1)
+    again = normalize(model, own_texts(policy, 64, prompt_tokens=3, max_new_tokens=5, seed=1))
     assert again == constants and len(set(seen)) > 32
     scores = constants.scale * torch.tensor(Learned(model)(seen[:64], [""] * 64)) + constants.shift
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std()) == pytest.approx(1, abs=1e-3)

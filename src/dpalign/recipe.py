@@ -14,6 +14,7 @@ from .settings.measurement import MeasurementConfig
 from .settings.models import ModelConfig
 from .settings.ppo import PPOConfig
 from .settings.reward_model import RewardModelConfig
+from .settings.reward_query import RewardQueryConfig
 from .settings.rewards import RewardConfig
 from .settings.rloo import RLOOConfig
 from .settings.rollouts import RolloutConfig
@@ -40,6 +41,7 @@ class Recipe:
             total noise variance), or a weight for each stage, such as {sft: 1, ppo: 2}.
         sft: settings of DP-SFT, or nothing to skip it.
         reward_model: settings of the DP reward model, or nothing to skip it.
+        reward_query: settings of the reward from one query, instead of reward_model.
         dpo: settings of DP-DPO, or nothing to skip it.
         ppo: settings of DP-PPO, or nothing to skip it.
         rloo: settings of DP-RLOO, instead of ppo.
@@ -48,6 +50,7 @@ class Recipe:
             overlap in sequential composition. Default: equal parts, or everything in sequential composition.
         sft_data: another dataset for SFT alone.
         reward_model_data: another dataset for the reward model alone.
+        reward_query_data: another dataset for the reward from one query alone.
         dpo_data: another dataset for DPO alone.
         ppo_data: another dataset for PPO alone.
         rloo_data: another dataset for RLOO alone.
@@ -78,6 +81,7 @@ class Recipe:
     allocation: Literal["equal", "minimal"] | dict[str, float] = within("equal", "(0, 1e6]")
     sft: SFTConfig | None = None
     reward_model: RewardModelConfig | None = None
+    reward_query: RewardQueryConfig | None = None
     dpo: DPOConfig | None = None
     ppo: PPOConfig | None = None
     rloo: RLOOConfig | None = None
@@ -85,6 +89,7 @@ class Recipe:
     split: dict[str, float | list[float]] | None = within(None, "[0, 1]")
     sft_data: DataConfig | None = None
     reward_model_data: DataConfig | None = None
+    reward_query_data: DataConfig | None = None
     dpo_data: DataConfig | None = None
     ppo_data: DataConfig | None = None
     rloo_data: DataConfig | None = None
@@ -130,6 +135,9 @@ class Recipe:
         sampling = [name for name, config in self.stages.items() if isinstance(config, RolloutConfig)]
         if len(sampling) > 1:
             raise DPAlignError(f"the recipe has both {' and '.join(sampling)}: keep one of them.")
+        scoring = [name for name, config in self.stages.items() if isinstance(config, RewardModelConfig)]
+        if len(scoring) > 1:
+            raise DPAlignError(f"the recipe has both {' and '.join(scoring)}: keep one of them.")
         for name in STAGES:
             if getattr(self, f"{name}_data", None) is not None and name not in self.stages:
                 raise DPAlignError(

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
 from .data.load import Record, only_columns
 from .data.overlap import remember_contents
+from .data.text import Text
 from .data.units import UnitDataset
 from .errors import DPAlignError
 from .evaluation import Evaluation, agreement_on, evaluate_stages, public_prompts
@@ -42,7 +43,7 @@ from .reporting.html import write_report
 from .reporting.progress import Reporter
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
-from .rewards.learned import Learned
+from .rewards.learned import Learned, own_texts
 from .rewards.load import RELEASED, is_reward_model
 from .settings.base import TrainingConfig
 from .settings.reward_model import RewardModelConfig
@@ -367,6 +368,8 @@ class Run:
             self.measure(stage, rewards["reward"])
             return
         algorithm = stage.kind(stage.config, **rewards)
+        if isinstance(model, RewardModel):
+            algorithm.own_texts = self.writer(model, algorithm.config.seed)
         self.train(stage, algorithm, model)
         if isinstance(model, RewardModel):
             self.release_reward_model(stage, model, algorithm.config.seed)
@@ -471,13 +474,17 @@ class Run:
 
     def normalization(self, model: RewardModel, seed: int) -> Normalization:
         """1 where no policy is at hand."""
+        write = self.writer(model, seed)
+        return Normalization() if write is None else normalize(model, write(NORMALIZATION_ROWS))
+
+    def writer(self, model: RewardModel, seed: int) -> Callable[[int], list[Text]] | None:
+        """Writes so many texts as the policy stages will, for a reward model to read; None where there is no policy."""
         policy, rollouts = self.models.get(Policy), self.plan.recipe.rollouts
         if policy is None:
-            return Normalization()
-        return normalize(
-            model,
+            return None
+        return partial(
+            own_texts,
             policy,
-            rows=NORMALIZATION_ROWS,
             seed=seed,
             prompt_tokens=rollouts.prompt_tokens if rollouts else 8,
             max_new_tokens=rollouts.max_completion_length if rollouts else model.text.max_length // 2,

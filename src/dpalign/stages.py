@@ -25,6 +25,7 @@ class Listed:
 STAGES: dict[str, Listed] = {
     "sft": Listed("dpalign.algorithms.sft:SFT", "private supervised fine-tuning"),
     "reward_model": Listed("dpalign.algorithms.reward:RewardModelling", "private reward model on pairwise preferences"),
+    "reward_query": Listed("dpalign.algorithms.reward_query:RewardQuery", "private reward from one query over pairs"),
     "dpo": Listed("dpalign.algorithms.dpo:DPO", "private DPO: the policy learns pairwise preferences directly"),
     "ppo": Listed("dpalign.algorithms.ppo:PPO", "private PPO against a public reward or a private reward model"),
     "rloo": Listed("dpalign.algorithms.rloo:RLOO", "private RLOO: PPO's simpler relative without a value head"),

@@ -4,6 +4,7 @@ from ..settings.base import TrainingConfig
 from ..settings.dpo import DPOConfig
 from ..settings.ppo import PPOConfig
 from ..settings.reward_model import RewardModelConfig
+from ..settings.reward_query import RewardQueryConfig
 from ..settings.rloo import RLOOConfig
 from ..settings.rollouts import RolloutConfig, SamplingConfig
 from ..settings.sft import SFTConfig
@@ -11,6 +12,7 @@ from .base import Algorithm
 from .dpo import DPO
 from .ppo import PPO
 from .reward import RewardModelling
+from .reward_query import RewardQuery
 from .rloo import RLOO
 from .sft import SFT
 
@@ -25,6 +27,8 @@ __all__ = [
     "RLOOConfig",
     "RewardModelConfig",
     "RewardModelling",
+    "RewardQuery",
+    "RewardQueryConfig",
     "RolloutConfig",
     "SFTConfig",
     "SamplingConfig",

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..data.load import Record, require_columns
+from ..data.text import Text
 from ..errors import DPAlignError
 from ..models import AdapterStack, ModelConfig
 from ..privacy.entropy import SystemEntropy
@@ -174,6 +175,7 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     """
 
     metrics: tuple[MetricRange, ...]  # the metrics block and its declared ranges
+    own_texts: Callable[[int], list[Text]] | None = None  # so many texts that the run's policy writes, if it has one
     rows_per_example: int = 1  # at most; a micro-batch has always as many rows as if each had that many
 
     def __init__(self, config: T) -> None:
@@ -182,6 +184,10 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     @abstractmethod
     def setup(self, model: Model) -> None:
         """Adds what the stage trains to the model."""
+
+    def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
+        """What takes the noised gradients; None is AdamW as the settings say."""
+        return None
 
     def warm_up(self, model: Model) -> int:
         """Learns from text that the model writes itself, before the first draw; how many updates. Reads no record."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,27 +30,24 @@ class Pair:
     preference: float
 
 
-class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
-    """-log sigmoid(r(chosen) - r(rejected) - margin), its two rows in one unit."""
+R = TypeVar("R", bound=RewardModelConfig)
 
-    name = "reward_model"
-    Config = RewardModelConfig
+
+class ScoredPairs(PairAlgorithm[R, RewardModel, Pair], Generic[R], is_base=True):
+    """A reward model reads both texts of a pair."""
+
     model_kind = RewardModel
 
     @classmethod
-    def entering(cls, config: RewardModelConfig) -> Entering:
+    def entering(cls, config: R) -> Entering:
         return {} if config.model is None else {"model": config.model}
 
     @classmethod
-    def longest(cls, config: RewardModelConfig) -> int:
+    def longest(cls, config: R) -> int:
         return config.max_length
 
     @classmethod
-    def tokens(cls, config: RewardModelConfig) -> Tokens:
-        return Tokens(trained=2 * config.max_length)
-
-    @classmethod
-    def check(cls, config: RewardModelConfig, tokenizer: Tokenizer, record: Record) -> Reading:
+    def check(cls, config: R, tokenizer: Tokenizer, record: Record) -> Reading:
         check_pair(record)
         whole = replace(config.text, max_length=UNCUT)
         chosen, rejected = (encode_as(whole, tokenizer, text, template_options(record)) for text in pair_texts(record))
@@ -57,14 +55,6 @@ class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
         learned = min(len(chosen), len(rejected), config.max_length) if differ else 0
         largest = max([*chosen, *rejected], default=0)
         return Reading(max(len(chosen), len(rejected)), config.max_length, learned, largest)
-
-    def __init__(self, config: RewardModelConfig) -> None:
-        super().__init__(config)
-        self.metrics = pair_metrics(config.margin_range)
-
-    def setup(self, model: RewardModel) -> None:
-        model.add_adapter(self.name, self.config.adapter)
-        model.train_head()
 
     def encode(self, model: RewardModel, record: Record) -> Pair | None:
         """None for a tie that is skipped."""
@@ -83,6 +73,28 @@ class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
         unit = torch.tensor([unit for unit, _ in pairs], dtype=torch.int64)
         return Rows(unit.to(ids.device), {name: t.to(ids.device) for name, t in tensors.items()})
 
+    def differences(self, model: RewardModel, records: list[Record]) -> Tensor:
+        return score_differences(model, records)
+
+
+class RewardModelling(ScoredPairs[RewardModelConfig]):
+    """-log sigmoid(r(chosen) - r(rejected) - margin), its two rows in one unit."""
+
+    name = "reward_model"
+    Config = RewardModelConfig
+
+    @classmethod
+    def tokens(cls, config: RewardModelConfig) -> Tokens:
+        return Tokens(trained=2 * config.max_length)
+
+    def __init__(self, config: RewardModelConfig) -> None:
+        super().__init__(config)
+        self.metrics = pair_metrics(config.margin_range)
+
+    def setup(self, model: RewardModel) -> None:
+        model.add_adapter(self.name, self.config.adapter)
+        model.train_head()
+
     def row_losses(self, model: RewardModel, rows: Rows) -> tuple[Tensor, Tensor]:
         """The loss of a pair stands in both of its rows, whose mean the loop takes."""
         ids, mask = rows.tensors["ids"], rows.tensors["mask"]
@@ -93,9 +105,6 @@ class RewardModelling(PairAlgorithm[RewardModelConfig, RewardModel, Pair]):
         loss = loss + self.config.center_rewards_coefficient * ((chosen + rejected) / 2) ** 2
         metrics = measured(loss, chosen - rejected, preference)
         return loss.repeat_interleave(2), metrics.repeat_interleave(2, 0)
-
-    def differences(self, model: RewardModel, records: list[Record]) -> Tensor:
-        return score_differences(model, records)
 
 
 def pair_texts(record: Record) -> tuple[Text, Text]:

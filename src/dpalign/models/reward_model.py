@@ -8,6 +8,7 @@ It reads text and has its own tokenizer, which need not be the policy's.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class RewardModel(AdapterStack):
             raise DPAlignError("append_eos needs a padding token other than EOS: transformers would not see that EOS.")
         head = base.get_submodule(self.head_name)
         head.float().register_forward_pre_hook(_widen)
+        self._whole_head: Any = None  # while votes are cast in a few directions of what it reads
 
     @classmethod
     def load(
@@ -183,16 +185,74 @@ class RewardModel(AdapterStack):
         """Makes the weight of the head trainable; a bias cancels in the difference of two scores and stays frozen."""
         self.head.weight.requires_grad_(True)
 
+    # One query: the head in two steps, of which the first is fixed ------------------------------------------------
+
+    @property
+    def features_width(self) -> int:
+        """What the head reads of a token."""
+        return int((self._whole_head or self.head).in_features)
+
+    def vote_in(self, directions: Tensor) -> None:
+        """Splits the head until its stage is finished: fixed `(count, width)` directions, trainable zero weights."""
+        self._whole_head = self.head
+        count, width = directions.shape
+        fixed, votes = nn.Linear(width, count, bias=False), nn.Linear(count, 1, bias=False)
+        split = nn.Sequential(OrderedDict(directions=fixed, votes=votes)).to(self._whole_head.weight.device)
+        split.requires_grad_(False)
+        split.register_forward_pre_hook(_widen)
+        self.classifier.set_submodule(self.head_name, split)
+        with torch.no_grad():
+            fixed.weight.copy_(directions)
+            votes.weight.zero_()
+        votes.weight.requires_grad_(True)
+
+    @torch.no_grad()
+    def set_directions(self, directions: Tensor) -> None:
+        """Others, `(count, width)`, in a head that was split."""
+        self.head.directions.weight.copy_(directions)
+
+    @torch.no_grad()
+    def finish_stage(self) -> None:
+        if self._whole_head is not None:
+            split, whole = self.head, self._whole_head
+            whole.weight.copy_(split.votes.weight @ split.directions.weight)
+            if whole.bias is not None:
+                whole.bias.zero_()
+            self.classifier.set_submodule(self.head_name, whole)
+            self._whole_head = None
+        super().finish_stage()
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[Text], rows_at_once: int = 64) -> Tensor:
+        """`(texts, width)` float32 on the CPU: what the head reads of each text, pooled as its scores are."""
+        head = self.head
+        identity = nn.Identity()
+        identity.register_forward_pre_hook(_widen)
+        self.classifier.set_submodule(self.head_name, identity)
+        try:
+            encoded = [self.encode(text) for text in texts]
+            parts = [
+                self._read(*self.pad([encoded[i] for i in chunk]))[:count].cpu()
+                for chunk, count in chunks(len(texts), rows_at_once)
+            ]
+        finally:
+            self.classifier.set_submodule(self.head_name, head)
+        return torch.cat(parts) if parts else torch.zeros(0, self.features_width)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores `(rows,)` float32 of right-padded `(rows, length)` ids."""
+        return self._read(input_ids, attention_mask)[:, 0]
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`(rows, outputs)` of the head, pooled."""
         if self.text.pooling == "last":
             logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-            return logits[:, 0]
+            return logits
         hidden: Tensor = self.classifier.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
-        scores: Tensor = self.head(hidden).squeeze(2)  # (rows, length)
-        return (scores * attention_mask).sum(1) / attention_mask.sum(1)
+        scores: Tensor = self.head(hidden)  # (rows, length, outputs)
+        return (scores * attention_mask.unsqueeze(2)).sum(1) / attention_mask.sum(1, keepdim=True)
 
     def encode(self, text: Text, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of one text, at most `text.max_length` (its last ones).

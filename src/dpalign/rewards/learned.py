@@ -33,27 +33,29 @@ class Learned:
         return self.model.score(texts, options).tolist()
 
 
-def normalize(
-    model: RewardModel,
-    policy: Policy,
-    *,
-    rows: int,
-    prompt_tokens: int,
-    max_new_tokens: int,
-    seed: int,
-    text: str | None = None,
-) -> Normalization:
-    """Constants that give the policy's own text mean reward 0 and standard deviation 1.
+def own_texts(
+    policy: Policy, rows: int, *, prompt_tokens: int, max_new_tokens: int, seed: int, text: str | None = None
+) -> list[Text]:
+    """What the policy writes itself, as a reward model reads it: prompt and completion, or the completion alone.
 
-    The policy writes prompts and completions itself: it is public or a DP release, and no record is read.
-
-    Raises:
-        DPAlignError: every text scores alike.
+    The policy writes prompts and completions: it is public or a DP release, and no record is read.
     """
     torch.manual_seed(seed)
     prompts = write_prompts(policy, rows, prompt_tokens, 256)
     rollouts = policy.sample(*padded(policy, prompts), max_new_tokens)
-    scores = torch.tensor(Learned(model, text)([prompt.text for prompt in prompts], answers(policy, prompts, rollouts)))
+    completions = answers(policy, prompts, rollouts)
+    if text == "completion":
+        return list(completions)
+    return [joined(prompt.text, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def normalize(model: RewardModel, texts: Sequence[Text]) -> Normalization:
+    """Constants that give `texts`, the policy's own, mean reward 0 and standard deviation 1.
+
+    Raises:
+        DPAlignError: every text scores alike.
+    """
+    scores = model.score(texts)
     scores = scores[~scores.isnan()]  # a text without a token has no mean
     deviation = float(scores.std())
     if not deviation > 0:

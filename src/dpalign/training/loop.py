@@ -123,6 +123,7 @@ class Stage:
         self.gradients = PerUnitGradients(self.model)
         config = self.config
         self.optimizer = self._optimizer()
+        self.peak = self.optimizer.param_groups[0]["lr"]
         step = self._resume()
         if step is None:
             step = 0
@@ -143,6 +144,9 @@ class Stage:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
+        own = self.algorithm.optimizer(self.gradients.parameters)
+        if own is not None:
+            return own
         options: dict[str, Any] = {
             "lr": config.learning_rate,
             "betas": (config.adam_beta1, config.adam_beta2),
@@ -215,7 +219,7 @@ class Stage:
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
                 p.grad = gradient.to(p.dtype)
             self.whole = None
-            self.optimizer.param_groups[0]["lr"] = config.learning_rate * self._schedule(step)
+            self.optimizer.param_groups[0]["lr"] = self.peak * self._schedule(step)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             released = metrics if passed == 0 else released
