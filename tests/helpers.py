@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -128,10 +129,11 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """`dpalign ARGUMENTS` as a fresh process."""
+    """`dpalign ARGUMENTS` as a fresh process, that Ctrl-C ends also where the tests run in the background."""
     return subprocess.Popen(
         [sys.executable, "-m", "dpalign", *map(str, arguments)],
         cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -275,6 +275,8 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "two million bytes": ("# " + "x" * 2_000_000, "more than 1000000 bytes"),
     "a key that is a number": ("3: 4\nsft: {}\n", ""),
     "a key that is a list": ("? [1, 2]\n: 3\n", ""),
+    "a number beyond all numbers": ("target_epsilon: 1e400\nsft: {}\n", "larger than a number can be"),
+    "a section that is nothing": ("model:\nsft: {}\n", "expected a section of settings"),
     "an hour for a number": ("sft: {max_steps: 1:30}\n", "another number"),
     "an octal number": ("sft: {max_steps: 010}\n", "another number"),
     "a date for a name": ("data: {name: [2001-01-01]}\nsft: {}\n", "name"),
@@ -702,7 +704,7 @@ CALLS: dict[str, list[str]] = {
     },
     **{
         f"sweep {name} {v!r}": ["sweep", "recipe.yaml", name, v]
-        for name, values in {"--epsilons": ["nan", "-1", "x", "4:0", "4:x"], "--seeds": ["0", "-1", "x"], "--vary": ["x"], "--at": ["4"], "--public_proxy": ["nowhere.jsonl"]}.items()
+        for name, values in {"--epsilons": ["nan", "-1", "1e400", "x", "4:0", "4:x"], "--seeds": ["0", "-1", "x"], "--vary": ["x"], "--at": ["4"], "--public_proxy": ["nowhere.jsonl"]}.items()
         for v in values
     },
     "no command": ["fly"], "run without a recipe's value": ["run", "recipe.yaml", "--sft.max_steps"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from dpalign.errors import DPAlignError
 from dpalign.rewards import Reward, check_reward
 from dpalign.rewards.foreign import Raised, contained, import_function
-from helpers import call, ledger_rows, reviews, write_jsonl, write_recipe
+from helpers import call, ledger_rows, reviews, start, write_jsonl, write_recipe
 
 ENDS = [SystemExit(0), KeyboardInterrupt(), GeneratorExit(), MemoryError(), RecursionError(), ValueError("zebrafinch")]
 
@@ -67,6 +68,47 @@ def test_a_signal_from_outside_goes_on():
     assert contained(lambda: 3) == 3
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("then", [lambda: 3, lambda: 1 / 0], ids=["swallows", "raises another"])
+def test_a_signal_goes_on_whatever_the_code_does_with_it(then):
+    def interrupted():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            return then()
+
+    with pytest.raises(KeyboardInterrupt):
+        contained(interrupted)
+
+
+WAITING = """
+import pathlib, time
+
+def score(prompts, completions, **columns):
+    if any("zebra" in prompt for prompt in prompts):
+        pathlib.Path("reached").touch()
+        time.sleep(60)
+    return [0.1 * len(c) % 1 for c in completions]
+"""
+
+
+def test_ctrl_c_inside_a_reward_ends_the_run(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    write_jsonl(tmp_path / "data.jsonl", [{"text": f"zebrafinch {r['text']}"} for r in reviews(32)])
+    reward = {"source": "waiting:score", "is_public": True, "low": 0.0, "high": 1.0}
+    recipe = write_recipe(tmp_path, sft=None, ppo={"expected_batch_size": 32, "reward": reward})
+    running = start(tmp_path, "run", recipe, "--json")
+    until = time.monotonic() + 120
+    while not (tmp_path / "reached").exists():
+        assert running.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=20)
+    assert (running.returncode, out) == (130, "") and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("dpalign: ended by SIGINT; the same command goes on")
+    assert ledger_rows(tmp_path) == 1 and not (tmp_path / "run" / "release").exists()
+
+
 FILES = {
     "def score(:": "SyntaxError", "import sys; sys.exit(0)": "SystemExit", "raise KeyboardInterrupt": "KeyboardInterrupt",
     "1 / 0": "ZeroDivisionError", "import nothing_of_the_kind": "ModuleNotFoundError", "\0": "SyntaxError|ValueError", "other = 1": "AttributeError",
@@ -86,8 +128,11 @@ def test_a_file_with_a_fault_is_one_sentence(content, says, tmp_path, monkeypatc
 
 
 QUITTER = """
+import pathlib
+
 def score(prompts, completions, **columns):
-    if any("zebrafinch" in prompt for prompt in prompts):
+    if any("zebra" in prompt for prompt in prompts):
+        pathlib.Path("reached").touch()
         raise SystemExit(0)
     return [0.1 * len(c) % 1 for c in completions]
 """
@@ -102,4 +147,9 @@ def test_exit_on_one_private_prompt_changes_nothing(tmp_path, capsys, monkeypatc
     reward = {"source": "quitter:score", "is_public": True, "low": 0.0, "high": 1.0}
     recipe = write_recipe(tmp_path, sft=None, ppo={"expected_batch_size": 32, "max_steps": 2, "reward": reward})
     done = call(capsys, "run", recipe, "--json")
-    assert done.json["release"] and ledger_rows(tmp_path) == 2 and "zebrafinch" not in done.err + done.out
+    assert (
+        done.json["release"]
+        and (tmp_path / "reached").exists()
+        and ledger_rows(tmp_path) == 2
+        and "zebrafinch" not in done.err + done.out
+    )

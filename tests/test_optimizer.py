@@ -75,6 +75,9 @@ def test_weights_without_a_gradient_stay_and_a_closure_is_refused():
         optimizer.step(lambda: 0.0)
 
 
+SAVED = {"algorithm": {}, "fingerprint": "f", "config_hash": "c"}
+
+
 @pytest.mark.parametrize("deviation", [0.0, 0.7])
 def test_a_checkpoint_keeps_its_state(deviation, tmp_path):
     whole = parameters()
@@ -82,7 +85,7 @@ def test_a_checkpoint_keeps_its_state(deviation, tmp_path):
     begun, names = parameters(), ["a", "b"]
     optimizer = corrected(begun, deviation)
     run(optimizer, begun, range(3))
-    save_checkpoint(tmp_path, 3, optimizer_tensors(optimizer, names), {})
+    save_checkpoint(tmp_path, 3, optimizer_tensors(optimizer, names), SAVED)
     resumed = [nn.Parameter(p.detach().clone()) for p in begun]
     again = corrected(resumed, deviation)
     tensors, _ = load_newest(tmp_path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpalign.algorithms import RewardModelConfig, RewardModelling
 from dpalign.algorithms.base import check_records, encode_units
@@ -385,6 +386,21 @@ def test_a_release_is_loaded_with_its_head_format_and_scale(releases, kind):
     assert normalization_of(release) == Normalization(2.0, -0.5)
     assert not [f for f in release.iterdir() if f.suffix in (".bin", ".pt", ".pkl")]
     assert sum("score" in n for n in load_file(release / "adapter_model.safetensors")) == 1
+
+
+def test_a_release_with_a_damaged_head_or_format_is_refused(releases, tmp_path):
+    release = shutil.copytree(releases[1]["llama"] / "release", tmp_path / "release")
+    tensors, text = load_file(release / "adapter_model.safetensors"), (release / "reward.json").read_text()
+    head = next(name for name in tensors if "score" in name)
+    for broken in ("[]", "{", "{}", '{"text": 3}', '{"text": {"stretch": 1}}'):
+        (release / "reward.json").write_text(broken)
+        with pytest.raises(DPAlignError, match="not the release of this reward model"):
+            RewardModel.load(ModelConfig(name_or_path=str(release)))
+    (release / "reward.json").write_text(text)
+    for other in ({n: t for n, t in tensors.items() if n != head}, tensors | {head: torch.zeros(3)}):
+        save_file(other, release / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(DPAlignError):
+            RewardModel.load(ModelConfig(name_or_path=str(release)))
 
 
 def test_a_release_can_be_trained_further(releases):

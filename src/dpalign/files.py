@@ -72,6 +72,28 @@ def dumps(value: Any, indent: int | None = 2) -> str:
     return fit_json(json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False))
 
 
+def read_own(path: Path) -> dict[str, Any]:
+    """The object of a JSON file that dpalign has left for itself.
+
+    Raises:
+        DPAlignError: it is there no more, or something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise damaged(path)
+    return value
+
+
+def damaged(path: Path) -> DPAlignError:
+    """What is said of a file of ours that somebody else has changed."""
+    return DPAlignError(
+        f"{path} is damaged: restore it from a copy, or begin in another output folder; what was spent stays spent."
+    )
+
+
 def append_line(path: Path, value: Any) -> None:
     """Adds one line of JSON to a log, after `mend_lines`."""
     try:

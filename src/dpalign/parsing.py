@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, set_loader  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader  # type: ignore[attr-defined]
 
 from .domains import shown
 from .errors import DPAlignError
@@ -53,6 +53,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             raise _refused("a whole number has more than 40 digits", node)
         return super().construct_yaml_int(node)
 
+    def construct_yaml_float(self, node: Any) -> Any:
+        value = super().construct_yaml_float(node)
+        if math.isinf(value) and "inf" not in node.value.lower():
+            raise _refused(f"{node.value} is larger than a number can be (infinity is written .inf)", node)
+        return value
+
 
 def _refused(why: str, node: Any = None) -> yaml.YAMLError:
     line = "" if node is None else f"line {node.start_mark.line + 1}: "
@@ -73,6 +79,7 @@ def _size(node: Any, known: dict[int, int], depth: int) -> int:
 # YAML 1.1 takes 1:30 for 90, 010 for 8 and 2001-01-01 for a date.
 _OTHERWISE = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OTHERWISE]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -116,10 +123,24 @@ def recipe_from(command: str, arguments: list[str]) -> Recipe:
     _check_files(arguments)
     arguments = [re.sub(r"^(--[\w.]+=)?(-?)inf$", r"\1\2.inf", a) for a in arguments]
     try:
-        fields = vars(parser.instantiate(parser.parse_args(arguments)))
+        parsed = parser.parse_args(arguments)
+        _check_sections(parsed, Recipe)
+        fields = vars(parser.instantiate(parsed))
     except argparse.ArgumentError as error:
         raise DPAlignError(_in_one_sentence(" ".join(str(error).split()), command)) from None
     return Recipe(**{f.name: fields[f.name] for f in dataclasses.fields(Recipe)})
+
+
+def _check_sections(values: Namespace, kind: type[Any], path: str = "") -> None:
+    """Refuses another value where a section of settings belongs, which jsonargparse sees only when it makes one."""
+    values, hints = values.get("init_args", values), get_type_hints(kind)
+    for name, hint in hints.items():
+        section, value = section_of(name, kind), values.get(name)
+        if section is None or (value is None and type(None) in get_args(hint)):
+            continue
+        if not isinstance(value, Namespace):
+            raise DPAlignError(f"field {path}{name}: expected a section of settings, got {shown(value)}.")
+        _check_sections(value, section, f"{path}{name}.")
 
 
 def section_of(path: str, recipe: type[Any] = Recipe) -> type[Any] | None:

@@ -28,7 +28,7 @@ from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import measure_privately
 from .files import write_json
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
-from .models.loading import check_ids, check_targets, device_of, embedding_rows
+from .models.loading import check_ids, check_targets, device_of, embedding_rows, positions_of
 from .models.reward_model import is_classifier, normalization_of
 from .plan import Plan, PlannedStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
@@ -253,7 +253,7 @@ def check_lengths(name: str, needed: int, model_config: Any) -> None:
         DPAlignError: too long, or positions whose scaling depends on the longest row of a batch.
     """
     model = model_config.get_text_config()
-    limit = getattr(model, "max_position_embeddings", None)
+    limit = positions_of(model_config)
     if limit is not None and needed > limit:
         raise DPAlignError(
             f"stage {name} needs {needed} positions and the model has {limit}: lower the stage's lengths."

@@ -213,6 +213,8 @@ def _epsilon(given: Epsilon) -> str:
         number = float(text)
     except ValueError:
         raise DPAlignError(f"expected an epsilon (0, 4, inf), got {text!r}.") from None
+    if math.isinf(number) and "inf" not in text.lower():
+        raise DPAlignError(f"epsilon {text} is larger than a number can be: without privacy it is inf.")
     if number != 0:
         accountant.check_epsilon(number)
     return {0.0: PRETRAINED, math.inf: "inf"}.get(number, text)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import DPAlignError
-from .files import mend_lines, owner_only, private_folder, sweep_temporaries, write_json
+from .files import damaged, mend_lines, owner_only, private_folder, read_own, sweep_temporaries, write_json
 from .plan import Past
 from .privacy.ledger import Intent, Ledger
 from .privacy.statement import state_privacy, unnamed_attempt
@@ -76,7 +76,7 @@ class Workspace:
 
     def remember(self, origins: Mapping[str, Origin]) -> None:
         """From here on the run rests on them."""
-        value = json.loads((self.private / "run.json").read_text(encoding="utf-8"))
+        value = _read_run(self.private)
         value["origins"] = {entry: asdict(origin) for entry, origin in sorted(origins.items())}
         write_json(self.private / "run.json", value)
 
@@ -89,22 +89,22 @@ class AttemptNames:
     """
 
     def __init__(self, private: Path) -> None:
-        self.file = private / "run.json"
+        self.private = private
         self._begun: set[tuple[str, int]] = set()
 
     def begin(self, stage: str, attempt: int) -> None:
         """A new name, but for an attempt that this object has begun."""
         if (stage, attempt) in self._begun:
             return
-        value = json.loads(self.file.read_text(encoding="utf-8"))
+        value = _read_run(self.private)
         names = value.setdefault("later_attempts" if "attempts" not in value else "attempts", {})
         names.setdefault(stage, {})[str(attempt)] = secrets.token_hex(8)
-        write_json(self.file, value)
+        write_json(self.private / "run.json", value)
         self._begun.add((stage, attempt))
 
     def name_of(self, intent: Intent) -> str:
         """Of the attempt that drew; "" if another copy of the folder began it."""
-        value = json.loads(self.file.read_text(encoding="utf-8"))
+        value = _read_run(self.private)
         unknown = "" if "attempts" in value else unnamed_attempt(intent)
         names = value.get("attempts", value.get("later_attempts", {}))
         return str(names.get(intent.stage, {}).get(str(intent.attempt), unknown))
@@ -122,7 +122,7 @@ def _identity(folder: Path, ledger: Ledger) -> str:
     file = folder / "private" / "run.json"
     if not file.exists():
         write_json(file, {"run": f"{folder.name}-{secrets.token_hex(4)}", "ledger": ledger.identity, "attempts": {}})
-    value = json.loads(file.read_text(encoding="utf-8"))
+    value = _read_run(folder / "private")
     if value["ledger"] != ledger.identity:
         raise DPAlignError(
             f"{folder} was begun with another ledger than {ledger.path}: give that one with --ledger, or choose "
@@ -131,16 +131,34 @@ def _identity(folder: Path, ledger: Ledger) -> str:
     return str(value["run"])
 
 
+def _read_run(private: Path) -> dict[str, Any]:
+    """What a run has written down of itself: `run`, `ledger`, the names of attempts, and `origins`.
+
+    Raises:
+        DPAlignError: it is damaged.
+    """
+    value = read_own(private / "run.json")
+    sections = [value.get(name, {}) for name in ("attempts", "later_attempts", "origins")]
+    sections += [stage for section in sections if isinstance(section, dict) for stage in section.values()]
+    texts = [value.get(name) for name in ("run", "ledger")]
+    if not all(isinstance(section, dict) for section in sections) or not all(isinstance(text, str) for text in texts):
+        raise damaged(private / "run.json")
+    return value
+
+
 def same_origins(private: Path, origins: Mapping[str, Origin], drawn: list[Intent]) -> dict[str, Origin]:
     """The recipe's models, and those that the run used before the recipe dropped them: both stay in its statement.
 
     Raises:
         DPAlignError: a model is another one than when the run began.
     """
-    value = json.loads((private / "run.json").read_text(encoding="utf-8"))
+    value = _read_run(private)
     if not drawn and not any(private.glob("*/step-*")):  # nothing rests on any of them yet
         return dict(origins)
-    known = {name: Origin.from_json(origin) for name, origin in value.get("origins", {}).items()}
+    try:
+        known = {name: Origin.from_json(origin) for name, origin in value.get("origins", {}).items()}
+    except (KeyError, TypeError, AttributeError, ValueError, DPAlignError):
+        raise damaged(private / "run.json") from None
     for entry, origin in origins.items():
         if entry in known and origin.fingerprint != known[entry].fingerprint:
             old, new = known[entry].name, origin.name

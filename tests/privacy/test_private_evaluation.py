@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import cache
@@ -183,6 +184,16 @@ def test_a_finished_measurement_is_read_back_and_a_lost_one_stays_lost(tmp_path,
     first, _ = measure(dataset(HELD_OUT), tmp_path / "a", ledger=ledger)
     again, _ = measure(dataset(HELD_OUT), tmp_path / "a", ledger=ledger)
     assert again == first and len(ledger.intents()) == 1
+    for text in (
+        "[]",
+        "{",
+        "{}",
+        json.dumps(first | {"win_rate": "high"}),
+        json.dumps(first | {"noise_standard_deviation": 1}),
+    ):
+        (tmp_path / "a" / "result.json").write_text(text)
+        with pytest.raises(DPAlignError, match=r"result\.json is damaged"):
+            measure(dataset(HELD_OUT), tmp_path / "a", ledger=ledger)
 
     def dies(*arguments):
         raise KeyboardInterrupt

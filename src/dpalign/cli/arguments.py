@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -32,6 +33,8 @@ def number(kind: type[int] | type[float], interval: str, *, or_inf: bool = False
             raise argparse.ArgumentTypeError(
                 f"{shown(text)} is no {'whole number' if kind is int else 'number'}"
             ) from None
+        if value in (math.inf, -math.inf) and "inf" not in text.lower():  # 1e400 is no way to say infinity
+            raise argparse.ArgumentTypeError(f"{shown(text)} is larger than a number can be")
         if value != value or value not in domain:
             raise argparse.ArgumentTypeError(f"{shown(value)} must be {domain}")
         return value

@@ -30,6 +30,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
 
     from ..data.text import encode_prompt_text, template_options
     from ..models import Policy
+    from ..models.loading import positions_of
     from ..release import PromptFormat, as_trained, prompt_format_of
 
     policy = Policy.load(ModelConfig(name_or_path=given.model))
@@ -44,6 +45,12 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     ]
     if not all(encoded):
         raise DPAlignError("an empty prompt needs --prepend_bos.")
+    longest, limit = max(map(len, encoded)) + given.max_completion_length, positions_of(policy.model.config)
+    if limit is not None and longest > limit:
+        raise DPAlignError(
+            f"prompt and completion need {longest} positions and the model has {limit}: lower --max_completion_length, "
+            "or shorten the prompts."
+        )
     torch.manual_seed(given.seed)
     with policy.merged():
         rollouts = policy.generate(

@@ -41,6 +41,7 @@ def _read_array(file: Path, text: TextIO) -> list[dict[str, Any]]:
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise DPAlignError(f"entry {number} of the array in {file} is not a JSON object.")
+        _check_columns(record, f"entry {number} of the array in {file}")
     return list(records)
 
 
@@ -59,6 +60,7 @@ def _read_lines(file: Path, text: TextIO) -> list[dict[str, Any]]:
             ) from None
         if not isinstance(record, dict):
             raise DPAlignError(f"line {number} of {file} is not a JSON object.")
+        _check_columns(record, f"line {number} of {file}")
         records.append(record)
     return records
 
@@ -71,6 +73,14 @@ def _inside(text: str) -> str:
         return ""
     lists = [key for key, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
     return f"; it is one object, so save the array in its {printable(lists[0])!r} by itself" if lists else ""
+
+
+def _check_columns(record: dict[str, Any], where: str) -> None:
+    for name in record:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DPAlignError(f"{where} has a column whose name is no valid Unicode (a lone surrogate).") from None
 
 
 def _line_of(error: Exception) -> str:

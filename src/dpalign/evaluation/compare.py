@@ -14,7 +14,7 @@ from ..data.load import Record, read_records, require_columns
 from ..data.overlap import DECLARED, check_contents, hash_texts
 from ..errors import DPAlignError
 from ..models import ModelConfig, Policy
-from ..models.loading import device_of
+from ..models.loading import device_of, positions_of
 from ..privacy.ledger import Ledger
 from ..rewards import Reward, load_reward
 from ..settings.rewards import RewardConfig
@@ -343,7 +343,7 @@ def same_prompts(
     if not all(prompt.ids for prompt in prompts.prompts):
         raise DPAlignError(f"a prompt of {data} has no token: give every record text, or prepend BOS (--prepend_bos).")
     needed = max(len(prompt.ids) for prompt in prompts.prompts) + sampling.max_completion_length
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(policy.model.config)
     if limit is not None and needed > limit:
         raise DPAlignError(
             f"prompt and completion need {needed} positions and a model has {limit}: lower --max_completion_length (in "

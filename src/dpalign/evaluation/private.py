@@ -6,7 +6,6 @@ numbers per unit: adding or removing a unit moves their scaled sum by at most 1.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
@@ -20,7 +19,7 @@ from ..algorithms.completions import PROMPT_COLUMNS, check_prompt, columns_of, r
 from ..data import UnitDataset
 from ..data.load import Record
 from ..errors import DPAlignError
-from ..files import private_folder, write_json
+from ..files import damaged, private_folder, read_own, write_json
 from ..models import Policy
 from ..models.generation import answers
 from ..models.kernels import chunks
@@ -35,6 +34,8 @@ from ..settings.measurement import MeasurementConfig
 from ..settings.rollouts import SamplingConfig
 from ..training import StagePlan
 from ..training.loop import hash_of
+
+METRICS = ("reward", "reward_reference", "win_rate")
 
 
 class Measurement(StageKind[MeasurementConfig]):
@@ -117,8 +118,7 @@ def measure_privately(
             "another folder."
         )
     if result.exists():
-        value: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return value
+        return _read_result(result)
     if journaled:
         tell("the measurement was lost by an interruption; its budget is spent, and it is not repeated.")
         return None
@@ -127,13 +127,23 @@ def measure_privately(
     return value
 
 
+def _read_result(path: Path) -> dict[str, Any]:
+    value = read_own(path)
+    noise = value.get("noise_standard_deviation")
+    numbers = [part.get(name) for part in (value, noise) if isinstance(part, dict) for name in METRICS]
+    if len(numbers) != 2 * len(METRICS) or not all(isinstance(number, int | float) for number in numbers):
+        raise damaged(path)
+    if not {"units", "epsilon"} <= value.keys():
+        raise damaged(path)
+    return value
+
+
 def _measured_once(
     policy: Policy, data: UnitDataset, plan: StagePlan, reward: Reward, config: SamplingConfig, gate: Gate
 ) -> dict[str, Any]:
     block = (
-        MetricRange("reward", reward.low, reward.high),
-        MetricRange("reward_reference", reward.low, reward.high),
-        MetricRange("win_rate", 0.0, 1.0),
+        *(MetricRange(name, reward.low, reward.high) for name in METRICS[:2]),
+        MetricRange(METRICS[2], 0.0, 1.0),
     )
     step = PrivateStep(plan.mechanism(), max_grad_norm=1.0, divisor=data.declared_units, metrics=block)
     (drawn,) = gate.draw([step], first=0, attempt=0)

@@ -113,6 +113,11 @@ def embedding_rows(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def positions_of(config: Any) -> int | None:
+    """How many positions a model can hold; None where its configuration names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_ids(ids: Iterable[int | None], rows: int) -> None:
     """Raises DPAlignError for a token id that the model has no embedding for."""
     largest = max((i for i in ids if i is not None), default=0)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -110,13 +111,16 @@ class RewardModel(AdapterStack):
 
     def _take_head(self, release: Path) -> None:
         """The head and the text's format of a released reward model."""
-        value = json.loads((release / FORMAT_FILE).read_text(encoding="utf-8"))
-        self.text = TextFormat(**value["text"])
-        check_settings(self.text, f"{release / FORMAT_FILE}: text")
-        saved = load_file(release / "adapter_model.safetensors")
-        with torch.no_grad():
-            for name, p in self.head.named_parameters():
-                p.copy_(saved[f"base_model.model.{self.head_name}.{name}"])
+        try:
+            value = json.loads((release / FORMAT_FILE).read_text(encoding="utf-8"))
+            self.text = TextFormat(**value["text"])
+            check_settings(self.text, f"{release / FORMAT_FILE}: text")
+            saved = load_file(release / "adapter_model.safetensors")
+            with torch.no_grad():
+                for name, p in self.head.named_parameters():
+                    p.copy_(saved[f"base_model.model.{self.head_name}.{name}"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
+            raise DPAlignError(f"{release} is not the release of this reward model (its head or format).") from None
 
     @classmethod
     def from_policy(cls, policy: Policy, text: TextFormat | None = None) -> RewardModel:

@@ -145,6 +145,7 @@ class Ledger:
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self._db.execute("PRAGMA synchronous=EXTRA")
             self._migrate()
+            self._check_names()
         except (sqlite3.Error, OSError) as error:
             raise DPAlignError(
                 f"the ledger {self.path} cannot be opened or written ({error}): nothing was drawn from the data; "
@@ -162,6 +163,7 @@ class Ledger:
                 with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=60)) as file:
                     file.backup(copy._db)
                 copy._migrate()
+                copy._check_names()
             except sqlite3.Error as error:
                 raise DPAlignError(f"the ledger {path} cannot be read ({error}): restore it from a copy.") from None
         return copy
@@ -192,6 +194,19 @@ class Ledger:
         )
         self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         self._db.execute("COMMIT")
+
+    def _check_names(self) -> None:
+        """Refuses names by which no query would find what was spent under them."""
+        names = [("intents", column) for column in ("dataset", "run", "stage")] + [("datasets", "name")]
+        for table, column in names:
+            if self._db.execute(f"SELECT 1 FROM {table} WHERE typeof({column}) != 'text' LIMIT 1").fetchone():
+                raise self._not_ours()
+
+    def _not_ours(self) -> DPAlignError:
+        return DPAlignError(
+            f"the ledger {self.path} holds a row that no dpalign wrote (values that cannot be): restore it from a "
+            "copy, for what it has counted cannot be added up."
+        )
 
     def _version(self) -> int:
         return int(self._db.execute("PRAGMA user_version").fetchone()[0])
@@ -327,10 +342,7 @@ class Ledger:
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in cursor]
         intents = [Intent(**{**row, "private": bool(row["private"])}) for row in rows]
         if any(not intent.is_whole for intent in intents):
-            raise DPAlignError(
-                f"the ledger {self.path} holds a row that no dpalign wrote (numbers that cannot be): restore it from a "
-                "copy, for what it has counted cannot be added up."
-            )
+            raise self._not_ours()
         return intents
 
     def spendings(self, **where: str | None) -> list[Spending]:

@@ -35,15 +35,25 @@ def contained(code: Callable[[], T]) -> T:
     """What `code()` returns.
 
     Raises:
-        Raised: whatever it raises. A signal from outside (Ctrl-C) goes on as it is.
+        Raised: whatever it raises. A signal from outside (Ctrl-C) goes on as it is, also where the code swallows what
+            its handler raises, or raises something else instead.
     """
-    with _signals_seen() as seen:
-        try:
-            return code()
-        except BaseException as error:
-            if seen:
-                raise
-            raise Raised(error) from None
+    try:
+        with _signals_seen() as seen:
+            result = code()
+    except BaseException as error:
+        for number in seen:
+            _handle(number)
+        raise Raised(error) from None
+    for number in seen:
+        _handle(number)
+    return result
+
+
+def _handle(number: int) -> None:
+    handler = signal.getsignal(number)
+    if callable(handler):
+        handler(number, None)
 
 
 @contextmanager

@@ -47,14 +47,26 @@ def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
     try:
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         data = (newest / "tensors.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != state["sha256"]:
+        if hashlib.sha256(data).hexdigest() != state["sha256"] or not _is_whole(state, newest.name):
             raise ValueError("checksum")
         return load_file(newest / "tensors.safetensors"), state
-    except (OSError, ValueError, KeyError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         raise DPAlignError(
             f"checkpoint {newest} is corrupt: delete that folder to go on from the one before it; the steps since "
             "then stay spent and are counted again."
         ) from None
+
+
+def _is_whole(state: Any, name: str) -> bool:
+    """Whether a state is what a stage has saved under this name."""
+    texts, algorithm, step = (state["fingerprint"], state["config_hash"]), state["algorithm"], state["step"]
+    return (
+        type(step) is int
+        and name == f"step-{step:08d}"
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(algorithm, dict)
+        and all(isinstance(number, int | float) for number in algorithm.values())
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:

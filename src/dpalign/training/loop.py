@@ -373,8 +373,11 @@ class Stage:
             raise DPAlignError("the checkpoint belongs to other data: restore the data or use another output folder.")
         if state["config_hash"] not in self.same_settings:  # before the first draw there is no intent to compare with
             raise self._changed()
+        lacking = self.algorithm.state().keys() - state["algorithm"].keys()
+        if lacking:
+            raise DPAlignError(f"the checkpoint in {self.folder} lacks {', '.join(sorted(lacking))} of its stage.")
         drawn = {intent.step for intent in self.gate.intents()}
-        if not set(range(int(state["step"]))) <= drawn:
+        if state["step"] > len(drawn) or not set(range(state["step"])) <= drawn:
             raise DPAlignError(
                 f"the ledger {self.ledger.path} does not hold all draws of stage {self.algorithm.name}: a run can only "
                 "go on with the ledger that recorded it."
