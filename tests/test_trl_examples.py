@@ -83,6 +83,7 @@ ARGUMENTS = {
 @pytest.mark.parametrize("name", MOST)
 def test_a_port_runs(name, files, tmp_path, monkeypatch):
     monkeypatch.setenv("DPALIGN_LEDGER", str(tmp_path / "ledger.sqlite"))
+    monkeypatch.setattr("dpalign.run.NORMALIZATION_ROWS", 16)  # self-written texts, which take the most of the time
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     words = [str(files / argument) for argument in ARGUMENTS[name]]
     monkeypatch.setattr(sys, "argv", [f"{name}_dpalign.py", *words, str(tmp_path / "output")])
