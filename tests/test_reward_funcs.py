@@ -110,6 +110,8 @@ def test_what_one_of_several_remembers_is_put_back():
     part = Scaled(1)
     reward = Reward(Weighted([part, partial(part)], [1.0, 0.0]), 0, 1000)
     assert reward([""] * 3, ["a"] * 3).unique().numel() == 1 and part.seen == 0
+    alone = Scaled(1)
+    assert Reward(partial(alone), 0, 1000)([""] * 3, ["a"] * 3).unique().numel() == 1 and alone.seen == 0
 
 
 # As the trainers read them -----------------------------------------------------------------------------------------

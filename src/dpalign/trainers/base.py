@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
 )
 
 from ..algorithms import Algorithm, TrainingConfig
@@ -33,7 +34,6 @@ from ..models.objects import Given, check_tokenizer, folder_of
 from ..privacy.statement import read_statement
 from ..recipe import Recipe
 from ..release import RELEASE, REWARD_MODEL
-from ..reporting.progress import Reporter
 from ..run import run_recipe
 from ..settings.data import DataConfig
 from ..settings.privacy import Privacy
@@ -48,6 +48,7 @@ from .asked import (
     recipe_target,
     with_reward,
 )
+from .callbacks import Telling
 from .rewards import Function, RewardFuncs, read_reward_funcs, reward_function
 
 Model: TypeAlias = str | PreTrainedModel | PeftModel
@@ -74,6 +75,7 @@ class Trainer:
         privacy: Privacy | None,
         quiet: bool,
         reward_funcs: RewardFuncs | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
         if not isinstance(args, self.Arguments):
             raise DPAlignError(
@@ -102,7 +104,7 @@ class Trainer:
         self._is_classifier = type(self._given.base).__name__.endswith("ForSequenceClassification")
         self._recipe = self._recipe_of(section, config)
         self._recipe.check()
-        self._reporter = Reporter(quiet=quiet)
+        self._reporter = Telling(args, callbacks or (), quiet)
         self.summary: dict[str, Any] | None = None
         self._trained: PeftModel | None = None
 
@@ -222,6 +224,7 @@ class Trainer:
             history, release = _TRAINED.setdefault(given, []), self._release().resolve()
             if release not in history:
                 history.append(release)
+        self._reporter.end()  # last: whatever a callback raises, what was trained is known
         return self.summary
 
     def _models(self) -> tuple[Policy | None, RewardModel | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .. import algorithms
 from ..settings.privacy import Privacy
@@ -22,6 +24,7 @@ class DPSFTTrainer(Trainer):
         train_dataset: `datasets.Dataset` or list of dicts with `messages`, `text`, or `prompt` and `completion`.
         processing_class: the tokenizer of a model object; default: its folder's.
         peft_config: plain LoRA; without one, `args.adapter`.
+        callbacks: transformers' callbacks, told steps, epsilon and noised metrics, and nothing else.
         privacy: the budget, whom it protects, and what is public.
         quiet: no progress.
     """
@@ -38,10 +41,13 @@ class DPSFTTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         *,
+        callbacks: Sequence[TrainerCallback] | None = None,
         privacy: Privacy | None = None,
         quiet: bool = False,
     ) -> None:
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet)
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet, None, callbacks
+        )
 
 
 class DPRewardTrainer(Trainer):
@@ -67,10 +73,13 @@ class DPRewardTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         *,
+        callbacks: Sequence[TrainerCallback] | None = None,
         privacy: Privacy | None = None,
         quiet: bool = False,
     ) -> None:
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet)
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet, None, callbacks
+        )
 
 
 class DPDPOTrainer(Trainer):
@@ -95,10 +104,13 @@ class DPDPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         *,
+        callbacks: Sequence[TrainerCallback] | None = None,
         privacy: Privacy | None = None,
         quiet: bool = False,
     ) -> None:
-        super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet)
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet, None, callbacks
+        )
 
 
 class DPPPOTrainer(Trainer):
@@ -125,11 +137,21 @@ class DPPPOTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         *,
         reward_funcs: RewardFuncs | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
         privacy: Privacy | None = None,
         quiet: bool = False,
     ) -> None:
         super().__init__(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet, reward_funcs
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            privacy,
+            quiet,
+            reward_funcs,
+            callbacks,
         )
 
 
@@ -149,9 +171,19 @@ class DPRLOOTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         *,
         reward_funcs: RewardFuncs | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
         privacy: Privacy | None = None,
         quiet: bool = False,
     ) -> None:
         super().__init__(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet, reward_funcs
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            privacy,
+            quiet,
+            reward_funcs,
+            callbacks,
         )

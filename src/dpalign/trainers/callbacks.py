@@ -1,0 +1,61 @@
+"""transformers' callbacks, told what a run makes public: steps, epsilon and noised metrics.
+
+What one raises ends the run: it has seen nothing but releases and public numbers, so when it raises is a function of
+them (post-processing). It is given no model, optimizer or data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from ..errors import DPAlignError
+from ..reporting.progress import Reporter
+from ..settings.trainers import TrainerArguments
+from ..training import StagePlan, StepReport
+
+
+class Telling(Reporter):
+    """A reporter that tells callbacks, too."""
+
+    def __init__(self, args: TrainerArguments, callbacks: Sequence[TrainerCallback], quiet: bool) -> None:
+        super().__init__(quiet=quiet)
+        self.args, self.callbacks = args, list(callbacks)
+        for callback in self.callbacks:
+            if not isinstance(callback, TrainerCallback):
+                raise DPAlignError(
+                    f"callbacks: a {type(callback).__name__} is no transformers.TrainerCallback object: make it one."
+                )
+        self.state, self.control = TrainerState(), TrainerControl()
+        self._rate = 0.0
+
+    def start(self, stage: str, plan: StagePlan, units: float, unit: str, private: bool, tokens: float) -> None:
+        super().start(stage, plan, units, unit, private, tokens)
+        self._rate, self.state.max_steps = plan.sampling_rate, plan.steps
+        self._tell("on_train_begin")
+
+    def step(self, report: StepReport) -> None:
+        super().step(report)
+        self.state.global_step, self.state.epoch = report.step, report.step * self._rate
+        self._tell("on_step_end")
+        if report.step % getattr(self.args, "logging_steps", 1) == 0 or report.step == report.steps:
+            logs = {**(report.metrics or {}), "epsilon": report.epsilon, "epoch": self.state.epoch}
+            self.state.log_history.append({**logs, "step": report.step})
+            self._tell("on_log", logs=dict(logs))
+
+    def end(self) -> None:
+        """The run is over, and its release is written."""
+        self._tell("on_train_end")
+
+    def _tell(self, event: str, **more: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self.args, self.state, self.control, **more)
+            wishes = [f.name for f in fields(TrainerControl) if getattr(self.control, f.name)]
+            if wishes:
+                raise DPAlignError(
+                    f"the callback {type(callback).__name__} sets {', '.join(wishes)}: callbacks are told, and steer "
+                    "nothing; say max_steps, save_steps and logging_steps beforehand."
+                )
