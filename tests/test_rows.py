@@ -131,7 +131,8 @@ def test_who_shares_a_micro_batch_moves_no_token_and_no_score(kind, dtype):
     policy = tiny_policy(kind, dtype)
     policy.to(DEVICE)
     scorer = RewardModel.from_policy(policy)
-    torch.nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(1))
+    head = torch.randn(scorer.head.weight.shape, generator=torch.Generator().manual_seed(1))
+    scorer.head.weight.data = head.to(scorer.head.weight)
     for prompt_length, length in ((8, 12), (1, 1)):
         scorer.text = TextFormat(max_length=prompt_length + length)
         settings = SamplingConfig(

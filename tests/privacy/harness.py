@@ -137,14 +137,14 @@ def run_stage(
             trace.contributions[-1] = torch.cat([trace.contributions[-1], clipped])
 
         def release(self) -> tuple[list[Tensor], dict[str, float] | None]:
-            trace.sums.append(torch.cat([total.flatten() for total in self._sums]).double() * (self.grid or 1.0))
-            trace.metrics.append(self._metrics_sum.double() * self.metrics_grid)
+            trace.sums.append(torch.cat([total.flatten() for total in self._sums]).double().cpu() * (self.grid or 1.0))
+            trace.metrics.append(self._metrics_sum.double().cpu() * self.metrics_grid)
             answer, metrics = super().release()
             if answers_are_fixed:
                 torch.manual_seed(len(trace.sums))
                 answer = [torch.randn_like(a) for a in answer]
                 metrics = {m.name: m.low + 0.4 * (m.high - m.low) for m in self.metrics} or None
-            trace.gradients.append(torch.cat([a.flatten() for a in answer]))
+            trace.gradients.append(torch.cat([a.flatten() for a in answer]).cpu())
             return answer, metrics
 
     def draw(units: int, rate: float, entropy: object) -> np.ndarray:
@@ -200,6 +200,7 @@ def completions_of_prompts(policy, ids: Tensor, mask: Tensor, config: RolloutCon
         completions[row] = torch.randint(0, VOCABULARY, (width,), generator=generator)
         completions[row, 2 + sum(key) % width :] = 1  # EOS at a place that the prompt fixes
         seen[key] += 1
+    completions = completions.to(ids.device)
     ended = (completions == 1).long()
     inside = (ended.cumsum(1) - ended == 0).float()
     return Rollouts(torch.cat([ids, completions], 1), torch.cat([mask, inside.long()], 1), inside)
