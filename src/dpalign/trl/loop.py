@@ -356,15 +356,16 @@ class LoopTrainer(PPOTrainer):
     def _save(self, folder: Path) -> None:
         tensors = {f"model/{n}": t for n, t in self.policy.stage_state().items()}
         tensors |= optimizer_tensors(self.optimizer, self._names()) | _coins()
-        state = {"run": self._run(), "kl": self.kl_ctl.value, "running": dataclasses.asdict(self.running)}
-        save_checkpoint(folder, self.steps_done, tensors, state | {"settings": self._settings()})
+        numbers = {"kl": self.kl_ctl.value, **dataclasses.asdict(self.running)}
+        state = {"fingerprint": self._run(), "config_hash": self._settings(), "algorithm": numbers}
+        save_checkpoint(folder, self.steps_done, tensors, state)
 
     def _resume(self) -> None:
         loaded = None if self._folder is None else load_newest(self._folder)
         if loaded is None:
             return
         tensors, state = loaded
-        if state["settings"] != self._settings():
+        if state["config_hash"] != self._settings():
             raise DPAlignError(
                 f"{self.config.output_dir} holds a loop with other settings: restore them, or choose another "
                 "output_dir."
@@ -373,8 +374,9 @@ class LoopTrainer(PPOTrainer):
             for name, value in self.policy.stage_state().items():
                 value.copy_(tensors[f"model/{name}"])
         load_optimizer(self.optimizer, self._names(), tensors)
-        self.kl_ctl.value, self.running = state["kl"], RunningMoments(**state["running"])
-        self.steps_done, self._name, self._is_recorded = state["step"], state["run"], True
+        numbers = state["algorithm"]
+        self.kl_ctl.value, self.running = numbers.pop("kl"), RunningMoments(**numbers)
+        self.steps_done, self._name, self._is_recorded = state["step"], state["fingerprint"], True
         _put_coins_back(tensors)
         self._reporter.note(f"the loop goes on after step {self.steps_done}.")
 
