@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from peft import LoraConfig
 
 from dpalign import (
     DPAlignError,
@@ -206,3 +207,22 @@ def test_reward_settings_are_asked_for_where_nobody_gives_a_function(tmp_path):
     args = RewardModelConfig(output_dir="run")
     assert "reward" not in refused(lambda: DPRewardTrainer("some/model", args, pairs, privacy=Privacy(**GIVEN)))
     DPPPOTrainer("tiny-review-lm", PPOConfig(output_dir="run"), [{"prompt": "a"}], privacy=Privacy(**GIVEN))  # vader
+
+
+@pytest.mark.parametrize("name", ["lora_dropout", "modules_to_save"])
+def test_what_a_lora_config_may_say(name):
+    value = {"lora_dropout": 0.05, "modules_to_save": ["score"]}[name]
+    lora = LoraConfig(r=2, **{name: value})
+    args, privacy = SFTConfig(output_dir="run"), Privacy(**GIVEN)
+    said = refused(lambda: DPSFTTrainer("tiny-review-lm", args, ROWS, peft_config=lora, privacy=privacy))
+    assert f"{name}={value!r} cannot be honoured" in said and f"; {name}: " in said
+
+    def reward_trainer(lora):
+        args, pairs = RewardModelConfig(output_dir="run"), [{"chosen": "a", "rejected": "b"}]
+        return DPRewardTrainer("tiny-review-lm", args, pairs, peft_config=lora, privacy=privacy)
+
+    if name == "modules_to_save":
+        assert reward_trainer(lora)._recipe.reward_model.adapter.r == 2  # the head is trained anyway
+        assert "cannot be honoured" in refused(lambda: reward_trainer(LoraConfig(modules_to_save=["score", "norm"])))
+    else:
+        assert "lora_dropout=0.05" in refused(lambda: reward_trainer(lora))

@@ -80,12 +80,28 @@ def refused_fields(given: dict[str, Any], where: int) -> list[str]:
     return found
 
 
-def check_to_train(config: LoraConfig) -> None:
-    """Raises DPAlignError for anything but a plain LoRA to train."""
-    found = refused_fields(vars(config), 0)
+WHY_NOT = {
+    "lora_dropout": "its coins would be shared by the rows of a micro-batch, and the noise regularises already",
+    "modules_to_save": "whole layers would be trained; a reward model's head, score, is trained anyway",
+}
+
+
+def check_to_train(config: LoraConfig, has_head: bool = False) -> None:
+    """Raises DPAlignError for anything but a plain LoRA to train.
+
+    has_head: of a reward model, whose head is trained and saved anyway, whether or not `modules_to_save` names it.
+    """
+    given = dict(vars(config))
+    if has_head and set(given.get("modules_to_save") or ()) == {"score"}:
+        del given["modules_to_save"]
+    found = refused_fields(given, 0)
     if found:
+        why = [
+            f"; {name}: {reason}" for name, reason in WHY_NOT.items() if any(f.startswith(f"{name}=") for f in found)
+        ]
         raise DPAlignError(
-            f"only plain LoRA is private here; {', '.join(found)} cannot be honoured: leave it at peft's default."
+            f"only plain LoRA is private here; {', '.join(found)} cannot be honoured: leave it at peft's default"
+            f"{''.join(why)}."
         )
 
 

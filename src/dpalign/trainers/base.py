@@ -120,7 +120,8 @@ class Trainer:
             return None
         section = dataclasses.replace(section, **budget)
         if peft_config is not None:
-            adapter = asked.attempt(lambda: adapter_from(peft_config))
+            has_head = self.algorithm.model_kind is RewardModel
+            adapter = asked.attempt(lambda: adapter_from(peft_config, has_head))
             section = section if adapter is None else dataclasses.replace(section, adapter=adapter)
         self._rewards: list[Function | str] = []
         if isinstance(section, RolloutConfig):
@@ -272,13 +273,13 @@ class Trainer:
         return {} if stated is None else stated[0]
 
 
-def adapter_from(config: LoraConfig) -> AdapterConfig:
+def adapter_from(config: LoraConfig, has_head: bool = False) -> AdapterConfig:
     """The fields of a plain LoRA; anything else is refused by name.
 
     Raises:
         DPAlignError: a field that cannot be honoured.
     """
-    check_to_train(config)
+    check_to_train(config, has_head)
     targets, layers = config.target_modules, config.layers_to_transform
     return AdapterConfig(
         r=config.r,
