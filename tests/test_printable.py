@@ -219,6 +219,8 @@ def test_a_card_holds_no_markup_of_others(base_model, tmp_path, monkeypatch):
     card = ModelCard.load(path)
     assert kinds(card.text) == kinds(harmless) and "table_open" in kinds(harmless)
     assert card.data.base_model == base_model and card.data.tags == ["differential-privacy", "dpalign", "lora"]
+    assert card.data.pipeline_tag == "text-generation" and card.data.library_name == "peft"
+    assert card.data["differential_privacy"] == {"private": True, "epsilon": "1.0", "delta": 1e-5}
     assert not unfit(path.read_text(encoding="utf-8")) and "<script" not in card.text
     assert path.read_text(encoding="utf-8").count("\n---\n") == 1
 

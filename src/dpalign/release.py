@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import yaml
+from huggingface_hub import ModelCardData
 
 from .errors import DPAlignError
 from .files import replace_folder, write_json, write_text
@@ -175,8 +176,20 @@ def _describe(folder: Path, statement: PrivacyStatement, base_model: str, title:
     write_json(folder / "privacy.json", statement.as_dict())
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
     environment.filters |= {"at_most": at_most, "all_runs": all_runs, "code": code_span}
-    about = {"library_name": "peft", "base_model": base_model, "tags": ["differential-privacy", "dpalign", "lora"]}
-    front_matter = yaml.safe_dump(about, sort_keys=False, width=math.inf)
+    about = ModelCardData(
+        base_model=base_model,
+        library_name="peft",
+        pipeline_tag="text-generation" if texts["auto_class"] == "AutoModelForCausalLM" else "text-classification",
+        tags=["differential-privacy", "dpalign", "lora"],
+        differential_privacy={
+            "private": statement.private,
+            "epsilon": str(statement.epsilon),
+            "delta": statement.delta,
+        },
+    )
+    # Not its own to_yaml, which writes what turns text around as it is.
+    about_it = about.to_dict()  # type: ignore[no-untyped-call]
+    front_matter = yaml.safe_dump(about_it, sort_keys=False, width=math.inf)
     units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
     fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
     card = environment.from_string(CARD).render(front_matter=front_matter, **fields, **texts)
