@@ -188,8 +188,8 @@ def _describe(folder: Path, statement: PrivacyStatement, base_model: str, title:
         },
     )
     # Not its own to_yaml, which writes what turns text around as it is.
-    about_it = about.to_dict()  # type: ignore[no-untyped-call]
-    front_matter = yaml.safe_dump(about_it, sort_keys=False, width=math.inf)
+    metadata = about.to_dict()  # type: ignore[no-untyped-call]
+    front_matter = yaml.safe_dump(metadata, sort_keys=False, width=math.inf)
     units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
     fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
     card = environment.from_string(CARD).render(front_matter=front_matter, **fields, **texts)
