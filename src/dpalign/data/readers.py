@@ -177,9 +177,7 @@ def _why_not(error: Exception, split: str) -> str:
     if splits := re.match(r'Unknown split ".*?"\. Should be one of \[(.*)\]', said):
         return f"it has no split {split!r} (data.split), but {splits[1]}"
     if names := re.match(r"Config name is missing\.\s+Please pick one among the available configs: \[(.*)\]", said):
-        return (
-            f"it has several configurations ({names[1]}): save one with save_to_disk, and name that folder"
-        )
+        return f"it has several configurations ({names[1]}): save one with save_to_disk, and name that folder"
     offline = isinstance(error, ConnectionError) or type(error).__name__ in ("OfflineModeIsEnabled", "ConnectError")
     return "there is no connection to it" if offline else type(error).__name__
 

@@ -18,8 +18,9 @@ from .base import TrainingConfig
 
 T = TypeVar("T")
 FOR_A_TRAINER = {  # what is otherwise here than in a recipe
-    "eval_strategy": "say eval_steps, the steps between two measurements",
-    "evaluation_strategy": "say eval_steps, the steps between two measurements",
+    "eval_steps": "eval_dataset is measured once, when training ends",
+    "eval_strategy": "eval_dataset is measured once, when training ends",
+    "evaluation_strategy": "eval_dataset is measured once, when training ends",
     "fp16": "the base is frozen, so there is no mixed precision: bf16=True loads it in bfloat16",
     "missing_eos_penalty": "only stages that sample completions have one",
     "per_device_eval_batch_size": "eval_dataset is measured in parts of a fixed size",

@@ -16,6 +16,7 @@ from ..data.text import encode_prompt_text, read_text, template_options
 from ..errors import DPAlignError
 from ..printable import printable
 from ..reporting.progress import Reporter
+from ..reporting.terminal import Terminal, plain
 from ..rewards import is_reward_model
 from ..settings.privacy import Privacy
 from ..settings.trainers import PPOConfig as Settings
@@ -182,7 +183,8 @@ class Trainer(PPOTrainer):
         for number, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
             if sampling and number >= 5:
                 break
-            print("\n".join(f"{name:12} {printable(str(text))}" for name, text in row.items()), end="\n\n")
+            lines = "\n".join(f"{name:12} {printable(str(text))}" for name, text in row.items())
+            Terminal().print(plain(f"{lines}\n", lines=True), soft_wrap=True)
 
     def push_to_hub(self, *args: Any, **options: Any) -> NoReturn:
         raise DPAlignError(
