@@ -51,4 +51,4 @@ class RewardQueryConfig(RewardModelConfig):
             )
 
     def schedule(self, stage: str, units: float) -> Schedule:
-        return Schedule(sampling_rate=1.0, steps=2)
+        return Schedule(sampling_rate=1.0, steps=1)
