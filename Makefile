@@ -11,8 +11,9 @@ quickstart: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS); tests=$$?; \
+	wait $$types && exit $$tests
 
 # The documentation as a site, in build/docs.
 docs: .venv/installed-test

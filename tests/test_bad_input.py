@@ -161,7 +161,7 @@ REWARD_MODEL = {
     "half of the smoothing": (pairs(label_smoothing=0.5), "label_smoothing 0.5"),
     "no such treatment of ties": (pairs(ties="coin"), "ties"),
     "longer than the model": (pairs(max_length=5000), "lower the stage's lengths"),
-    "reward model without a stage": (reward("", source="reward_model"), "needs a section reward_model in the recipe"),
+    "reward model without a stage": (reward("", source="reward_model"), "needs a section reward_model or reward_query in the recipe"),
     "no such reward model": (reward("", source="reward_model:nowhere", is_public=False), "must be declared public"),
     "not a reward model": (lambda folder: reward("", source=f"reward_model:{folder}"), "not the release of a reward model"),
     "both ppo and rloo": ({"rloo": {"max_steps": 1}}, "keep one of them"),

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+from conftest import FRESH
 from dpalign.algorithms import PPOConfig, SFTConfig
 from dpalign.data import DataConfig
 from dpalign.errors import DPAlignError
-from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat
+from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat, verify
 from dpalign.models.verify import check_merged, check_release, probe_ids, probe_logits
 from dpalign.privacy.statement import PrivacyStatement
 from dpalign.recipe import Recipe
@@ -218,6 +219,22 @@ def test_a_base_that_has_changed_since_the_run_began_is_noticed(tmp_path):
     with pytest.raises(DPAlignError, match="Is the base what it was when the run began"):
         write_release(tmp_path / "release", policy, STATEMENT, base, "t", PromptFormat())
     assert not (tmp_path / "release").exists()
+
+
+def test_a_release_is_checked_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """Nothing that this process has done to peft can make a release look right, or wrong."""
+    monkeypatch.setattr(verify, "in_fresh_process", FRESH)
+    policy, base = trained(tmp_path)
+    with monkeypatch.context() as here:
+        here.setattr("peft.PeftModel.from_pretrained", lambda *a, **k: pytest.fail("loaded in this process"))
+        write_release(tmp_path / "release", policy, STATEMENT, base, "t", PromptFormat())
+    file = tmp_path / "release" / "adapter_model.safetensors"
+    save_file({k: 1.1 * v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(DPAlignError, match=r"its logits are .* away from the trained"):
+        check_release(policy, tmp_path / "release", base)
+    file.unlink()
+    with pytest.raises(DPAlignError, match="cannot load it in a process of its own: "):
+        check_release(policy, tmp_path / "release", base)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])

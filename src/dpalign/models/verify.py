@@ -5,6 +5,9 @@ Both are computed in float32 (half-precision weights are widened, which is exact
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +15,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import DPAlignError
+from ..files import write_json
+from ..printable import printable
+from . import plain_logits
 from .stack import AdapterStack
 
 # Of the largest logit: float32 rounds at 6e-8, and ranks that are concatenated are summed in another order.
@@ -55,31 +62,57 @@ def probe_logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def check_release(stack: AdapterStack, folder: Path, base_model: str) -> None:
-    """Loads the adapter in `folder` on its base by plain peft, and compares.
+    """Loads the adapter in `folder` on its base by plain peft, in a process of its own, and compares.
 
     Raises:
-        DPAlignError: it is not what was trained.
+        DPAlignError: it is not what was trained, or cannot be loaded.
     """
-    plain = load_plain(stack, base_model)
-    ids = probe_ids(stack)
-    check_logits(stack, probe_logits(PeftModel.from_pretrained(plain, str(folder)).eval(), ids), f"base {base_model!r}")
+    request = plain_request(stack, base_model) | {"adapter": str(folder)}
+    check_logits(stack, in_fresh_process(request, probe_ids(stack)), f"base {base_model!r}")
 
 
 def check_merged(stack: AdapterStack, folder: Path) -> None:
-    """Loads full weights by plain transformers, and compares them with the adapters on their base.
+    """Loads full weights by plain transformers, in a process of its own, and compares them with the adapters on theirs.
 
     Raises:
-        DPAlignError: they are not the same.
+        DPAlignError: they are not the same, or cannot be loaded.
     """
-    check_logits(stack, probe_logits(load_plain(stack, str(folder)), probe_ids(stack)), "merged")
+    check_logits(stack, in_fresh_process(plain_request(stack, str(folder)), probe_ids(stack)), "merged")
 
 
-def load_plain(stack: AdapterStack, folder: str) -> Any:
-    """The model in a folder, as plain transformers loads it, in the stack's dtype and on its device."""
+def plain_request(stack: AdapterStack, folder: str) -> dict[str, Any]:
+    """What `plain_logits` needs to load a folder in the stack's dtype and on its device."""
     base = stack.model.get_base_model() if isinstance(stack.model, PeftModel) else stack.model
-    trust = type(base).__module__.startswith("transformers_modules")
-    plain = stack.auto_class.from_pretrained(folder, dtype=base.dtype, trust_remote_code=trust, **stack.auto_options)
-    return plain.to(stack.device).eval()
+    return {
+        "base": folder,
+        "adapter": None,
+        "auto_class": stack.auto_class.__name__,
+        "options": stack.auto_options,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(stack.device),
+        "trust_remote_code": type(base).__module__.startswith("transformers_modules"),
+    }
+
+
+def in_fresh_process(request: dict[str, Any], ids: Tensor) -> Tensor:
+    """`plain_logits.logits` of a request, where nothing that this process has done to the libraries can help.
+
+    Raises:
+        DPAlignError: it cannot be loaded; with the library's last line.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpalign-check-") as name:
+        folder = Path(name)
+        write_json(folder / "request.json", request)
+        save_file({"ids": ids}, folder / "ids.safetensors")
+        command = [sys.executable, "-P", plain_logits.__file__, name]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+            raise DPAlignError(
+                "nothing was released: plain transformers and peft cannot load it in a process of its own: "
+                f"{printable(last)}"
+            )
+        return load_file(folder / "logits.safetensors")["logits"]
 
 
 def check_logits(stack: AdapterStack, found: Tensor, where: str) -> None:

@@ -1,0 +1,52 @@
+"""Logits of a folder as anybody loads it: by transformers and peft alone, in a process of its own.
+
+Run as a file, not as a module, so that nothing of dpalign is imported: `python -P plain_logits.py FOLDER`, where FOLDER
+holds request.json and ids.safetensors; logits.safetensors is written beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def logits(request: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """Float32 logits of each row of `(rows, length)` ids by itself, on the CPU.
+
+    Args:
+        request: `base`: folder or name. `adapter`: folder, or None for the base alone. `auto_class` of transformers,
+            with `options`; `dtype`, `device`, `trust_remote_code`.
+    """
+    import transformers
+    from peft import PeftModel
+
+    model = getattr(transformers, request["auto_class"]).from_pretrained(
+        request["base"],
+        dtype=getattr(torch, request["dtype"]),
+        trust_remote_code=request["trust_remote_code"],
+        **request["options"],
+    )
+    model = model.to(request["device"])
+    if request["adapter"] is not None:
+        model = PeftModel.from_pretrained(model, request["adapter"])
+    model = model.eval().float()
+    with torch.no_grad():
+        batches = [ids[row : row + 1].to(model.device) for row in range(len(ids))]
+        rows = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in batches]
+    return torch.cat(rows).float().cpu()
+
+
+def main(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    found = logits(request, load_file(folder / "ids.safetensors")["ids"])
+    save_file({"logits": found.contiguous()}, folder / "logits.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
