@@ -16,8 +16,7 @@ FRESH = verify.in_fresh_process
 
 @pytest.fixture(scope="session", autouse=True)
 def _releases_are_checked_here() -> Iterator[None]:
-    """A process for each of hundreds of releases would take an hour; tests/test_release.py checks some in their own, and
-    so does every run of the command in a process of its own."""
+    """Hundreds of releases, and five seconds of imports for each: tests/test_release.py checks in processes of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "in_fresh_process", plain_logits.logits)
         yield

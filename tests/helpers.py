@@ -128,10 +128,20 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "DPALIGN_LEDGER": str(folder / "ledger.sqlite")}
 
 
+# Its releases are checked in it, and not in one more process for each (conftest.py does the same for this process).
+COMMAND = """
+import sys
+from dpalign.models import plain_logits, verify
+verify.in_fresh_process = plain_logits.logits
+from dpalign.cli import main
+sys.exit(main())
+"""
+
+
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     """`dpalign ARGUMENTS` as a fresh process, that Ctrl-C ends also where the tests run in the background."""
     return subprocess.Popen(
-        [sys.executable, "-m", "dpalign", *map(str, arguments)],
+        [sys.executable, "-c", COMMAND, *map(str, arguments)],
         cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip

@@ -232,9 +232,8 @@ def test_a_release_is_checked_in_a_process_of_its_own(tmp_path, monkeypatch):
     save_file({k: 1.1 * v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(DPAlignError, match=r"its logits are .* away from the trained"):
         check_release(policy, tmp_path / "release", base)
-    file.unlink()
     with pytest.raises(DPAlignError, match="cannot load it in a process of its own: "):
-        check_release(policy, tmp_path / "release", base)
+        check_release(policy, tmp_path / "nothing", str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
