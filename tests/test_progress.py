@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from functools import partial
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from dpalign.reporting import progress
 from dpalign.reporting.progress import Pace, Reporter, duration
 from dpalign.reporting.terminal import Terminal
 from dpalign.training import StagePlan, StepReport
+from dpalign.training.self_check import check_stage
 from helpers import call, write_recipe
 
 
@@ -36,16 +37,14 @@ METRICS = {"reward": 0.3149, "kl": 12.5, "loss": -3.25, "completion_length": 15.
 
 
 def told(monkeypatch, tmp_path: Path, seconds: float, steps: range = range(1, 61), width: int | None = None) -> str:
-    """What a stage of 60 steps says, each of which takes so many seconds; on a terminal of that width, or in a log."""
-    clock = Clock()
-    monkeypatch.setattr(progress, "Pace", partial(Pace, clock=clock))
+    """What a stage of 60 steps says, each expected to take so many seconds; on a terminal of that width, or in a log."""
+    monkeypatch.setattr(progress.time, "monotonic", lambda: pytest.fail("a private stage's clock is read"))
     out = io.StringIO()
     options = {"force_terminal": True, "width": width} if width else {"force_terminal": False}
     reporter = Reporter(console=Terminal(file=out, **options))
-    reporter.start("reward_model", PLAN, 1000, "user", True, tokens=1000 * seconds)
+    reporter.start("reward_model", PLAN, 1000, "user", True, tokens=1000 * seconds, seconds=seconds)
     with reporter.tracking("none", tmp_path, "reward_model"):
         for step in steps:
-            clock.now += seconds
             reporter.step(StepReport("reward_model", step, 60, 4.0 * step / 60, METRICS))
     return out.getvalue()
 
@@ -108,14 +107,20 @@ def test_the_counter_survives_a_narrow_terminal(monkeypatch, tmp_path, width):
 
 
 def test_what_is_shown_does_not_tell_who_was_drawn(tmp_path, capsys, monkeypatch):
-    """Two runs that draw other units, and other numbers of them, in the same time: every line is the same."""
-    monkeypatch.setattr(progress, "Pace", partial(Pace, clock=Clock()))
+    """Two runs that draw other units, other numbers of them, and take longer for more: every line is the same."""
+
+    def expected(*stage, **how) -> float:
+        assert check_stage(*stage, **how) > 0
+        return 0.5  # seconds of a self-written unit, which are this machine's
+
+    monkeypatch.setattr("dpalign.run.check_stage", expected)
     said = []
     for number, drawn in enumerate((3, 11)):
         folder = tmp_path / str(number)
         folder.mkdir()
 
         def draw(units, rate, entropy, drawn=drawn):
+            time.sleep(drawn / 20)
             return np.sort(np.random.default_rng().permutation(units)[:drawn])
 
         monkeypatch.setattr("dpalign.privacy.gate.poisson_sample", draw)
@@ -131,7 +136,16 @@ def test_what_is_shown_does_not_tell_who_was_drawn(tmp_path, capsys, monkeypatch
     )
     assert shown.index("reading the data ...") < shown.index("trying the stages on self-written text ...")
     (first,) = [line for line in shown if line.startswith("sft 1/2, ")]
-    assert first.endswith(" tokens/s") and f"{8 * 16 / 1e-9:,.0f} tokens/s".replace("128", "130") in first
+    assert first.startswith("sft 1/2, 4 s left, epsilon ") and first.endswith(", 32 tokens/s")  # of 8 units x 16 tokens
+
+
+def test_where_no_time_is_known_none_is_told_and_without_privacy_the_clock_is():
+    private, open_ = Pace(120, 1000, None, None), Clock()
+    assert [private.after(step) for step in (1, 120)] == [("", ""), ("done", "")]
+    assert [step for step in range(1, 121) if private.is_due(step)] == [1, *range(3, 121, 3)]
+    measured = Pace(120, 1000, 7.0, open_)
+    open_.now = 4.0
+    assert measured.after(1) == ("7.9 min left", "250 tokens/s")
 
 
 # The end ---------------------------------------------------------------------------------------------------------------

@@ -281,6 +281,7 @@ class Run:
     reward_function: RewardFunction | None = None
     rewards: list[tuple[RewardConfig, Reward]] = field(default_factory=list)
     reference: Reward | None = None
+    seconds: dict[str, float] = field(default_factory=dict)  # that a step is expected to take, by stage
 
     def __post_init__(self) -> None:
         self.results = Results(self.statement())
@@ -337,7 +338,8 @@ class Run:
                 data, model = self.plan.recipe.data_of(stage.name), self.models.on_trial(stage.kind.model_kind)
                 people = data.unit is not None and data.max_records_per_unit > 1
                 chats = are_chats(records[stage.name], stage.kind.columns)
-                check_stage(model, stage.kind, stage.config, rewards, people=people, chats=chats)
+                each = check_stage(model, stage.kind, stage.config, rewards, people=people, chats=chats)
+                self.seconds[stage.name] = each * stage.batch_size * stage.plan.passes
 
     def known(self, config: RewardConfig) -> Reward:
         """A reward that was loaded; for one that the run has still to train, a constant with its range."""
@@ -400,7 +402,8 @@ class Run:
             return
         cost = planned.kind.tokens(planned.config)
         tokens = planned.batch_size * (cost.trained + cost.read)
-        reporter.start(name, stage.plan, planned.units.count, planned.units.unit, stage.private, tokens)
+        counted = planned.units.count, planned.units.unit
+        reporter.start(name, stage.plan, *counted, stage.private, tokens, self.seconds.get(name))
         with reporter.tracking(self.plan.recipe.report_to, workspace.folder / "logs", name):
             stage.train()
 

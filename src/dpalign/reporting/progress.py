@@ -1,11 +1,13 @@
 """Progress on the terminal, in a job's log and in a tracker: public numbers, noised metrics and time, nothing else.
 
-How long a step takes depends on who was drawn. So no step's own time is shown: time left and tokens per second are
-means since the stage began, to two digits, and count the tokens of the expected sample, a public constant.
+How long a step takes depends on who was drawn. So a private stage's clock is not read once it draws: time left, tokens
+per second and the steps that a log shows follow from the seconds that self-written units took before the first draw,
+and from the expected sample.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ..training import StagePlan, StepReport
 
 QUIET = (10.0, 60.0)  # seconds without a line in a log, at least and at most: one in twenty of those that have passed
+LINES = 50  # at most, where no time is known
 SHORT = {"completion_length": "length"}
 
 
@@ -44,11 +47,21 @@ class Reporter:
         self.note(f"{message} ...")
         return nullcontext()
 
-    def start(self, stage: str, plan: StagePlan, units: float, unit: str, private: bool, tokens: float) -> None:
+    def start(
+        self,
+        stage: str,
+        plan: StagePlan,
+        units: float,
+        unit: str,
+        private: bool,
+        tokens: float,
+        seconds: float | None = None,
+    ) -> None:
         """Says before the first draw what a stage is about to spend.
 
         Args:
             tokens: that a step reads and trains on, of the expected sample.
+            seconds: that such a step is expected to take, if that is known before the first draw.
         """
         budget = (
             f"epsilon {at_most(plan.epsilon)} at delta {plan.target_delta:.2g}, "
@@ -60,7 +73,7 @@ class Reporter:
             f"{stage}: {plan.steps} steps, each a Poisson sample of {plan.sampling_rate:.4f} of {units:g} units "
             f"(unit: {unit}); {budget}"
         )
-        self._pace = Pace(plan.steps, tokens)
+        self._pace = Pace(plan.steps, tokens, seconds, None if private else time.monotonic)
 
     def step(self, report: StepReport) -> None:
         if self._tracker is not None and report.metrics is not None:
@@ -124,32 +137,48 @@ def bar(console: Terminal) -> Progress:
 
 
 class Pace:
-    """How fast a stage goes, as the mean since it began.
+    """How fast a stage goes: as expected before its first draw, or, without privacy, as the mean since it began.
 
     Args:
-        steps: of the stage. tokens: of a step with the expected sample. clock: seconds.
+        steps: of the stage. tokens: of a step with the expected sample. seconds: that it is expected to take, if that
+            is known. clock: seconds; None where it would tell who was drawn.
     """
 
-    def __init__(self, steps: int, tokens: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.steps, self.tokens, self.clock = steps, tokens, clock
-        self.began = self.told = clock()
+    def __init__(self, steps: int, tokens: float, seconds: float | None, clock: Callable[[], float] | None) -> None:
+        self.steps, self.tokens, self.seconds, self.clock = steps, tokens, seconds, clock
+        self.began = self.told = clock() if clock is not None else 0.0
         self.first: int | None = None  # the step at which this process goes on
 
     def after(self, step: int) -> tuple[str, str]:
-        """Time left and tokens per second, in words."""
-        self.first = step - 1 if self.first is None else self.first
-        each = max(self.clock() - self.began, 1e-9) / (step - self.first)
+        """Time left and tokens per second, in words; nothing where nobody may know."""
+        taken = self._done(step)
+        now = self._now(step)
+        if now is None:
+            return "done" if step == self.steps else "", ""
+        each = max(now - self.began, 1e-9) / taken
         left = "done" if step == self.steps else f"{duration(each * (self.steps - step))} left"
         return left, f"{two_digits(self.tokens / each):,.0f} tokens/s"
 
     def is_due(self, step: int) -> bool:
         """Whether a log gets a line now: of the first and the last step, and in between now and then."""
-        now = self.clock()
+        ends, now = self._done(step) == 1 or step == self.steps, self._now(step)
+        if now is None:
+            return ends or step % math.ceil(self.steps / LINES) == 0
         quiet = min(max(QUIET[0], (now - self.began) / 20), QUIET[1])
-        if step - 1 != self.first and step != self.steps and now - self.told < quiet:
+        if not ends and now - self.told < quiet:
             return False
         self.told = now
         return True
+
+    def _done(self, step: int) -> int:
+        """Steps of this process."""
+        self.first = step - 1 if self.first is None else self.first
+        return step - self.first
+
+    def _now(self, step: int) -> float | None:
+        if self.clock is not None:
+            return self.clock()
+        return None if self.seconds is None else self.seconds * self._done(step)
 
 
 def two_digits(number: float) -> float:

@@ -32,8 +32,17 @@ class Telling(Reporter):
         self.state, self.control = TrainerState(), TrainerControl()
         self._rate = 0.0
 
-    def start(self, stage: str, plan: StagePlan, units: float, unit: str, private: bool, tokens: float) -> None:
-        super().start(stage, plan, units, unit, private, tokens)
+    def start(
+        self,
+        stage: str,
+        plan: StagePlan,
+        units: float,
+        unit: str,
+        private: bool,
+        tokens: float,
+        seconds: float | None = None,
+    ) -> None:
+        super().start(stage, plan, units, unit, private, tokens, seconds)
         self._rate, self.state.max_steps = plan.sampling_rate, plan.steps
         self._tell("on_train_begin")
 
