@@ -43,7 +43,7 @@ def told(monkeypatch, tmp_path: Path, seconds: float, steps: range = range(1, 61
     options = {"force_terminal": True, "width": width} if width else {"force_terminal": False}
     reporter = Reporter(console=Terminal(file=out, **options))
     reporter.start("reward_model", PLAN, 1000, "user", True, tokens=1000 * seconds, seconds=seconds)
-    with reporter.tracking("none", tmp_path, "reward_model"):
+    with reporter.showing("reward_model"):
         for step in steps:
             reporter.step(StepReport("reward_model", step, 60, 4.0 * step / 60, METRICS))
     return out.getvalue()

@@ -67,7 +67,8 @@ class Recipe:
             data is demo data.
         ledger: the private file that records every spending; default: $DPALIGN_LEDGER, else
             ~/.local/share/dpalign/ledger.sqlite.
-        report_to: `tensorboard` writes the noised metrics for it, through accelerate; `none`.
+        report_to: a tracker that accelerate knows, or `none`. It is told noised metrics, public measurements and epsilon;
+            those of a private stage when the stage ends, since sent step by step they would tell how long each step took.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`.
         num_threads: CPU threads; default: torch's choice.
     """
@@ -100,7 +101,9 @@ class Recipe:
     eval_seed: int = within(0, SEEDS)
     reference_reward: RewardConfig | None = None
     ledger: str | None = None
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: Literal[
+        "none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+    ] = "none"
     device: str = "auto"
     num_threads: int | None = within(None, "[1, 4096]")
 

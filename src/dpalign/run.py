@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,7 @@ from .records import Records, check_shared_texts, kept_by, read_public, read_sta
 from .release import RELEASE, REWARD_MODEL, PromptFormat, write_release, write_reward_model
 from .reporting.html import write_report
 from .reporting.progress import Reporter
+from .reporting.trackers import check_installed
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
 from .rewards.learned import Learned, own_texts
@@ -89,6 +91,7 @@ def run_recipe(
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
     recipe.check()
+    check_installed(recipe.report_to)
     reporter = reporter or Reporter(quiet=True)
     with Workspace.open(recipe) as workspace:
         origins = workspace.origins(recipe)
@@ -111,9 +114,10 @@ def run_recipe(
         run.self_check(records)
         workspace.remember(origins)
         remember_contents(texts, workspace.ledger)
-        for stage in plan.stages.values():
-            run.stage(stage)
-        return run.finish(started, command)
+        with reporter.tracking(recipe.report_to if run.has_to_train() else "none", workspace.folder):
+            for stage in plan.stages.values():
+                run.stage(stage)
+            return run.finish(started, command)
 
 
 def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
@@ -122,6 +126,7 @@ def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
     Raises:
         DPAlignError: what `run_recipe` would refuse.
     """
+    check_installed(recipe.report_to)
     with closing(Ledger.copy_of(recipe.ledger)) as ledger:
         given = read_stage_records(recipe)
         stage_units(recipe, given, ledger)
@@ -403,9 +408,19 @@ class Run:
         cost = planned.kind.tokens(planned.config)
         tokens = planned.batch_size * (cost.trained + cost.read)
         counted = planned.units.count, planned.units.unit
-        reporter.start(name, stage.plan, *counted, stage.private, tokens, self.seconds.get(name))
-        with reporter.tracking(self.plan.recipe.report_to, workspace.folder / "logs", name):
+        before = self.steps_until(name)
+        reporter.start(name, stage.plan, *counted, stage.private, tokens, self.seconds.get(name), before)
+        with reporter.showing(name):
             stage.train()
+
+    def has_to_train(self) -> bool:
+        """Whether a stage is not done yet."""
+        stages = [stage for stage in self.plan.stages.values() if not stage.is_measurement]
+        return not all(is_done(stage, self.workspace) for stage in stages)
+
+    def steps_until(self, name: str) -> int:
+        """Planned steps of the stages before this one."""
+        return sum(stage.plan.steps for stage in takewhile(lambda stage: stage.name != name, self.plan.stages.values()))
 
     def rests_on_private(self) -> bool:
         """Whether everything that the models have learned so far has a guarantee."""
@@ -451,7 +466,17 @@ class Run:
             results.resources = resources  # of private data, time and memory would tell how long the longest record is
         write_json(folder / "summary.json", results.to_json())
         write_report(folder)
+        self.publish()
         return results
+
+    def publish(self) -> None:
+        """What was measured in public, and what has been spent, for the tracker; as the summary has it."""
+        steps, results = sum(stage.plan.steps for stage in self.plan.stages.values()), self.results
+        for stage, pairs in results.pairs.items():
+            self.reporter.publish(steps, f"pairs/{stage}", pairs.as_dict())
+        for stage, found in results.evaluation.items():
+            self.reporter.publish(steps, f"evaluation/{stage}", found.as_dict())
+        self.reporter.publish(steps, "run", {"epsilon": results.statement.epsilon})
 
     def prompt_format(self, policy: Policy) -> PromptFormat:
         """As the last stage that trains the policy reads them."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from ..errors import DPAlignError
 from .numbers import at_most
 from .terminal import Terminal
+from .trackers import Tracker
 
 if TYPE_CHECKING:
     from ..training import StagePlan, StepReport
@@ -35,7 +35,8 @@ class Reporter:
     def __init__(self, quiet: bool = False, console: Terminal | None = None) -> None:
         self.console = console or Terminal(stderr=True, quiet=quiet)
         self._progress: Progress | None = None
-        self._tracker = None
+        self._tracker: Tracker | None = None
+        self._done = 0
 
     def note(self, message: str) -> None:
         self.console.say(message)
@@ -56,12 +57,14 @@ class Reporter:
         private: bool,
         tokens: float,
         seconds: float | None = None,
+        done: int = 0,
     ) -> None:
         """Says before the first draw what a stage is about to spend.
 
         Args:
             tokens: that a step reads and trains on, of the expected sample.
             seconds: that such a step is expected to take, if that is known before the first draw.
+            done: steps of the stages before this one.
         """
         budget = (
             f"epsilon {at_most(plan.epsilon)} at delta {plan.target_delta:.2g}, "
@@ -74,40 +77,50 @@ class Reporter:
             f"(unit: {unit}); {budget}"
         )
         self._pace = Pace(plan.steps, tokens, seconds, None if private else time.monotonic)
+        self._done = done
+        if private and self._tracker is not None:
+            self._tracker.hold()
 
     def step(self, report: StepReport) -> None:
-        if self._tracker is not None and report.metrics is not None:
-            values = {f"{report.stage}/noised_{k}": v for k, v in report.metrics.items()}
-            self._tracker.log({**values, f"{report.stage}/epsilon": report.epsilon}, step=report.step)
+        noised = {f"noised_{name}": value for name, value in (report.metrics or {}).items()}
+        self.publish(self._done + report.step, report.stage, noised | {"epsilon": report.epsilon})
         if self._progress is None:
             return
         left, speed = self._pace.after(report.step)
-        noised = " ".join(f"{SHORT.get(k, k)} {v:.2f}" for k, v in (report.metrics or {}).items())
+        said = " ".join(f"{SHORT.get(k, k)} {v:.2f}" for k, v in (report.metrics or {}).items())
         spent = f"epsilon {at_most(report.epsilon, 2)}"
         if self.console.is_terminal:
-            rest = ", ".join(filter(None, [noised and f"noised: {noised}", speed]))
+            rest = ", ".join(filter(None, [said and f"noised: {said}", speed]))
             self._progress.update(
                 self._task, completed=report.step, total=report.steps, left=left, spent=spent, rest=rest
             )
         elif self._pace.is_due(report.step):
-            said = [f"{report.stage} {report.step}/{report.steps}", left, spent, noised and f"noised {noised}", speed]
-            self.note(", ".join(filter(None, said)))
+            line = [f"{report.stage} {report.step}/{report.steps}", left, spent, said and f"noised {said}", speed]
+            self.note(", ".join(filter(None, line)))
+
+    def publish(self, step: int, of: str, values: Mapping[str, Any]) -> None:
+        """Numbers that anybody may see, for the tracker. step: of the whole run. of: what they are numbers of."""
+        if self._tracker is not None:
+            self._tracker.say(step, {f"{of}/{name}": value for name, value in values.items()})
 
     @contextmanager
-    def tracking(self, report_to: str, folder: Path, stage: str) -> Iterator[None]:
-        """A progress bar, and the tracker if one is asked for, while a stage runs."""
-        accelerator = None
-        if report_to != "none":
-            from accelerate import Accelerator
+    def tracking(self, report_to: str, folder: Path) -> Iterator[None]:
+        """The tracker that is asked for, while a run lasts.
 
-            try:
-                accelerator = Accelerator(cpu=True, log_with=report_to, project_dir=str(folder))
-                accelerator.init_trackers(stage)
-            except (ImportError, ValueError):
-                raise DPAlignError(
-                    f"report_to {report_to} needs its package: pip install 'dpalign[{report_to}]'."
-                ) from None
-            self._tracker = accelerator
+        Raises:
+            DPAlignError: it cannot begin.
+        """
+        self._tracker = Tracker(report_to, folder, self.note) if report_to != "none" else None
+        try:
+            yield
+        finally:
+            if self._tracker is not None:
+                self._tracker.end()
+            self._tracker = None
+
+    @contextmanager
+    def showing(self, stage: str) -> Iterator[None]:
+        """A progress bar while a stage runs."""
         try:
             with bar(self.console) as self._progress:
                 total = self._pace.steps
@@ -115,9 +128,8 @@ class Reporter:
                 yield
         finally:
             self._progress = None
-            if accelerator is not None:
-                accelerator.end_training()
-                self._tracker = None
+            if self._tracker is not None:
+                self._tracker.release()
 
 
 def bar(console: Terminal) -> Progress:

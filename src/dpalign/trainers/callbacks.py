@@ -41,8 +41,9 @@ class Telling(Reporter):
         private: bool,
         tokens: float,
         seconds: float | None = None,
+        done: int = 0,
     ) -> None:
-        super().start(stage, plan, units, unit, private, tokens, seconds)
+        super().start(stage, plan, units, unit, private, tokens, seconds, done)
         self._rate, self.state.max_steps = plan.sampling_rate, plan.steps
         self._tell("on_train_begin")
 
