@@ -168,7 +168,7 @@ def raw_means_for_the_tracker(monkeypatch):
         return release_metrics(self)
 
     def tracked(self, report):
-        self._tracker.log({"raw": raw[next(iter(report.metrics))]}, step=report.step)
+        self._tracker.say(report.step, {"raw": raw[next(iter(report.metrics))]})
         step(self, report)
 
     monkeypatch.setattr(GaussianMechanism, "_release_metrics", released)

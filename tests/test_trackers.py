@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -139,11 +140,13 @@ def test_it_is_told_its_name_that_all_is_off_and_the_numbers(name, fake, tmp_pat
     others = begun.keys() - options.keys() - paths
     assert others == {"comet_ml": {"experiment_config"}, "clearml": {"auto_connect_frameworks"}}.get(name, set())
     count = len(calls)
-    tracker.say(3, {"sft/noised_loss": 1.5, "sft/epsilon": 0.5, "sft/text": "a record", "sft/nothing": None})
+    tracker.say(
+        3, {"sft/noised_loss": 1.5, "sft/epsilon": 0.5, "sft/text": "a record", "sft/nan": float("nan"), "sft/no": None}
+    )
     assert calls[count:] == LOGGED[name]
     count = len(calls)
     tracker.end()
-    assert [place.split(".")[-1] for place, _, _ in calls[count:]][0] in ("finish", "end", "end_run", "close")
+    assert calls[count][0].split(".")[-1] in ("finish", "end", "end_run", "close")
     known = {place, *(place for place, _, _ in LOGGED[name])}
     also = {
         "comet_ml": {"comet_ml.ExperimentConfig"}, "clearml": {"clearml.Task.current_task"}, "aim": {"aim.Run().name ="},
@@ -153,14 +156,16 @@ def test_it_is_told_its_name_that_all_is_off_and_the_numbers(name, fake, tmp_pat
     assert {place for place, _, _ in calls[:count]} == known | also.get(name, set())
 
 
-def test_what_comet_and_clearml_would_find_out_is_off(fake, tmp_path):
+def test_what_comet_and_clearml_would_find_out_is_off(fake, tmp_path, monkeypatch):
     calls = fake("comet_ml")
     Tracker("comet_ml", tmp_path, pytest.fail)
     config = named(calls)["comet_ml.ExperimentConfig"]
     assert config.pop("name") == tmp_path.name and len(config) == 20 and not any(config.values())
     assert {"log_code", "log_env_host", "log_git_patch", "auto_output_logging", "log_env_details"} <= config.keys()
     calls = fake("clearml")
+    monkeypatch.delenv("CLEARML_WORKER_NAME", raising=False)
     Tracker("clearml", tmp_path, pytest.fail)
+    assert os.environ["CLEARML_WORKER_NAME"] == "dpalign"
     frameworks = named(calls)["clearml.Task.init"]["auto_connect_frameworks"]
     assert {"detect_repository", "pytorch", "tensorboard"} <= frameworks.keys() and not any(frameworks.values())
 

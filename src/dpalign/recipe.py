@@ -67,8 +67,8 @@ class Recipe:
             data is demo data.
         ledger: the private file that records every spending; default: $DPALIGN_LEDGER, else
             ~/.local/share/dpalign/ledger.sqlite.
-        report_to: a tracker that accelerate knows, or `none`. It is told noised metrics, public measurements and epsilon;
-            those of a private stage when the stage ends, since sent step by step they would tell how long each step took.
+        report_to: a tracker that accelerate knows, or `none`. It is told noised metrics, public measurements and
+            epsilon; those of a private stage when the stage ends: sent step by step they would tell each step's time.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`.
         num_threads: CPU threads; default: torch's choice.
     """

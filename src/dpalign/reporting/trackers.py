@@ -8,6 +8,8 @@ afterwards it is said once, and the run goes on without it.
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -36,8 +38,9 @@ class Tracker:
     """One run of a tracker.
 
     Args:
-        report_to: a name of PACKAGES. folder: of the run, whose name is the tracker's run's too; what a tracker keeps in
-            files is in its `logs`, or in `private/trackers` where there is more than numbers in them.
+        report_to: a name of PACKAGES.
+        folder: of the run; its name is also that of the tracker's run. Files of a tracker are in its `logs`, or in
+            `private/trackers` where there is more than numbers in them.
         tell: says that the tracker has failed.
 
     Raises:
@@ -64,8 +67,8 @@ class Tracker:
         self._held = []
 
     def say(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers of a step; what is no number is left out."""
-        numbers = {name: float(v) for name, v in values.items() if isinstance(v, int | float)}
+        """Numbers of a step; what is no finite number is left out."""
+        numbers = {name: float(v) for name, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         if self._held is not None:
             self._held.append((step, numbers))
         elif numbers:
@@ -90,8 +93,8 @@ class Tracker:
         except (Exception, SystemExit) as error:
             self._failed = True
             self._tell(
-                f"report_to {self.name} has failed ({type(error).__name__}) and is told nothing more; metrics.jsonl has "
-                "all numbers."
+                f"report_to {self.name} has failed ({type(error).__name__}) and is told nothing more; metrics.jsonl "
+                "has all numbers."
             )
 
 
@@ -133,7 +136,8 @@ def _options(report_to: str, files: Path, run: str) -> dict[str, Any]:
         importlib.import_module("mlflow").disable_system_metrics_logging()
         return {"run_name": run}
     if report_to == "clearml":
-        if importlib.import_module("clearml").Task.current_task() is not None:  # it would be joined, whatever it captures
+        os.environ.setdefault("CLEARML_WORKER_NAME", PROJECT)  # instead of the machine's name
+        if importlib.import_module("clearml").Task.current_task() is not None:  # it would be joined as it is
             raise DPAlignError("report_to clearml begins a task of its own, and one is open already: close it first.")
         return {"project_name": PROJECT, "task_name": run, "reuse_last_task_id": False, **CLEARML}
     if report_to == "dvclive":

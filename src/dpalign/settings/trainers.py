@@ -42,8 +42,8 @@ class TrainerArguments:
             per_device_train_batch_size: `expected_batch_size` by its names in TRL. A private update wants hundreds.
         bf16: loads the frozen base in bfloat16; adapters, clipping and noise stay float32.
         model_init_kwargs: `dtype` and `trust_remote_code` of a model that is given by name.
-        report_to: a tracker that accelerate knows (`wandb`, `trackio`, `mlflow`, `tensorboard`, ...), which is told noised
-            metrics, public measurements and epsilon, those of a private stage when the stage ends; `none`.
+        report_to: a tracker that accelerate knows (`wandb`, `trackio`, `mlflow`, `tensorboard`, ...), which is told
+            noised metrics, public measurements and epsilon, those of a private stage when the stage ends; `none`.
     """
 
     Section: ClassVar[type[TrainingConfig]]  # the same settings in a recipe
