@@ -13,7 +13,7 @@ ROOMS = [
     ["trainers"],
     ["sweep"],
     ["run"],
-    ["records", "survey", "workspace"],
+    ["hub", "records", "survey", "workspace"],
     ["plan", "release"],
     ["parsing", "provenance"],
     ["recipe"],

@@ -1,4 +1,4 @@
-"""`dpalign export`: a release elsewhere, or merged into full weights."""
+"""`dpalign export`: a release elsewhere, merged into full weights, or on the Hub."""
 
 from __future__ import annotations
 
@@ -10,43 +10,74 @@ from ..errors import DPAlignError
 from ..files import replace_folder
 from ..reporting.terminal import Terminal
 from ..settings.models import ModelConfig
-from .arguments import Parser
+from .arguments import Parser, Switch
 
 DESCRIPTION = """Copies the release of a run (adapter, tokenizer, card, privacy.json) to a folder, or with --merge
-writes full float32 weights that load without peft. Nothing private is copied."""
+writes full float32 weights that load without peft. With --push_to_hub it is sent to the Hub, as a private repository
+unless you say otherwise; your login there is huggingface_hub's (`hf auth login` or $HF_TOKEN). Nothing private is
+copied or sent."""
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns where the export lies."""
     parser = Parser(prog="dpalign export", description=DESCRIPTION)
     parser.add_argument("run", help="a run's folder, or its release folder")
-    parser.add_argument("--to", required=True, help="the folder to write: a new one, or an empty one")
+    parser.add_argument("--to", help="the folder to write: a new one, or an empty one")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the base model's weights")
+    hub = parser.add_argument_group("on the Hub")
+    hub.add_argument("--push_to_hub", metavar="USER/NAME", help="the repository to send it to; made if there is none")
+    hub.add_argument("--private", action=Switch, default=True, help="nobody else may see it (the default)")
+    hub.add_argument("--base_model", metavar="USER/NAME", help="the base's name there, where it is a folder here")
+    hub.add_argument("--license", help="the Hub's name of a licence, such as apache-2.0")
     given = parser.parse_args(arguments)
+    if given.to is None and given.push_to_hub is None:
+        raise DPAlignError("say where the release goes: --to FOLDER, or --push_to_hub USER/NAME.")
+    if given.push_to_hub is None and (given.base_model or given.license or not given.private):
+        raise DPAlignError("--base_model, --license and --no_private are for --push_to_hub: give it too.")
     release = Path(given.run)
     release = release / "release" if (release / "release").is_dir() else release
     if not (release / "privacy.json").is_file():
         raise DPAlignError(f"{given.run} holds no release with a privacy statement: run its stages to the end first.")
-    target = Path(given.to)
-    _check(release, target)
-    from ..models import Policy  # imports torch
-    from ..models.verify import check_merged
-
-    with replace_folder(target) as temporary:
-        if given.merge:
-            policy = Policy.load(ModelConfig(name_or_path=str(release)))
-            policy.model.merge_and_unload().save_pretrained(temporary)
-            check_merged(Policy.load(ModelConfig(name_or_path=str(release))), temporary)
-            policy.tokenizer.save_pretrained(temporary)
-            for name in ("privacy.json", "README.md"):
-                shutil.copy(release / name, temporary / name)
-        else:
-            shutil.copytree(release, temporary, dirs_exist_ok=True)
-        for entry in [temporary, *temporary.rglob("*")]:  # for sharing, whatever the umask is
-            entry.chmod(0o755 if entry.is_dir() else 0o644)
+    made: dict[str, Any] = {"merged": given.merge}
+    if given.to is not None:
+        _check(release, Path(given.to))
+    if given.push_to_hub is not None:
+        made["pushed"] = _push(release, given)
+    if given.to is not None:
+        with replace_folder(Path(given.to)) as temporary:
+            _write(release, temporary, given.merge)
+        made["exported"] = given.to
     if not as_json:
-        Terminal().say(f"exported to {target}")
-    return {"exported": str(target), "merged": given.merge}
+        said = {"exported": "exported to", "pushed": "on the Hub:"}
+        for key in said.keys() & made.keys():
+            Terminal().say(f"{said[key]} {made[key]}")
+    return made
+
+
+def _write(release: Path, folder: Path, merge: bool) -> None:
+    """The export, for sharing whatever the umask is."""
+    if merge:
+        from ..models import Policy  # imports torch
+        from ..models.verify import check_merged
+
+        policy = Policy.load(ModelConfig(name_or_path=str(release)))
+        policy.model.merge_and_unload().save_pretrained(folder)
+        check_merged(Policy.load(ModelConfig(name_or_path=str(release))), folder)
+        policy.tokenizer.save_pretrained(folder)
+        for name in ("privacy.json", "README.md"):
+            shutil.copy(release / name, folder / name)
+    else:
+        shutil.copytree(release, folder, dirs_exist_ok=True)
+    for entry in [folder, *folder.rglob("*")]:
+        entry.chmod(0o755 if entry.is_dir() else 0o644)
+
+
+def _push(release: Path, given: Any) -> str:
+    """Sends a copy of the release; returns its name on the Hub."""
+    from ..hub import Repository, share  # imports huggingface_hub
+
+    repository = Repository(given.push_to_hub, given.private, given.base_model, given.license)
+    return share(release, repository, lambda folder: _write(release, folder, given.merge), merged=given.merge)
 
 
 def _check(release: Path, target: Path) -> None:

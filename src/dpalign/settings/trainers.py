@@ -17,10 +17,15 @@ from . import dpo, ppo, reward_model, rloo, sft
 from .base import TrainingConfig
 
 T = TypeVar("T")
+ONCE = "the release is sent once, when it is written"
 FOR_A_TRAINER = {  # what is otherwise here than in a recipe
     "eval_steps": "eval_dataset is measured once, when training ends",
     "eval_strategy": "eval_dataset is measured once, when training ends",
     "evaluation_strategy": "eval_dataset is measured once, when training ends",
+    "hub_always_push": ONCE,
+    "hub_revision": ONCE,
+    "hub_strategy": ONCE,
+    "hub_token": "huggingface_hub reads its own login, or $HF_TOKEN: a token in a script is read by others",
     "fp16": "the base is frozen, so there is no mixed precision: bf16=True loads it in bfloat16",
     "missing_eos_penalty": "only stages that sample completions have one",
     "per_device_eval_batch_size": "eval_dataset is measured in parts of a fixed size",
@@ -44,6 +49,9 @@ class TrainerArguments:
         model_init_kwargs: `dtype` and `trust_remote_code` of a model that is given by name.
         report_to: a tracker that accelerate knows (`wandb`, `trackio`, `mlflow`, `tensorboard`, ...), which is told
             noised metrics, public measurements and epsilon, those of a private stage when the stage ends; `none`.
+        push_to_hub: sends the release, and nothing else of the run, to the Hub when training ends.
+        hub_model_id: the repository, `USER/NAME`; default: the name of output_dir, in your account.
+        hub_private_repo: nobody else may see it; False makes it public, which must be said.
     """
 
     Section: ClassVar[type[TrainingConfig]]  # the same settings in a recipe
@@ -56,6 +64,9 @@ class TrainerArguments:
     bf16: bool = False
     model_init_kwargs: dict[str, Any] | None = None
     report_to: str = "none"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = True
 
     def as_section(self) -> TrainingConfig:
         """The settings that a recipe has.

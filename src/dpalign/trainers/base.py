@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterable, MutableMapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -27,7 +28,8 @@ from ..data.load import Record
 from ..data.readers import from_arrow
 from ..domains import check_settings
 from ..errors import DPAlignError
-from ..models import AdapterConfig, ModelConfig, Policy, RewardModel
+from ..hub import Repository, base_of, share
+from ..models import AdapterConfig, ModelConfig, Policy, RewardModel, embedded
 from ..models.loading import device_of
 from ..models.lora import check_to_train
 from ..models.objects import Given, check_tokenizer, folder_of
@@ -104,6 +106,8 @@ class Trainer:
         self._is_classifier = type(self._given.base).__name__.endswith("ForSequenceClassification")
         self._recipe = self._recipe_of(section, config)
         self._recipe.check()
+        if args.push_to_hub:
+            self._repository.check(self._base())
         self._reporter = Telling(args, callbacks or (), quiet)
         self.summary: dict[str, Any] | None = None
         self._trained: PeftModel | None = None
@@ -226,6 +230,8 @@ class Trainer:
             if release not in history:
                 history.append(release)
         self._reporter.end()  # last: whatever a callback raises, what was trained is known
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return self.summary
 
     def _models(self) -> tuple[Policy | None, RewardModel | None]:
@@ -258,6 +264,25 @@ class Trainer:
     def save_model(self, output_dir: str) -> None:
         """Copies the release (adapter, tokenizer, card, privacy statement) to `output_dir`."""
         shutil.copytree(self._release(), output_dir, dirs_exist_ok=True)
+
+    def push_to_hub(self) -> str:
+        """Sends a copy of the release to `args.hub_model_id`; returns the repository's full name.
+
+        Raises:
+            DPAlignError: nothing is trained yet, the base has no name on the Hub, or the Hub refuses or is not reached.
+        """
+        release = self._release()
+        return share(release, self._repository, partial(shutil.copytree, release, dirs_exist_ok=True))
+
+    @property
+    def _repository(self) -> Repository:
+        name = self.args.hub_model_id or Path(self._recipe.output_dir).resolve().name
+        return Repository(name, self.args.hub_private_repo)
+
+    def _base(self) -> str:
+        """The model that the release's adapter will be for."""
+        name = embedded.resolve(self._recipe.model.name_or_path)
+        return base_of(Path(name)) or name
 
     def _release(self) -> Path:
         trains = self.algorithm.model_kind
