@@ -105,7 +105,9 @@ def test_the_command_line_and_recipes_say_it_alike(tmp_path, capsys):
 def test_names_from_elsewhere_are_no_fields_and_lead_to_fields():
     there = {place.rpartition(".")[2] for stage in STAGES for place in fields_below(stage)}
     named = {field for field in there if len(field) > 3}
-    assert not set(ELSEWHERE) & {place for place in there if place not in ("lora_alpha", "missing_eos_penalty", "temperature")}
+    assert not set(ELSEWHERE) & {
+        place for place in there if place not in ("lora_alpha", "missing_eos_penalty", "temperature")
+    }
     for name, says in ELSEWHERE.items():
         if says.startswith("it is called "):
             meant = says.removeprefix("it is called ").split()[0].rstrip(",;:").rpartition(".")[2]

@@ -68,7 +68,10 @@ def test_a_split_of_a_folder(tmp_path):
 
 
 def test_a_table_gives_nobody_arguments_that_they_do_not_have(tmp_path):
-    calls = [{"name": "look", "arguments": {"at": "it"}}, {"name": "hear", "arguments": {"far": [{"x": 1}, {"y": None}]}}]
+    calls = [
+        {"name": "look", "arguments": {"at": "it"}},
+        {"name": "hear", "arguments": {"far": [{"x": 1}, {"y": None}]}},
+    ]
     rows = [{"id": "a", "note": None, "messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "a"))
@@ -108,7 +111,10 @@ def test_a_hub_name_is_honoured(monkeypatch, tmp_path):
     ("error", "says"),
     [
         (ConnectionError("Couldn't reach 'x'"), "there is no connection to it"),
-        (ValueError("Unknown split \"dev\". Should be one of ['train', 'test']."), r"no split 'dev' .*, but 'train', 'test'"),
+        (
+            ValueError("Unknown split \"dev\". Should be one of ['train', 'test']."),
+            r"no split 'dev' .*, but 'train', 'test'",
+        ),
         (
             ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample of"),
             "several configurations .'a', 'b'.: save one with",

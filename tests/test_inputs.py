@@ -25,7 +25,10 @@ LOOK = CALL | {"tool_calls": [{"function": {"name": "look", "arguments": {"look"
 TOOL = {"role": "tool", "content": "It is good."}
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}]
 TOOLS_OF_TWO = [
-    {"type": "function", "function": {"name": n, "description": "Looks.", "parameters": {"properties": {n: {"type": "string"}}}}}
+    {
+        "type": "function",
+        "function": {"name": n, "description": "Looks.", "parameters": {"properties": {n: {"type": "string"}}}},
+    }
     for n in ("look", "hear")
 ]  # in a table each has the other's argument, too, and null
 PARTS = [{"type": "text", "text": "Good"}, {"type": "text", "text": "?"}]

@@ -36,6 +36,19 @@ def test_rows_worked_by_hand():
     assert rows[0.0]["reward_ci95"] == 0.2 and rows[0.0]["interval_over"] == "prompts" and "share" not in rows[0.0]
 
 
+def test_losses_on_texts_after_each_stage(tmp_path):
+    before = {"pretrained": {"reward": 0.1, "text_loss": 4.5}, "sft": {"reward": 0.2, "text_loss": 4.25}}
+    runs = [trial("0", 0, 0.1, text_loss=4.5)]
+    runs += [trial("4", seed, 0.6, text_loss=4.375 + seed / 4, before=before) for seed in (0, 1)]
+    base, private = summarize_sweep(runs)
+    assert (base["text_loss"], private["text_loss"], private["text_loss_after_sft"]) == (4.5, 4.5, 4.25)
+    assert private["text_loss_ci95"] == pytest.approx(0.125 * 12.706, rel=1e-3) and "text_loss_after_sft" not in base
+    write_markdown(tmp_path / "a.md", {"varied": None, "rows": [base, private], "command": "x", "spent_by_tuning": []})
+    table = [line.split(" | ") for line in (tmp_path / "a.md").read_text().splitlines() if line.startswith("| ")]
+    columns = dict(zip(*(table[i] for i in (0, 2)), strict=True))
+    assert columns["text loss after sft"] == "4.250" and columns["text loss"] == "4.500 ± 1.588"
+
+
 def test_interval_of_one_value_is_unknown():
     assert math.isnan(interval([1.0]))
 

@@ -201,7 +201,16 @@ def apart_by_reading_twice(tokenizer, text):
 def test_a_string_is_read_once(adds, monkeypatch):
     tokenizer = byte_tokenizer("smol", adds)
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    texts = ["a film", f"{bos}a film", f"a film{eos}", f"{bos}{bos}a{eos}{eos}", f"a{eos}{bos}b", f"{eos}a", " ", "映画 😀"]
+    texts = [
+        "a film",
+        f"{bos}a film",
+        f"a film{eos}",
+        f"{bos}{bos}a{eos}{eos}",
+        f"a{eos}{bos}b",
+        f"{eos}a",
+        " ",
+        "映画 😀",
+    ]
     expected = [apart_by_reading_twice(tokenizer, text) for text in texts]
     read, call = [], type(tokenizer).__call__
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from .algorithms.pairs import PairAlgorithm
-from .algorithms.rollouts import RolloutAlgorithm
 from .data.load import Record, read_records, unread_columns
 from .data.overlap import DECLARED, Texts, check_contents, hash_texts
 from .data.units import UnitDataset, build_units, check_disjoint, count_units
 from .errors import DPAlignError
+from .evaluation.during import MEASURED
 from .plan import Units, split_parts
 from .privacy.ledger import Ledger
 from .recipe import Recipe
@@ -96,7 +95,7 @@ def read_public(recipe: Recipe) -> dict[str, tuple[list[Record], str]]:
     public = {}
     for name in recipe.stages:
         data = recipe.data_of(name)
-        if data.eval_path and data.eval_is_public and issubclass(kind(name), PairAlgorithm | RolloutAlgorithm):
+        if data.eval_path and data.eval_is_public and issubclass(kind(name), MEASURED):
             public[name] = (read_records(data.eval_path, data.eval_split), data.eval_path)
     return public
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from .errors import DPAlignError
+from .evaluation import TextEvaluation
 from .files import replace_folder, write_json, write_text
 from .models import Normalization, Policy, RewardModel
 from .models.verify import check_release
@@ -48,7 +49,9 @@ outcome, this adapter included, by at most a factor e^epsilon, except for a delt
 {{ stage.max_grad_norm | float }} |
 {% endfor %}{% endfor %}
 Accountant: {{ statement.accountant }}; numbers to recompute it are in `privacy.json`.
-
+{% if heldout %}
+{{ heldout }}
+{% endif %}
 {% for entry in statement.ledger -%}
 The ledger knows {{ entry.runs }} run(s) on {{ entry.dataset | code }}, together {{ entry | all_runs | code }} \
 at delta {{ "%.3g"|format(entry.delta) }}\
@@ -131,9 +134,18 @@ def as_trained(models: Sequence[str], prepend_bos: bool | None) -> bool:
 
 
 def write_release(
-    folder: Path, policy: Policy, statement: PrivacyStatement, base_model: str, title: str, prompts: PromptFormat
+    folder: Path,
+    policy: Policy,
+    statement: PrivacyStatement,
+    base_model: str,
+    title: str,
+    prompts: PromptFormat,
+    texts: Mapping[str, TextEvaluation] | None = None,
 ) -> None:
     """Writes the release folder in one move: the old one or the whole new one.
+
+    Args:
+        texts: how well the base model, and the policy after each stage, predict public texts, if that was measured.
 
     Raises:
         DPAlignError: plain peft makes something else of it than what was trained; the old one stays.
@@ -142,7 +154,8 @@ def write_release(
         policy.save_adapter(temporary, base_model)
         check_release(policy, temporary, base_model)
         write_json(temporary / PROMPTS_FILE, asdict(prompts))
-        _describe(temporary, statement, base_model, title, auto_class="AutoModelForCausalLM", options="", pooling="")
+        options = {"auto_class": "AutoModelForCausalLM", "options": "", "pooling": ""}
+        _describe(temporary, statement, base_model, title, texts, **options)
 
 
 def write_reward_model(
@@ -166,13 +179,36 @@ def write_reward_model(
             statement,
             base_model,
             title,
+            None,
             auto_class="AutoModelForSequenceClassification",
             options=", num_labels=1",
             pooling=model.text.pooling,
         )
 
 
-def _describe(folder: Path, statement: PrivacyStatement, base_model: str, title: str, **texts: str) -> None:
+def heldout_line(measured: Mapping[str, TextEvaluation]) -> str:
+    """What the models' loss on public texts is, in one line of Markdown; nothing where it was not measured."""
+    if not measured:
+        return ""
+    losses = [f"{code_span(name)} {_with_interval(found)}" for name, found in measured.items()]
+    count = next(iter(measured.values())).text_records
+    said = f"Held-out loss on {count:,} public texts, in nats per token (± is a 95% interval over texts)"
+    return f"{said}: {', '.join(losses)}."
+
+
+def _with_interval(found: TextEvaluation) -> str:
+    half = "" if math.isnan(found.text_loss_ci95) else f" ± {found.text_loss_ci95:.3f}"
+    return f"{found.text_loss:.3f}{half}"
+
+
+def _describe(
+    folder: Path,
+    statement: PrivacyStatement,
+    base_model: str,
+    title: str,
+    measured: Mapping[str, TextEvaluation] | None,
+    **texts: str,
+) -> None:
     write_json(folder / "privacy.json", statement.as_dict())
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
     environment.filters |= {"at_most": at_most, "all_runs": all_runs, "code": code_span}
@@ -192,6 +228,7 @@ def _describe(folder: Path, statement: PrivacyStatement, base_model: str, title:
     front_matter = yaml.safe_dump(metadata, sort_keys=False, width=math.inf)
     units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
     fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
+    fields["heldout"] = heldout_line(measured or {})
     card = environment.from_string(CARD).render(front_matter=front_matter, **fields, **texts)
     write_text(folder / "README.md", card)
     folder.chmod(0o755)

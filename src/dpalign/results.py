@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from .evaluation import Evaluation, PairEvaluation
+from .evaluation import Evaluation, PairEvaluation, TextEvaluation
 from .privacy.statement import PrivacyStatement
 
 PRETRAINED = "0"  # the epsilon of a trial in which nothing is trained
-MEASURED = ("reward", "reference_reward", "kl", "perplexity", "distinct_2", "completion_length")
+MEASURED = ("reward", "reference_reward", "kl", "perplexity", "distinct_2", "completion_length", "text_loss")
 PAIRS = "reward_model"  # field of a line of runs.jsonl, no stage: how a run's own reward model agrees with public pairs
 Key: TypeAlias = tuple[str, int, str | None]  # epsilon, seed and varied value of a trial
 T = TypeVar("T")
@@ -24,7 +24,8 @@ class Results:
     """What `summary.json` holds.
 
     release: the folder to share. reward_model_release: the reward model's, if the run has trained one. pairs: by stage,
-    agreement with public pairs. evaluation: by stage, measured on public prompts; `pretrained` is the base model.
+    agreement with public pairs. evaluation: by stage, measured on public prompts, or on public texts where nothing
+    samples; `pretrained` is the base model.
     measurements: by stage, noised, on held-out private units; None for one that an interruption lost.
     outside_the_guarantee: columns of `evaluation` that no guarantee covers. resources: seconds and memory, where no
     data is private.
@@ -34,7 +35,7 @@ class Results:
     release: Path | None = None
     reward_model_release: Path | None = None
     pairs: dict[str, PairEvaluation] = field(default_factory=dict)
-    evaluation: dict[str, Evaluation] = field(default_factory=dict)
+    evaluation: dict[str, Evaluation | TextEvaluation] = field(default_factory=dict)
     measurements: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     outside_the_guarantee: list[str] = field(default_factory=list)
     resources: dict[str, float] = field(default_factory=dict)
@@ -124,6 +125,7 @@ class Finished:
     distinct_2: float
     completion_length: float
     reference_reward: float | None = None
+    text_loss: float | None = None
     before: Mapping[str, Evaluation] = field(default_factory=dict)
     pairs: PairEvaluation | None = None
     spent_epsilon: float = 0.0

@@ -19,12 +19,22 @@ import transformers
 from .algorithms.base import Algorithm, Reading, check_records
 from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
+from .algorithms.texts import TextAlgorithm
 from .data.load import Record, only_columns
 from .data.overlap import remember_contents
 from .data.text import Text
 from .data.units import UnitDataset
 from .errors import DPAlignError
-from .evaluation import Evaluation, agreement_on, evaluate_stages, public_prompts
+from .evaluation import (
+    Evaluation,
+    TextEvaluation,
+    agreement_on,
+    evaluate_stages,
+    of_each_stage,
+    public_prompts,
+    text_loss,
+)
+from .evaluation.during import Evaluations, check_public, measure_of
 from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import measure_privately
 from .files import write_json
@@ -223,7 +233,12 @@ def check_inputs(
         found = survey(readings, records[name], source.unit)
         surveys |= {} if found is None else {name: found}
         if name in public:
-            check_records(*public[name], stage.kind.columns, check)
+            check_public(stage.kind, check_records(*public[name], stage.kind.columns, check), *public[name])
+        elif isinstance(stage.config, TrainingConfig) and stage.config.eval_steps is not None:
+            raise DPAlignError(
+                f"{name}.eval_steps measures on public records, and stage {name} has none: give its data an eval_path "
+                "and eval_is_public: true (a trainer its eval_dataset), or leave eval_steps out."
+            )
         if isinstance(model, Policy):  # prompts that it writes itself are as those of the last stage
             model.asks_in_chats = are_chats(records[name], stage.kind.columns)
     return surveys
@@ -398,6 +413,7 @@ class Run:
             beside=still_beside(planned, self.plan, workspace),
             rests_on_private=self.rests_on_private(),
             log=workspace.log,
+            evaluate=self.evaluations(planned, algorithm, model),
             report=reporter.step,
             tell=reporter.note,
         )
@@ -421,6 +437,17 @@ class Run:
     def steps_until(self, name: str) -> int:
         """Planned steps of the stages before this one."""
         return sum(stage.plan.steps for stage in takewhile(lambda stage: stage.name != name, self.plan.stages.values()))
+
+    def evaluations(
+        self, planned: PlannedStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack
+    ) -> Evaluations | None:
+        """What measures a stage's model while it trains; None where nobody asks."""
+        if algorithm.config.eval_steps is None:
+            return None
+        (records, _), recipe, reporter = self.public[planned.name], self.plan.recipe, self.reporter
+        measure = measure_of(algorithm, model, records, at_most=recipe.eval_prompts, seed=recipe.eval_seed)
+        log, steps = self.workspace.evaluations, planned.plan.steps
+        return Evaluations(log, planned.name, steps, model, measure, reporter.evaluated)
 
     def rests_on_private(self) -> bool:
         """Whether everything that the models have learned so far has a guarantee."""
@@ -452,14 +479,15 @@ class Run:
         trained = [stage.kind.model_kind for stage in plan.stages.values() if not stage.is_measurement]
         if RewardModel in trained:
             results.release = results.reward_model_release = folder / REWARD_MODEL
+        texts = measure_texts(plan.recipe, self.public, self.models.get(Policy))
         if Policy in trained:
             policy = self.models.of(Policy)
             title = f"{folder.name}, {'aligned privately' if statement.private else 'aligned WITHOUT privacy'}"
             results.release = folder / RELEASE
             with self.reporter.status("writing the release"):
                 base, prompts = self.base_of(policy, plan.recipe.model), self.prompt_format(policy)
-                write_release(results.release, policy, statement, base, title, prompts)
-        self.measure_on_public_prompts()
+                write_release(results.release, policy, statement, base, title, prompts, texts)
+        self.measure_on_public_prompts(texts)
         resources = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
         write_json(self.workspace.private / "resources.json", resources | ({"command": command} if command else {}))
         if plan.is_all_demo:
@@ -525,10 +553,11 @@ class Run:
             return str(model.model.peft_config["earlier"].base_model_name_or_path)
         return embedded.resolve(config.name_or_path)
 
-    def measure_on_public_prompts(self) -> None:
-        """The base model, and the policy after each stage; texts to read in completions.json."""
+    def measure_on_public_prompts(self, texts: Mapping[str, TextEvaluation]) -> None:
+        """The base model, and the policy after each stage; completions to read in completions.json."""
         recipe, found = self.plan.recipe, self.sampled_public_prompts()
         if found is None:
+            self.results.evaluation = dict(texts)
             return
         config, reward, records = found
         policy = self.models.of(Policy)
@@ -537,12 +566,12 @@ class Run:
             measured = evaluate_stages(
                 policy, prompts, reward, config, seed=recipe.eval_seed, reference_reward=self.reference
             )
-        texts = [
+        samples = [
             {"prompt": prompt, **{stage: measured[stage][1][i][1] for stage in measured}}
             for i, (prompt, _) in enumerate(measured["pretrained"][1][:SAMPLES])
         ]
-        write_json(self.workspace.folder / "completions.json", texts)
-        self.show({stage: evaluation for stage, (evaluation, _) in measured.items()})
+        write_json(self.workspace.folder / "completions.json", samples)
+        self.show({stage: found.with_text(texts.get(stage)) for stage, (found, _) in measured.items()})
 
     def sampled_public_prompts(self) -> tuple[RolloutConfig, Reward, list[Record]] | None:
         """Those of the stage that samples, with its settings and its reward."""
@@ -554,7 +583,7 @@ class Run:
     def show(self, rows: dict[str, Evaluation]) -> None:
         """What the guarantee covers goes into the summary; of private data, the rest stays in private/."""
         given, results = self.plan.recipe.reference_reward, self.results
-        results.evaluation = rows
+        results.evaluation = dict(rows)
         if given is None:
             return
         outside = is_outside_the_guarantee(given.source, given.is_public)
@@ -569,6 +598,18 @@ class Run:
             "the reference reward's numbers are outside the guarantee: private/reference_evaluation.json"
         )
         results.evaluation = {name: row.without_reference() for name, row in rows.items()}
+
+
+def measure_texts(
+    recipe: Recipe, public: Mapping[str, tuple[list[Record], str]], policy: Policy | None
+) -> dict[str, TextEvaluation]:
+    """How well the base model, and the policy after each stage, predict the public texts of the stage that learns from
+    texts; read as that stage reads them. Empty where there are none."""
+    names = [name for name in recipe.stages if issubclass(kind(name), TextAlgorithm) and name in public]
+    if policy is None or not names:
+        return {}
+    algorithm, (records, _) = kind(names[0])(recipe.stages[names[0]]), public[names[0]]
+    return of_each_stage(policy, lambda: text_loss(*algorithm.nats(policy, records)))
 
 
 def is_done(stage: PlannedStage, workspace: Workspace) -> bool:

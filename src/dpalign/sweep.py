@@ -33,7 +33,7 @@ from .reporting.progress import Reporter
 from .reporting.sweep import plot_sweep, spent_sentence, summarize_sweep, write_markdown
 from .results import PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
-from .run import read_by
+from .run import measure_texts, read_by
 from .stages import STAGES, kind
 
 Epsilon: TypeAlias = str | float  # text is kept as it is written
@@ -182,6 +182,8 @@ class _Sweep:
             found, _ = evaluate_policy(policy, prompts, reward, config, seed=trial.seed)
         if is_reward_model(config.reward):
             found = replace(found, reference_reward=found.reward)
+        public = {n: (read_by(asked, n, rows), source) for n, (rows, source) in read_public(asked).items()}
+        found = found.with_text(measure_texts(asked, public, policy).get("pretrained"))
         return Finished.of_pretrained(self.recipe, self.overrides, trial, found)
 
 

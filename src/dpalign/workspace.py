@@ -19,13 +19,14 @@ from .provenance import Origin, check_provenance
 from .recipe import Recipe
 
 LOG = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 @dataclass(frozen=True)
 class Workspace:
     """What a run holds while it goes on. folder: public by construction but for `private`; both are its owner's alone.
 
-    log: the noised metrics, one JSON a line.
+    log: the noised metrics, one JSON a line. evaluations: what was measured on public records while stages trained.
     """
 
     folder: Path
@@ -39,6 +40,10 @@ class Workspace:
     @property
     def log(self) -> Path:
         return self.folder / LOG
+
+    @property
+    def evaluations(self) -> Path:
+        return self.folder / EVALUATIONS
 
     @staticmethod
     @contextmanager
@@ -115,6 +120,7 @@ def _tidy(folder: Path) -> None:
     sweep_temporaries(folder)
     sweep_temporaries(folder / "private", below=True)
     mend_lines(folder / LOG)
+    mend_lines(folder / EVALUATIONS)
 
 
 def _identity(folder: Path, ledger: Ledger) -> str:

@@ -66,6 +66,11 @@ def outside(run: Path) -> dict[tuple[str, tuple[str, ...]], list[Any]]:
     found: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
     for file in files_below(run, lambda path: path.parts[0] != "private"):
         name, content = str(file.relative_to(run)), file.read_bytes()
+        if file.name == "README.md":
+            measured = [line for line in content.splitlines() if line.startswith(b"Held-out loss on ")]
+            found[name, ("heldout",)] = measured
+            found[name, ("text",)] = [line for line in content.splitlines() if line not in measured]
+            continue
         if fnmatch(name, "*tokenizer*") or file.suffix not in (".json", ".jsonl"):
             found[name, ("**",)] = [content]
             continue
@@ -96,7 +101,7 @@ def sections(folder: Path, kind: str) -> dict[str, Any]:
     return common | {
         "sft": {"ppo": None, "split": {"sft": 0.5}},
         "ppo": {
-            "data": data | shown, "ppo": SHORT | {"reward": {"source": "reward_model"}}, "reward_model": pair, "reward_model_data": judges,
+            "data": data | shown, "sft": SHORT | {"eval_steps": 1}, "ppo": SHORT | {"eval_steps": 1, "reward": {"source": "reward_model"}}, "reward_model": pair | {"eval_steps": 1}, "reward_model_data": judges,
             "measurement": {"noise_multiplier": 4.0}, "measurement_data": {"name": "held", "path": "held.jsonl", "declared_units": 30},
             "reference_reward": {"source": "vader"}, "target_epsilon": 20,
         },
@@ -121,7 +126,8 @@ def train(
 def test_every_field_outside_private_is_listed(kind, tmp_path, capsys, monkeypatch):
     train(tmp_path / "a", kind, capsys, monkeypatch)
     assert unknown(tmp_path / "a" / "run") == []
-    assert any(file == "metrics.jsonl" for file, _ in outside(tmp_path / "a" / "run"))
+    files = {file for file, _ in outside(tmp_path / "a" / "run")}
+    assert "metrics.jsonl" in files and ("evaluations.jsonl" in files) == (kind == "ppo")
 
 
 def test_the_list_is_read_and_a_field_that_it_lacks_is_found(tmp_path):

@@ -19,20 +19,21 @@ from ..data.text import (
 )
 from ..errors import DPAlignError
 from ..models import Policy
+from ..models.kernels import chunks
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..settings.sft import SFTConfig
-from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens
+from .base import Entering, Reading, Rows, Tokenizer, Tokens
+from .texts import TextAlgorithm
 
 WHOLE = ("messages", "conversations", "text")  # columns that hold a whole text
 
 
-class SFT(Algorithm[SFTConfig, Policy, Encoded]):
+class SFT(TextAlgorithm[SFTConfig, Encoded]):
     """Mean negative log-likelihood per token, the mean taken inside the record."""
 
     name = "sft"
     Config = SFTConfig
-    model_kind = Policy
     columns = (*((name,) for name in WHOLE), ("prompt", "completion"))
 
     @classmethod
@@ -81,13 +82,27 @@ class SFT(Algorithm[SFTConfig, Policy, Encoded]):
         return Rows(unit.to(policy.device), {name: t.to(policy.device) for name, t in tensors.items()})
 
     def row_losses(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
+        nats, tokens = self._read(policy, rows)
+        loss = nats / tokens.clamp(min=1)  # the mean stays inside the record
+        return loss, loss.detach().unsqueeze(1)
+
+    @torch.no_grad()
+    def nats(self, policy: Policy, records: list[Record]) -> tuple[Tensor, Tensor]:
+        examples = [self.encode(policy, record) for record in records]
+        found = []
+        for chunk, count in chunks(len(examples), self.config.micro_batch_size):
+            nats, tokens = self._read(policy, self.rows(policy, [[examples[place]] for place in chunk], None))
+            found.append(torch.stack([nats[:count].double(), tokens[:count].double()]).cpu())
+        both = torch.cat(found, 1)
+        return both[0], both[1]
+
+    def _read(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
+        """`(rows,)` each: negative log-likelihood of a row's learned tokens, and how many these are."""
         ids, attention, learned = (rows.tensors[name] for name in ("ids", "attention", "learned"))
         # The first token has no prediction, and the last one predicts nothing.
         logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)
         nll = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
-        nll = nll * learned[:, 1:]
-        loss = nll.sum(1) / learned[:, 1:].sum(1).clamp(min=1)  # the mean stays inside the record
-        return loss, loss.detach().unsqueeze(1)
+        return (nll * learned[:, 1:]).sum(1), learned[:, 1:].sum(1)
 
 
 def encode_record(tokenizer: Tokenizer, record: Record, config: SFTConfig) -> Encoded:

@@ -10,10 +10,12 @@ from .metrics import (
     evaluate_stages,
     logprobs_under,
     measure_policy,
+    of_each_stage,
     public_prompts,
 )
 from .preferences import PairEvaluation, agreement_on, evaluate_pairs
 from .text_overlap import reference_texts, rouge
+from .texts import TextEvaluation, text_loss
 from .win_rate import WinRate, higher_wins, judged, load_judge, win_rate
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Measured",
     "PairEvaluation",
     "PublicPrompts",
+    "TextEvaluation",
     "WinRate",
     "agreement_on",
     "compare",
@@ -34,9 +37,11 @@ __all__ = [
     "load_judge",
     "logprobs_under",
     "measure_policy",
+    "of_each_stage",
     "public_prompts",
     "reference_texts",
     "rouge",
     "stated_epsilon",
+    "text_loss",
     "win_rate",
 ]

@@ -6,8 +6,9 @@ Everything here is exact, so it is for prompts that are declared public only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from ..models.policy import Rollouts
 from ..rewards import Reward
 from ..settings.rollouts import SamplingConfig
 from .text_overlap import rouge
+from .texts import TextEvaluation, per_token
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Evaluation:
     against the model that the newest stage started from. perplexity: of the completions under the frozen base model;
     its interval is the delta method's. distinct_n: distinct over all token n-grams, without an interval because it
     depends on the number of completions. completion_length: tokens. rouge1, rouge2, rougeL: F1 against reference texts.
+    text_loss: nats per token of held-out public texts, `text_records` of them, where the run learns from texts.
     """
 
     reward: float
@@ -57,6 +62,9 @@ class Evaluation:
     rouge2_ci95: float | None = None
     rougeL: float | None = None
     rougeL_ci95: float | None = None
+    text_loss: float | None = None
+    text_loss_ci95: float | None = None
+    text_records: int | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Without what was not measured."""
@@ -65,6 +73,16 @@ class Evaluation:
     def without_reference(self) -> Evaluation:
         """The same without the reference reward's numbers."""
         return replace(self, reference_reward=None, reference_reward_ci95=None, reference_unscored=None)
+
+    def with_text(self, found: TextEvaluation | None) -> Evaluation:
+        """The same with what was measured on texts, if anything was."""
+        return (
+            self
+            if found is None
+            else replace(
+                self, text_loss=found.text_loss, text_loss_ci95=found.text_loss_ci95, text_records=found.text_records
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -193,15 +211,10 @@ def _mean(values: Tensor) -> tuple[float, float, int]:
 def perplexity_of(logprobs: Tensor, lengths: Tensor) -> tuple[float, float]:
     """exp of the mean negative log-probability per token, and the half-width of its 95% interval.
 
-    The mean is a ratio of two sums over completions, whose error the delta method gives.
-
     Args:
         logprobs, lengths: `(rows,)` nats and tokens of each completion.
     """
-    logprobs, lengths = logprobs.double(), lengths.double()
-    nats = float(-logprobs.sum() / lengths.sum())
-    residual = (-logprobs - nats * lengths) / lengths.mean()
-    half = 1.96 * float(residual.std()) / math.sqrt(len(lengths)) if len(lengths) > 1 else math.nan
+    nats, half = per_token(-logprobs, lengths)
     return math.exp(nats), math.exp(nats) * half
 
 
@@ -236,6 +249,11 @@ def evaluate_stages(
     def measure() -> tuple[Evaluation, list[tuple[str, str]]]:
         return evaluate_policy(policy, prompts, reward, config, seed=seed, reference_reward=reference_reward)
 
+    return of_each_stage(policy, measure)
+
+
+def of_each_stage(policy: Policy, measure: Callable[[], T]) -> dict[str, T]:
+    """What `measure` finds of the base model, `pretrained`, and of the policy after each stage, by the stage's name."""
     results = {}
     with policy.base():
         results["pretrained"] = measure()

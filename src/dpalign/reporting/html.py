@@ -20,11 +20,12 @@ from ..printable import printable
 from ..stages import STAGES
 from .charts import Curves, Intervals, Measured, Series, curves, intervals
 from .numbers import all_runs, at_most
-from .tables import FULL, OUTSIDE, cell, unscored
+from .tables import FULL, OUTSIDE, about_texts, cell, unscored
 
 REPORT = "report.html"
 BASE = "pretrained"  # the public model, before anything was trained
-CHARTED = ("reward", "reference_reward", "kl", "perplexity")  # of the table's columns
+CHARTED = ("reward", "reference_reward", "kl", "perplexity", "text_loss")  # of the table's columns
+EVALUATED = ("loss", "accuracy", "nll", "reward", "kl", "completion_length")  # of what is measured while a stage trains
 METRICS = {"kl": "KL (nats per completion)", "completion_length": "completion length (tokens)"}
 SURVEYED = {
     "records": "records",
@@ -42,13 +43,14 @@ SURVEYED = {
 class FoundRun:
     """What a finished run has left outside private/.
 
-    log: lines of metrics.jsonl. samples: of completions.json.
+    log: lines of metrics.jsonl. samples: of completions.json. evaluated: lines of evaluations.jsonl.
     """
 
     folder: Path
     summary: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, str]]
+    evaluated: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def read(cls, folder: Path) -> FoundRun:
@@ -65,7 +67,8 @@ class FoundRun:
                 f"{folder} was finished by an older dpalign, whose summary says too little: run its recipe again with "
                 "this one, nothing is drawn."
             )
-        return cls(folder, summary, read_lines(folder / "metrics.jsonl"), read_json(folder / "completions.json", []))
+        log, evaluated = (read_lines(folder / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
+        return cls(folder, summary, log, read_json(folder / "completions.json", []), evaluated)
 
     @property
     def name(self) -> str:
@@ -98,6 +101,11 @@ class FoundRun:
     def rows_of(self, stage: str) -> list[Mapping[str, Any]]:
         """Noised metrics of a stage, the last attempt at each update, in order."""
         rows = {row["step"]: row for row in self.log if row.get("stage") == stage and row.get("noised_metrics")}
+        return [rows[step] for step in sorted(rows)]
+
+    def measured_in(self, stage: str) -> list[Mapping[str, Any]]:
+        """What was measured while a stage trained, the last attempt at each update, in order."""
+        rows = {row["step"]: row for row in self.evaluated if row.get("stage") == stage}
         return [rows[step] for step in sorted(rows)]
 
 
@@ -180,12 +188,14 @@ def page_of(run: FoundRun, beside: Sequence[FoundRun]) -> dict[str, Any]:
         "stages": [stage_of(stage, summary["delta"]) for stage in summary["stages"]],
         "models": [Model(m.name, m.style, m.cost, m.row, cells_of(m.row, columns)) for m in models],
         "columns": [*columns.values()],
-        "prompts": f"{models[0].row['prompts']:,}" if models else "",
+        "prompts": next((f"{model.row['prompts']:,}" for model in models if "prompts" in model.row), ""),
+        "texts": about_texts({model.name: model.row for model in models}),
         "notes": unscored({model.name: dict(model.row) for model in models}),
         "intervals": [chart for key in CHARTED if (chart := interval_chart(key, columns, models)) is not None],
         "pairs": {s["stage"]: pairs_of(summary[s["stage"]]) for s in summary["stages"] if _has(summary, s, "pairs")},
         "measured": {s: measurement_of(summary[s]) for s in _measuring(summary)},
         "curves": curves_of(run, beside),
+        "evaluated": evaluated_of(run, beside),
         "curve_labels": [("own" if run.is_private else "bare", run.name), *((style_of(o), o.name) for o in beside)]
         if beside
         else [],
@@ -353,6 +363,26 @@ def _curve(
         values = [(row["step"], *map(_number, read(row))) for row in run.rows_of(stage)]
         series.append(Series(run.name, style, values))
     return curves(title, series)
+
+
+def evaluated_of(run: FoundRun, beside: Sequence[FoundRun]) -> dict[str, list[Curves]]:
+    """By stage: what was measured on public records while it trained, with 95% intervals."""
+    runs = [(run, "own" if run.is_private else "bare"), *((other, style_of(other)) for other in beside)]
+    found = {}
+    for stage in dict.fromkeys(row["stage"] for row in run.evaluated):
+        rows = {one.folder: one.measured_in(stage) for one, _ in runs}
+        charts = []
+        for name in (n for n in EVALUATED if n in rows[run.folder][0]["measured"]):
+            series = [Series(one.name, style, _measured(rows[one.folder], name)) for one, style in runs]
+            charts.append(curves(METRICS.get(name, name.replace("_", " ")), series))
+        found[stage] = [chart for chart in charts if chart is not None]
+    return found
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float, float]]:
+    """Step, value, half of its interval (0 where there is none)."""
+    points = [(row["step"], row["measured"].get(name), row["measured"].get(f"{name}_ci95")) for row in rows]
+    return [(step, _number(value), 0.0 if half is None else _number(half)) for step, value, half in points]
 
 
 def _metric(name: str) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:

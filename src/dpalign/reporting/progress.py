@@ -22,11 +22,13 @@ from .terminal import Terminal
 from .trackers import Tracker
 
 if TYPE_CHECKING:
+    from ..evaluation.during import EvaluationReport
     from ..training import StagePlan, StepReport
 
 QUIET = (10.0, 60.0)  # seconds without a line in a log, at least and at most: one in twenty of those that have passed
 LINES = 50  # at most, where no time is known
 SHORT = {"completion_length": "length"}
+IN_A_LINE = {"loss": 3, "accuracy": 3, "nll": 3, "reward": 3, "kl": 2}  # of what is measured: decimals
 
 
 class Reporter:
@@ -102,6 +104,12 @@ class Reporter:
         """Numbers that anybody may see, for the tracker. step: of the whole run. of: what they are numbers of."""
         if self._tracker is not None:
             self._tracker.say(step, {f"{of}/{name}": value for name, value in values.items()})
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        """What was measured on public records after a step."""
+        numbers = {f"eval_{name}": value for name, value in report.numbers.items()}
+        self.publish(self._done + report.step, report.stage, numbers)
+        self.note(f"{report.stage} {report.step}/{report.steps} on public records: {measured(report.numbers)}")
 
     @contextmanager
     def tracking(self, report_to: str, folder: Path) -> Iterator[None]:
@@ -191,6 +199,17 @@ class Pace:
         if self.clock is not None:
             return self.clock()
         return None if self.seconds is None else self.seconds * self._done(step)
+
+
+def measured(numbers: Mapping[str, float]) -> str:
+    """The numbers that a line has room for, with their intervals."""
+    said = []
+    for name, digits in IN_A_LINE.items():
+        if (value := numbers.get(name)) is None:
+            continue
+        half = numbers.get(f"{name}_ci95", math.nan)
+        said.append(f"{name} {value:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
+    return ", ".join(said)
 
 
 def two_digits(number: float) -> float:

@@ -16,7 +16,8 @@ from .numbers import all_runs
 from .terminal import plain
 
 SINGLE = "* one run: its interval is over prompts"
-AVERAGED = ("reference_reward", "kl", "perplexity", "distinct_2", "completion_length")
+AVERAGED = ("reference_reward", "kl", "perplexity", "distinct_2", "completion_length", "text_loss")
+TEXT_LOSS_AFTER = "text_loss_after_"  # a stage before the last one
 
 
 def summarize_sweep(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -68,7 +69,8 @@ def _before_the_last(runs: list[dict[str, Any]]) -> dict[str, float]:
         values = [float(measured[name]) for _, measured in earlier if measured.get(name) is not None]
         if values:
             means[f"{name}_{earlier[0][0]}"] = statistics.mean(values)
-    return means
+    losses = [float(measured["text_loss"]) for _, measured in earlier if measured.get("text_loss") is not None]
+    return means | ({f"{TEXT_LOSS_AFTER}{earlier[0][0]}": statistics.mean(losses)} if losses else {})
 
 
 def _add_shares(rows: list[dict[str, Any]]) -> None:
@@ -133,14 +135,21 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         ("kl", "KL (nats)", 2),
         ("perplexity", "perplexity", 1),
         ("distinct_2", "distinct-2", 3),
+        ("text_loss", "text loss", 3),
     ):
         if name in row:
             cells[heading] = mean(name, digits)
+    cells |= {after(name): f"{value:.3f}" for name, value in row.items() if name.startswith(TEXT_LOSS_AFTER)}
     sigmas = row.get("noise_multipliers") or {}
     if any(float(s) for s in sigmas.values()):
         cells["sigma"] = ", ".join(f"{stage} {float(sigma):.3f}" for stage, sigma in sigmas.items())
     cells["seeds"] = str(row["seeds"])
     return cells
+
+
+def after(name: str) -> str:
+    """The heading of a loss on texts before the last stage."""
+    return f"text loss after {name.removeprefix(TEXT_LOSS_AFTER)}"
 
 
 def _grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
@@ -155,6 +164,8 @@ def _grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
         "KL (nats)",
         "perplexity",
         "distinct-2",
+        *dict.fromkeys(after(name) for row in result["rows"] for name in row if name.startswith(TEXT_LOSS_AFTER)),
+        "text loss",
         "sigma",
         "seeds",
     )
@@ -164,7 +175,8 @@ def _grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
 def sweep_table(result: dict[str, Any]) -> Table:
     """For the terminal."""
     headings, rows = _grid(result)
-    headings = [h for h in headings if h != "sigma"]  # in sweep.md and sweep.json; a terminal is narrow
+    # These are in sweep.md and sweep.json; a terminal is narrow.
+    headings = [h for h in headings if h != "sigma" and not h.startswith("text loss after")]
     table = Table(title="Mean and 95% interval over seeds, on public prompts", caption=SINGLE)
     for heading in headings:
         name = result["varied"] if heading == "value" else heading

@@ -27,6 +27,7 @@ BRIEF = {
     "perplexity": ("perplexity", 2),
     "distinct_2": ("distinct-2", 3),
     "completion_length": ("tokens", 2),
+    "text_loss": ("text loss", 3),
 }
 FULL = {
     "epsilon": ("epsilon", 4),
@@ -42,6 +43,7 @@ FULL = {
     "rouge2": ("ROUGE-2", 3),
     "rougeL": ("ROUGE-L", 3),
     "completion_length": BRIEF["completion_length"],
+    "text_loss": BRIEF["text_loss"],
 }
 WITH_INTERVAL = ("reward", "reference_reward", "rouge1", "rouge2", "rougeL")  # the brief table shows no others
 
@@ -58,7 +60,11 @@ def print_results(results: Results) -> None:
                 "(dpalign ledger shows them)."
             )
     if results.evaluation:
-        console.print(evaluation_table(summary["evaluation"], outside=results.outside_the_guarantee))
+        sampled = any("reward" in row for row in summary["evaluation"].values())
+        title = f"On public {'prompts' if sampled else 'texts'}"
+        console.print(evaluation_table(summary["evaluation"], title, results.outside_the_guarantee))
+        if line := about_texts(summary["evaluation"]):
+            console.say(line)
     for stage, pairs in results.pairs.items():
         console.print(
             f"{stage} on {pairs.pairs:,} public pairs: accuracy {pairs.accuracy:.3f} ± {pairs.accuracy_ci95:.3f}, "
@@ -73,6 +79,12 @@ def print_results(results: Results) -> None:
         console.print(f"on held-out private units, noised: {numbers}.")
     if results.release is not None:
         console.say(f"release: {results.release}")
+
+
+def about_texts(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the column of losses on texts is, where there is one."""
+    counts = [row["text_records"] for row in rows.values() if row.get("text_records") is not None]
+    return f"text loss: nats per token of {counts[0]:,} held-out public texts; lower is better." if counts else ""
 
 
 def guarantee(summary: dict[str, Any]) -> str:

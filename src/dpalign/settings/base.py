@@ -89,6 +89,8 @@ class TrainingConfig(StageConfig):
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         save_steps: steps between checkpoints.
         logging_steps: steps between progress updates of the logs.
+        eval_steps: measure on the records that are declared public before the first step, every so many steps, and
+            after the last one: evaluations.jsonl. Changes nothing that is trained; default: when the run ends.
         seed: seed of the initial weights; sampling and noise never use it.
         insecure_seed: makes sampling, noise and rollouts reproducible for debugging. NOT PRIVATE.
         adapter: the LoRA adapter that the stage trains.
@@ -117,6 +119,7 @@ class TrainingConfig(StageConfig):
     gradient_checkpointing: bool = False
     save_steps: int = within(1, STEPS)
     logging_steps: int = within(1, STEPS)
+    eval_steps: int | None = within(None, STEPS)
     seed: int = within(0, SEEDS)
     insecure_seed: int | None = within(None, SEEDS)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

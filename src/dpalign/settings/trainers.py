@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..domains import COUNT, SCALE, within
 from ..errors import DPAlignError
@@ -19,14 +19,19 @@ from .base import TrainingConfig
 T = TypeVar("T")
 ONCE = "the release is sent once, when it is written"
 FOR_A_TRAINER = {  # what is otherwise here than in a recipe
-    "eval_steps": "eval_dataset is measured once, when training ends",
-    "eval_strategy": "eval_dataset is measured once, when training ends",
-    "evaluation_strategy": "eval_dataset is measured once, when training ends",
+    "eval_on_start": "with eval_steps, eval_dataset is measured before the first step too",
+    "evaluation_strategy": "say eval_strategy='steps' and eval_steps",
     "hub_always_push": ONCE,
     "hub_revision": ONCE,
     "hub_strategy": ONCE,
     "hub_token": "huggingface_hub reads its own login, or $HF_TOKEN: a token in a script is read by others",
     "fp16": "the base is frozen, so there is no mixed precision: bf16=True loads it in bfloat16",
+    "greater_is_better": "a run's release is what its last step made: compare runs by evaluations.jsonl",
+    "load_best_model_at_end": (
+        "a run's release is what its last step made, and its statement is of that: read evaluations.jsonl, and say "
+        "max_steps in the next run"
+    ),
+    "metric_for_best_model": "a run's release is what its last step made: compare runs by evaluations.jsonl",
     "missing_eos_penalty": "only stages that sample completions have one",
     "per_device_eval_batch_size": "eval_dataset is measured in parts of a fixed size",
     "per_gpu_train_batch_size": "say per_device_train_batch_size",
@@ -46,6 +51,7 @@ class TrainerArguments:
         gradient_accumulation_steps: the units that a sample is expected to have are this many times
             per_device_train_batch_size: `expected_batch_size` by its names in TRL. A private update wants hundreds.
         bf16: loads the frozen base in bfloat16; adapters, clipping and noise stay float32.
+        eval_strategy: `steps` asks for eval_steps, `no` for none; eval_steps alone says it, too.
         model_init_kwargs: `dtype` and `trust_remote_code` of a model that is given by name.
         report_to: a tracker that accelerate knows (`wandb`, `trackio`, `mlflow`, `tensorboard`, ...), which is told
             noised metrics, public measurements and epsilon, those of a private stage when the stage ends; `none`.
@@ -62,6 +68,7 @@ class TrainerArguments:
     expected_batch_size: int | None = within(None, COUNT)
     micro_batch_size: int | None = within(None, "[1, 65536]")
     bf16: bool = False
+    eval_strategy: Literal["no", "steps"] | None = None
     model_init_kwargs: dict[str, Any] | None = None
     report_to: str = "none"
     push_to_hub: bool = False
@@ -94,6 +101,11 @@ class TrainerArguments:
         expected, micro = self._batches()
         settings |= {} if expected is None else {"expected_batch_size": expected}
         settings |= {} if micro is None else {"micro_batch_size": micro}
+        steps = settings["eval_steps"]
+        if self.eval_strategy is not None and (self.eval_strategy == "no") != (steps is None):
+            raise DPAlignError(
+                f"eval_strategy {self.eval_strategy!r} contradicts eval_steps {steps}: give eval_steps alone."
+            )
         return self.Section(**settings)
 
     def _batches(self) -> tuple[int | None, int | None]:

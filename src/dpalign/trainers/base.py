@@ -22,8 +22,6 @@ from transformers import (
 )
 
 from ..algorithms import Algorithm, TrainingConfig
-from ..algorithms.pairs import PairAlgorithm
-from ..algorithms.rollouts import RolloutAlgorithm
 from ..data.load import Record
 from ..data.readers import from_arrow
 from ..domains import check_settings
@@ -93,8 +91,8 @@ class Trainer:
         self._records = asked.attempt(lambda: _records(train_dataset, "train_dataset")) or []
         section = self._section(asked, reward_funcs, peft_config)
         ask_for_names(asked, args, privacy)
-        if eval_dataset is not None and not issubclass(self.algorithm, PairAlgorithm | RolloutAlgorithm):
-            asked.say("eval_dataset is for pairs and prompts, which this stage has none of: leave it out")
+        if eval_dataset is None and section is not None and section.eval_steps is not None:
+            asked.say("eval_dataset: the public records that eval_steps measures on (or leave eval_steps out)")
         ask_what_is_public(asked, privacy, name, getattr(section, "reward", None), eval_dataset is not None)
         shown = None if eval_dataset is None else asked.attempt(lambda: _records(eval_dataset, "eval_dataset"))
         self._public = {} if shown is None else {self.algorithm.name: shown}

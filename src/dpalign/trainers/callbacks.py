@@ -1,4 +1,4 @@
-"""transformers' callbacks, told what a run makes public: steps, epsilon and noised metrics.
+"""transformers' callbacks, told what a run makes public: steps, epsilon, noised metrics, what public records say.
 
 What one raises ends the run: it has seen nothing but releases and public numbers, so when it raises is a function of
 them (post-processing). It is given no model, optimizer or data.
@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import DPAlignError
+from ..evaluation.during import EvaluationReport
 from ..reporting.progress import Reporter
 from ..settings.trainers import TrainerArguments
 from ..training import StagePlan, StepReport
@@ -55,6 +56,14 @@ class Telling(Reporter):
             logs = {**(report.metrics or {}), "epsilon": report.epsilon, "epoch": self.state.epoch}
             self.state.log_history.append({**logs, "step": report.step})
             self._tell("on_log", logs=dict(logs))
+
+    def evaluated(self, report: EvaluationReport) -> None:
+        """As transformers does it: logged, and told by the names `eval_*`."""
+        super().evaluated(report)
+        metrics = {f"eval_{name}": value for name, value in report.numbers.items()} | {"epoch": self.state.epoch or 0.0}
+        self.state.log_history.append({**metrics, "step": report.step})
+        self._tell("on_log", logs=dict(metrics))
+        self._tell("on_evaluate", metrics=dict(metrics))
 
     def end(self) -> None:
         """The run is over, and its release is written."""

@@ -34,13 +34,16 @@ from .optimizer import DPAdamBC
 from .plan import StagePlan, plan_stage
 
 # Settings that cost memory or time and change nothing that is released: a run goes on with other ones.
-MACHINE_SETTINGS = frozenset({"micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps"})
+MACHINE_SETTINGS = frozenset(
+    {"micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "eval_steps"}
+)
 LATER_SETTINGS = {
     "batched": False,
     "completion_only_loss": None,
     "assistant_only_loss": False,
     "truncate_prompts": False,
     "temperature": 1.0,
+    "eval_steps": None,
 }  # that version 0.1.0 did not have, and what they are for a run of that version
 
 
@@ -66,6 +69,8 @@ class Stage:
         folder: the run's `private/<stage>` folder.
         run: the run's identity in the ledger.
         log: file for the noised metrics, one JSON a line; outside private/ because they are private by construction.
+        evaluate: measures the model on public records; told the step, the attempt that made it, and whether all of it
+            has a guarantee. None: nobody does.
     """
 
     def __init__(
@@ -80,13 +85,14 @@ class Stage:
         plan: StagePlan | None = None,
         beside: tuple[tuple[SampledGaussian, ...], ...] | None = None,
         log: Path | None = None,
+        evaluate: Callable[[int, int, bool], None] | None = None,
         rests_on_private: bool = True,
         report: Callable[[StepReport], None] = lambda report: None,
         tell: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.model, self.algorithm, self.data = model, algorithm, data
         self.folder, self.run, self.ledger, self.log = private_folder(folder), run, ledger, log
-        self.report, self.tell = report, tell
+        self.report, self.tell, self.evaluate = report, tell, evaluate
         self.config = algorithm.config
         self.plan = plan or plan_stage(algorithm.name, algorithm.config, data.declared_units)
         self.beside = self.plan.beside if beside is None else beside
@@ -130,6 +136,7 @@ class Stage:
             self._warm_up()
         attempt, sigma = self._refit(step)
         self.examples = encode_units(self.algorithm, self.model, self.data.units)
+        self._evaluate(step, self._attempt_of(step))
         try:
             while step < self.end:
                 step = self._phase(step, attempt, sigma)
@@ -194,7 +201,17 @@ class Stage:
             self._tell(step, sample.step, attempt, released)
         if step % self.config.save_steps < self.plan.minibatches or step == self.end:
             self._save(step, ".")
+        self._evaluate(step, attempt)
         return step
+
+    def _evaluate(self, step: int, attempt: int) -> None:
+        """Has the model measured on public records if it is time."""
+        if self.evaluate is not None and is_due(self.config.eval_steps, step, self.plan.minibatches, self.end):
+            self.evaluate(step, attempt, self.private and self.rests_on_private)
+
+    def _attempt_of(self, step: int) -> int:
+        """The attempt that made the weights of a checkpoint: the last one that drew its last step."""
+        return max((intent.attempt for intent in self.gate.intents() if intent.step == step - 1), default=0)
 
     def _private_step(self, sigma: float) -> PrivateStep:
         """What each step spends and does at a noise multiplier."""
@@ -389,6 +406,12 @@ class Stage:
             if f"model/{name}" not in tensors or tensors[f"model/{name}"].shape != value.shape:
                 raise DPAlignError(f"the checkpoint in {self.folder} has no fitting {name}: it is of another model.")
             value.copy_(tensors[f"model/{name}"])
+
+
+def is_due(every: int | None, step: int, minibatches: int, end: int) -> bool:
+    """Whether a model is measured after `step`: the last one, or one whose phase of `minibatches` steps has reached a
+    multiple of `every`; 0 is one."""
+    return every is not None and (step == end or step // every > (step - minibatches) // every)
 
 
 def unit_gradients(
