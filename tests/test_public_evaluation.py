@@ -132,7 +132,7 @@ def test_sft_is_measured_before_while_and_after_it_trains(trained, base):
     measured = [line["measured"] for line in evaluations(folder)]
     plain, tokenizer, nats, tokens = AutoModelForCausalLM.from_pretrained(base), tiny_tokenizer(), 0.0, 0
     for record in PUBLIC:  # before the first step it is the base model, read by transformers alone
-        ids = torch.tensor([(tokenizer(record["text"]).input_ids + [tokenizer.eos_token_id])[:8]])
+        ids = torch.tensor([[*tokenizer(record["text"]).input_ids, tokenizer.eos_token_id][:8]])
         nats += float(plain(ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     assert measured[0]["loss"] == pytest.approx(nats / tokens, rel=1e-5)
@@ -283,7 +283,7 @@ def test_trainers_ask_for_what_it_needs(base, tmp_path):
     for settings in ({"eval_strategy": "steps"}, {"eval_strategy": "no", "eval_steps": 2}):
         with pytest.raises(DPAlignError, match="contradicts eval_steps"):
             sft(base, tmp_path / "run", **settings)
-    with pytest.raises(DPAlignError, match="eval_strategy.*'epoch'"):
+    with pytest.raises(DPAlignError, match=r"eval_strategy.*'epoch'"):
         sft(base, tmp_path / "run", eval_strategy="epoch", eval_steps=2)
     with pytest.raises(DPAlignError, match="what its last step made"):
         SFTConfig(load_best_model_at_end=True)
@@ -308,13 +308,13 @@ def test_records_that_measure_nothing_are_refused_before_a_draw():
     ties, decided = [{"chosen": "a", "rejected": "b", "preference": 0.5}], [{"chosen": "a", "rejected": "b"}]
     for kind in (RewardModelling, DPO):
         check_public(kind, [], ties + decided, "public.jsonl")
-        with pytest.raises(DPAlignError, match="all pairs of public.jsonl are ties"):
+        with pytest.raises(DPAlignError, match="are ties"):
             check_public(kind, [], ties, "public.jsonl")
     for kind in (SFT, PPO):
         from dpalign.algorithms.base import Reading
 
         check_public(kind, [Reading(3, 8, 0), Reading(3, 8, 2)], [{}, {}], "public.jsonl")
-        with pytest.raises(DPAlignError, match="no record of public.jsonl"):
+        with pytest.raises(DPAlignError, match="too short for a"):
             check_public(kind, [Reading(3, 8, 0)], [{}], "public.jsonl")
 
 
