@@ -17,6 +17,7 @@ from .errors import DPAlignError
 from .evaluation import TextEvaluation
 from .files import replace_folder, write_json, write_text
 from .models import Normalization, Policy, RewardModel
+from .models.quantized import as_python
 from .models.verify import check_release
 from .printable import code_span
 from .privacy.statement import PrivacyStatement
@@ -68,7 +69,7 @@ published from those is not covered{% endif %}\
 ## Use
 ```python
 from peft import PeftModel
-from transformers import {{ auto_class }}, AutoTokenizer
+from transformers import {{ auto_class }}, AutoTokenizer{{ ", BitsAndBytesConfig" if "BitsAndBytes" in options }}
 
 base = {{ auto_class }}.from_pretrained({{ base_model | tojson }}{{ options }})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
@@ -154,7 +155,7 @@ def write_release(
         policy.save_adapter(temporary, base_model)
         check_release(policy, temporary, base_model)
         write_json(temporary / PROMPTS_FILE, asdict(prompts))
-        options = {"auto_class": "AutoModelForCausalLM", "options": "", "pooling": ""}
+        options = {"auto_class": "AutoModelForCausalLM", "options": as_python(policy.quantization), "pooling": ""}
         _describe(temporary, statement, base_model, title, texts, **options)
 
 
@@ -181,7 +182,7 @@ def write_reward_model(
             title,
             None,
             auto_class="AutoModelForSequenceClassification",
-            options=", num_labels=1",
+            options=f", num_labels=1{as_python(model.quantization)}",
             pooling=model.text.pooling,
         )
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import DPAlignError
+from .quantized import is_adapted_linear
 
 # used: honoured. told: says what the adapter is about and changes no number. default: anything but peft's default is
 # refused. What is not in the table (of a newer peft) is refused unless it is empty.
@@ -151,7 +152,7 @@ def check_layers(model: PeftModel, adapter: str) -> None:
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in {**layer.lora_A, **layer.lora_embedding_A}:
             continue
-        if not isinstance(layer, Linear):
+        if not isinstance(layer, Linear) and not is_adapted_linear(layer):
             raise DPAlignError(f"target_modules: {name} is no linear layer, and only those are adapted here.")
         weight: nn.Parameter = layer.get_base_layer().weight  # type: ignore[assignment]
         others = [owner for owner in owners[id(weight)] if owner != name]

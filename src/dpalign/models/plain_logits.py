@@ -19,25 +19,39 @@ def logits(request: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
 
     Args:
         request: `base`: folder or name. `adapter`: folder, or None for the base alone. `auto_class` of transformers,
-            with `options`; `dtype`, `device`, `trust_remote_code`.
+            with `options`; `dtype`, `device`, `trust_remote_code`; `quantization`: of BitsAndBytesConfig, or nothing.
     """
     import transformers
     from peft import PeftModel
 
+    options = dict(request["options"])
+    if request.get("quantization"):
+        settings = transformers.BitsAndBytesConfig(**request["quantization"])  # type: ignore[no-untyped-call]
+        options |= {"quantization_config": settings, "device_map": {"": request["device"]}}
     model = getattr(transformers, request["auto_class"]).from_pretrained(
         request["base"],
         dtype=getattr(torch, request["dtype"]),
         trust_remote_code=request["trust_remote_code"],
-        **request["options"],
+        **options,
     )
-    model = model.to(request["device"])
+    if not request.get("quantization"):
+        model = model.to(request["device"])
     if request["adapter"] is not None:
         model = PeftModel.from_pretrained(model, request["adapter"])
-    model = model.eval().float()
+    model = widened(model.eval())
     with torch.no_grad():
         batches = [ids[row : row + 1].to(model.device) for row in range(len(ids))]
         rows = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in batches]
     return torch.cat(rows).float().cpu()
+
+
+def widened(model: Any) -> Any:
+    """In float32, and what has 4 bits is widened to it before a product: nothing is rounded in between."""
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
+        if getattr(module, "compute_dtype", None) is not None:
+            module.compute_dtype = torch.float32
+    return torch.nn.Module.float(model)  # a quantised model's own refuses
 
 
 def main(folder: Path) -> None:

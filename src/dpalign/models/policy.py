@@ -25,6 +25,7 @@ from .kernels import chunks
 from .loading import load_adapter, refuse_missing
 from .lora import check_layers
 from .objects import Given
+from .quantized import settings_of
 from .sampling import Dealt, DrawToken
 from .stack import AdapterStack, load_pretrained
 
@@ -98,10 +99,10 @@ class Policy(AdapterStack):
         Raises:
             DPAlignError: the folder or dtype is wrong.
         """
-        base, tokenizer, adapter, missing = load_pretrained(AutoModelForCausalLM, config, given)
+        base, tokenizer, adapter, missing = load_pretrained(AutoModelForCausalLM, config, device, given)
         refuse_missing(config.name_or_path, missing)
-        base.to(device)
         policy = cls(base, tokenizer)
+        policy.quantization = settings_of(config.quantization, config.dtype)
         if adapter:
             policy.model = load_adapter(base, adapter, is_trainable=False)
             check_layers(policy.model, "earlier")

@@ -32,6 +32,7 @@ from .loading import check_weights, load_adapter, loaded, refuse_missing
 from .lora import check_layers
 from .objects import Given
 from .policy import Policy
+from .quantized import is_quantized, settings_of
 from .stack import AdapterStack, load_pretrained
 
 FORMAT_FILE = "reward.json"
@@ -88,10 +89,10 @@ class RewardModel(AdapterStack):
         """
         options = {"num_labels": 1, "ignore_mismatched_sizes": True}
         base, tokenizer, adapter, missing = load_pretrained(
-            AutoModelForSequenceClassification, config, given, **options
+            AutoModelForSequenceClassification, config, device, given, **options
         )
-        base.to(device)
         model = cls(base, tokenizer, text)
+        model.quantization = settings_of(config.quantization, config.dtype)
         refuse_missing(config.name_or_path, [n for n in missing if not n.startswith(f"{model.head_name}.")])
         model.reset_head()
         if adapter is None:
@@ -130,6 +131,11 @@ class RewardModel(AdapterStack):
             DPAlignError: transformers has no sequence classifier of this architecture.
         """
         causal = policy.model.get_base_model() if policy.adapters else policy.model
+        if is_quantized(causal):
+            raise DPAlignError(
+                "a reward model cannot share the body of a quantised policy: name a model of its own in "
+                "reward_model.model."
+            )
         config = AutoConfig.for_model(**{**causal.config.to_dict(), "num_labels": 1})
         try:
             with torch.device("meta"):

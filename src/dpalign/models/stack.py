@@ -28,6 +28,7 @@ from .kernels import constant_kernels
 from .loading import check_configuration, check_tokenizer, check_weights, loaded
 from .lora import check_adapter_folder, check_layers
 from .objects import SAVE_IT, Given, check_adapter, take_weights
+from .quantized import prepare, quantization_config
 
 RELEASE_ADAPTER = "default"
 
@@ -50,11 +51,13 @@ class AdapterStack(nn.Module):
         base.eval()  # type: ignore[no-untyped-call]
         _without_dropout(base)
         _refuse_coupling(base)
+        prepare(base)
         check_tokenizer(base, tokenizer)
         check_weights(base)
         self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
+        self.quantization: dict[str, Any] = {}  # what its base was loaded with, for BitsAndBytesConfig
         constant_kernels(base)
 
     @property
@@ -259,7 +262,7 @@ class AdapterStack(nn.Module):
 
 
 def load_pretrained(
-    auto_class: Any, config: ModelConfig, given: Given | None = None, **options: Any
+    auto_class: Any, config: ModelConfig, device: str | torch.device, given: Given | None = None, **options: Any
 ) -> tuple[Any, Any, str | None, list[str]]:
     """Base model, tokenizer, the folder of the release if `config` names one, and weights that no file holds.
 
@@ -279,6 +282,9 @@ def load_pretrained(
         adapter = path
         path = embedded.resolve(loaded("an adapter", path, lambda: _base_of(path)))
     trust = {"trust_remote_code": config.trust_remote_code}
+    quantized = quantization_config(config.quantization, config.dtype)
+    if quantized is not None:  # such a model stays where it is loaded
+        options |= {"quantization_config": quantized, "device_map": {"": device}}
     if given.model is not None:
         options["attn_implementation"] = given.base.config._attn_implementation
 
@@ -287,6 +293,7 @@ def load_pretrained(
         base, loading = auto_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust, **options
         )
+        base = base.to(device) if quantized is None else base
         return base, loading, AutoTokenizer.from_pretrained(adapter or path, **trust)
 
     hint = "" if given.model is None else f"; of a model object: {SAVE_IT}"

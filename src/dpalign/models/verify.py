@@ -22,10 +22,12 @@ from ..errors import DPAlignError
 from ..files import write_json
 from ..printable import printable
 from . import plain_logits
+from .quantized import rounds_activations
 from .stack import AdapterStack
 
 # Of the largest logit: float32 rounds at 6e-8, and ranks that are concatenated are summed in another order.
 TOLERANCE = 1e-4
+IN_8_BITS = 2e-2  # there the last bit may move a feature by one step of 127
 ROWS, LENGTH = 4, 16
 
 
@@ -33,13 +35,19 @@ ROWS, LENGTH = 4, 16
 def widened(model: nn.Module) -> Iterator[None]:
     """Within the block half-precision weights are float32; they are put back, not rounded back."""
     narrow = [(p, p.data) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)]
+    computing = [(layer, layer.compute_dtype) for layer in layers]  # of 4 bits, which are widened to that
     try:
         for parameter, data in narrow:
             parameter.data = data.float()
+        for module, _ in computing:
+            module.compute_dtype = torch.float32
         yield
     finally:
         for parameter, data in narrow:
             parameter.data = data
+        for module, dtype in computing:
+            module.compute_dtype = dtype
 
 
 def probe_ids(stack: AdapterStack) -> Tensor:
@@ -77,7 +85,8 @@ def check_merged(stack: AdapterStack, folder: Path) -> None:
     Raises:
         DPAlignError: they are not the same, or cannot be loaded.
     """
-    check_logits(stack, in_fresh_process(plain_request(stack, str(folder)), probe_ids(stack)), "merged")
+    request = plain_request(stack, str(folder)) | {"quantization": {}}
+    check_logits(stack, in_fresh_process(request, probe_ids(stack)), "merged")
 
 
 def plain_request(stack: AdapterStack, folder: str) -> dict[str, Any]:
@@ -91,6 +100,7 @@ def plain_request(stack: AdapterStack, folder: str) -> dict[str, Any]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(stack.device),
         "trust_remote_code": type(base).__module__.startswith("transformers_modules"),
+        "quantization": stack.quantization,
     }
 
 
@@ -118,7 +128,8 @@ def in_fresh_process(request: dict[str, Any], ids: Tensor) -> Tensor:
 def check_logits(stack: AdapterStack, found: Tensor, where: str) -> None:
     """Raises DPAlignError if logits of `probe_ids` are not those of the trained model."""
     expected = probe_logits(stack.model, probe_ids(stack))
-    off, most = float((found - expected).abs().max()), TOLERANCE * max(1.0, float(expected.abs().max()))
+    tolerance = IN_8_BITS if rounds_activations(stack.model) else TOLERANCE
+    off, most = float((found - expected).abs().max()), tolerance * max(1.0, float(expected.abs().max()))
     if not off <= most:
         raise DPAlignError(
             f"nothing was released: loaded by plain transformers and peft ({where}), its logits are {off:.3g} away "

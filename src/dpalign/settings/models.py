@@ -21,12 +21,15 @@ class ModelConfig:
             a model for which nobody says so.
         dtype: dtype of the frozen base: float32, bfloat16 or float16. Adapters and heads are always float32.
         trust_remote_code: run code that comes with the model.
+        quantization: holds the frozen base's linear layers in 4 bits (`nf4`, `nf4_double`, `fp4`, `fp4_double`) or 8
+            (`int8`), by bitsandbytes; the adapters on it stay float32.
     """
 
     name_or_path: str = TINY_REVIEW_LM
     is_public: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
+    quantization: Literal["none", "nf4", "nf4_double", "fp4", "fp4_double", "int8"] = "none"
 
 
 @dataclass

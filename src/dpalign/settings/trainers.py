@@ -18,9 +18,13 @@ from .base import TrainingConfig
 
 T = TypeVar("T")
 ONCE = "the release is sent once, when it is written"
+QUANTIZED = 'say model_init_kwargs={"quantization_config": BitsAndBytesConfig(...)}'
 FOR_A_TRAINER = {  # what is otherwise here than in a recipe
     "eval_on_start": "with eval_steps, eval_dataset is measured before the first step too",
     "evaluation_strategy": "say eval_strategy='steps' and eval_steps",
+    "load_in_4bit": QUANTIZED,
+    "load_in_8bit": QUANTIZED,
+    "quantization_config": QUANTIZED,
     "hub_always_push": ONCE,
     "hub_revision": ONCE,
     "hub_strategy": ONCE,
@@ -52,7 +56,8 @@ class TrainerArguments:
             per_device_train_batch_size: `expected_batch_size` by its names in TRL. A private update wants hundreds.
         bf16: loads the frozen base in bfloat16; adapters, clipping and noise stay float32.
         eval_strategy: `steps` asks for eval_steps, `no` for none; eval_steps alone says it, too.
-        model_init_kwargs: `dtype` and `trust_remote_code` of a model that is given by name.
+        model_init_kwargs: of a model that is given by name, `dtype`, `trust_remote_code` and `quantization_config` (a
+            BitsAndBytesConfig: 4 bits, or 8 with llm_int8_threshold=0.0).
         report_to: a tracker that accelerate knows (`wandb`, `trackio`, `mlflow`, `tensorboard`, ...), which is told
             noised metrics, public measurements and epsilon, those of a private stage when the stage ends; `none`.
         push_to_hub: sends the release, and nothing else of the run, to the Hub when training ends.

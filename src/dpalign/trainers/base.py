@@ -31,6 +31,7 @@ from ..models import AdapterConfig, ModelConfig, Policy, RewardModel, embedded
 from ..models.loading import device_of
 from ..models.lora import check_to_train
 from ..models.objects import Given, check_tokenizer, folder_of
+from ..models.quantized import kind_of, quantization_config
 from ..privacy.statement import read_statement
 from ..recipe import Recipe
 from ..release import RELEASE, REWARD_MODEL
@@ -151,11 +152,15 @@ class Trainer:
         if isinstance(model, str):
             dtype = str(options.pop("dtype", "bfloat16" if args.bf16 else "float32")).removeprefix("torch.")
             trust = options.pop("trust_remote_code", False)
-            if options:
-                raise DPAlignError(f"model_init_kwargs takes dtype and trust_remote_code, not {', '.join(options)}")
             if args.bf16 and dtype != "bfloat16":
                 raise DPAlignError(f"bf16=True contradicts model_init_kwargs dtype {dtype}: give one")
-            config = ModelConfig(name, is_public, dtype=dtype, trust_remote_code=trust)  # type: ignore[arg-type]
+            kind = kind_of(options.pop("quantization_config", None), dtype)
+            if options:
+                raise DPAlignError(
+                    "model_init_kwargs takes dtype, quantization_config and trust_remote_code, not "
+                    f"{', '.join(options)}"
+                )
+            config = ModelConfig(name, is_public, dtype, trust, kind)  # type: ignore[arg-type]
             check_settings(config, "model_init_kwargs")
             return config
         dtype = str(model.dtype).removeprefix("torch.")
@@ -166,7 +171,8 @@ class Trainer:
                 f"bf16=True and a model object in {dtype}: load it with dtype=torch.bfloat16, or pass its name"
             )
         remote = type(Given(model).base).__module__.startswith("transformers_modules")
-        return ModelConfig(name, is_public, dtype=dtype, trust_remote_code=remote)  # type: ignore[arg-type]
+        kind = kind_of(getattr(Given(model).base.config, "quantization_config", None), dtype)
+        return ModelConfig(name, is_public, dtype, remote, kind)  # type: ignore[arg-type]
 
     def _recipe_of(self, section: TrainingConfig, model: ModelConfig) -> Recipe:
         args, privacy = self.args, self._privacy
@@ -252,8 +258,11 @@ class Trainer:
         if self._trained is None:
             release, dtype = self._release(), getattr(torch, self._recipe.model.dtype)
             base = str(LoraConfig.from_pretrained(str(release)).base_model_name_or_path)
-            options = {"num_labels": 1} if self.algorithm.model_kind is RewardModel else {}
-            auto = AutoModelForSequenceClassification if options else AutoModelForCausalLM
+            scores = self.algorithm.model_kind is RewardModel
+            options: dict[str, Any] = {"num_labels": 1} if scores else {}
+            quantized = quantization_config(self._recipe.model.quantization, self._recipe.model.dtype)
+            options |= {} if quantized is None else {"quantization_config": quantized}
+            auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
             plain = auto.from_pretrained(base, dtype=dtype, **options)
             self._trained = PeftModel.from_pretrained(plain, release).eval()
             _TRAINED[self._trained] = [release.resolve()]

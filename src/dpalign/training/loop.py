@@ -44,6 +44,7 @@ LATER_SETTINGS = {
     "truncate_prompts": False,
     "temperature": 1.0,
     "eval_steps": None,
+    "quantization": "none",
 }  # that version 0.1.0 did not have, and what they are for a run of that version
 
 
