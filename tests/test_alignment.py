@@ -302,7 +302,6 @@ def test_dpalign_reward_and_rloo_alone(tmp_path, capsys):
     assert not (tmp_path / "a" / "release").exists()
     rollouts = STAGE | {
         "max_steps": 2, "prompt_max_tokens": 4, "max_prompt_length": 5, "max_completion_length": 6, "num_generations": 2,
-        "synthetic_steps": 1, "synthetic_batch_size": 4,
         "reward": {"source": f"reward_model:{tmp_path / 'a' / 'reward_model'}"},
     }  # fmt: skip
     held_out = {"name": "held-out", "path": str(write_jsonl(tmp_path / "h.jsonl", reviews(100)[80:])), "unit": "id"}

@@ -127,6 +127,12 @@ RUN = {
     "dpalign ppo recipe.yaml --output_dir runs/ppo --model.name_or_path runs/sft/release": Small(
         leaves="runs/ppo/release/privacy.json"
     ),
+    "dpalign ppo recipe.yaml --ppo.prompts self_written --output_dir runs/free": Small(
+        leaves="runs/free/release/privacy.json"
+    ),
+    "dpalign ppo recipe.yaml --output_dir runs/after --model.name_or_path runs/free/release": Small(
+        leaves="runs/after/release/privacy.json"
+    ),
     "dpalign run recipes/quickstart_preferences.yaml": Small(
         leaves="runs/quickstart_preferences/reward_model/privacy.json"
     ),
@@ -233,8 +239,7 @@ def smaller(recipe: str) -> str:
         if name not in ("ppo", "rloo"):
             stage |= {"max_length": 32}
             continue
-        stage |= {"max_completion_length": 4, "synthetic_batch_size": 4}
-        stage |= {"synthetic_steps": 1} if "synthetic_steps" in stage else {}
+        stage |= {"max_completion_length": 4}
         stage |= {"adapter": stage["adapter"] | {"init_rows": 8}} if "adapter" in stage else {}
     return yaml.safe_dump(fields)
 

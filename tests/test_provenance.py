@@ -17,7 +17,7 @@ from dpalign.privacy.ledger import Intent, Ledger
 from dpalign.privacy.statement import StageStatement, account, epsilon_of, merge_stages, read_statement
 from dpalign.provenance import Origin
 from dpalign.reporting.numbers import at_most
-from dpalign.training import Stage
+from dpalign.training import OwnTextStage, Stage
 from dpalign.workspace import Workspace, same_origins
 from helpers import call, ledger_rows, reviews, small_model, statement, write_jsonl, write_recipe
 from tiny import dataset, tiny_policy, words
@@ -143,26 +143,29 @@ def test_a_model_that_the_recipe_dropped_stays_in_the_statement(tmp_path):
         same_origins(private, {"model": replace(ORIGIN, name="new")}, [])
 
 
-def test_updates_before_the_first_draw_belong_to_their_settings(tmp_path, capsys, monkeypatch):
-    """A run that was stopped after its free updates and before its first draw has a checkpoint and no intent."""
-    recipe = write_recipe(tmp_path, sft=None, ppo={"synthetic_steps": 1, "synthetic_batch_size": 8})
+def test_updates_without_a_draw_belong_to_their_settings_and_model(tmp_path, capsys, monkeypatch):
+    """A run that was stopped within its free updates has checkpoints and no intent."""
+    own = {"prompts": "self_written", "expected_batch_size": 8}
+    recipe = write_recipe(tmp_path, sft=None, ppo=own)
+    save = OwnTextStage._save
 
-    def full(self, intents):
-        raise DPAlignError("the ledger cannot be written.")
+    def stops(self, step, where):
+        save(self, step, where)
+        raise DPAlignError("stopped.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "write", full)
-        assert "cannot be written" in call(capsys, "run", recipe).error
-    assert ledger_rows(tmp_path) == 0 and list((tmp_path / "run" / "private" / "ppo").glob("step-00000000"))
-    for change in (("--ppo.beta", 0.5), ("--target_epsilon", 3)):
-        assert "settings of stage ppo have changed" in call(capsys, "run", recipe, *change).error
+        patch.setattr(OwnTextStage, "_save", stops)
+        assert "stopped" in call(capsys, "run", recipe).error
+    assert not (tmp_path / "ledger.sqlite").exists() or ledger_rows(tmp_path) == 0
+    assert list((tmp_path / "run" / "private" / "ppo").glob("step-00000001"))
+    assert "settings of stage ppo have changed" in call(capsys, "run", recipe, "--ppo.beta", 0.5).error
     other = call(capsys, "sft", write_recipe(tmp_path, ppo=None, output_dir=str(tmp_path / "other")), "--json").json
-    recipe = write_recipe(tmp_path, sft=None, ppo={"synthetic_steps": 1, "synthetic_batch_size": 8})
+    recipe = write_recipe(tmp_path, sft=None, ppo=own)
     drawn = ledger_rows(tmp_path)
     refused = call(capsys, "run", recipe, "--model.name_or_path", other["release"], "--target_epsilon", 9).error
     assert "models of the run" in refused and ledger_rows(tmp_path) == drawn
     done = call(capsys, "run", recipe, "--json").json
-    assert any("1 updates on prompts that the model wrote itself" in a for a in done["assumptions"])
+    assert "stage ppo read prompts that the model wrote itself; it drew nothing" in done["assumptions"]
 
 
 def test_what_is_declared_is_in_the_statement(tmp_path, capsys):

@@ -60,7 +60,7 @@ REWARD = {"expected_batch_size": 4096, "learning_rate": 2e-4, "num_train_epochs"
 PPO = {
     "expected_batch_size": 256, "num_mini_batches": 16, "num_ppo_epochs": 1, "num_generations": 1, "gamma": 1.0,
     "lam": 0.95, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "beta": 0.2, "adaptive_kl_target": 6,
-    "adaptive_kl_horizon": 10000, "noised_baseline": False, "missing_eos_penalty": 0.0, "synthetic_steps": 0,
+    "adaptive_kl_horizon": 10000, "noised_baseline": False, "missing_eos_penalty": 0.0, "prompts": "private",
 }  # fmt: skip
 
 

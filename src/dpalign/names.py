@@ -11,6 +11,7 @@ ON_POLICY = "completions are sampled from the policy as it is (nothing is cut of
 ONE_PROCESS = "one process trains"
 EOS = "completions end at the tokenizer's EOS, or where the chat template ends a turn"
 CHOOSING = "choosing by a measurement on private data would have to be paid for"
+OWN_TEXT = "prompts: self_written makes a stage's max_steps updates on prompts that the model writes itself"
 ELSEWHERE = {  # names of TRL, transformers, peft and Opacus: what to say here instead, or why there is no such thing
     "auto_find_batch_size": "how much memory a record takes would show in the result; use micro_batch_size",
     "batch_size": "it is called expected_batch_size, the units that a sample is expected to have",
@@ -72,6 +73,9 @@ ELSEWHERE = {  # names of TRL, transformers, peft and Opacus: what to say here i
     "sft_model_path": "it is called model.name_or_path",
     "stop_token": EOS,
     "target_kl": "a stop that a batch decides would tell of it: use adaptive_kl_target, which sees noised numbers",
+    "synthetic_batch_size": OWN_TEXT,
+    "synthetic_learning_rate": OWN_TEXT,
+    "synthetic_steps": OWN_TEXT,
     "temperature": "only stages that sample completions have one",
     "top_k": ON_POLICY,
     "top_p": ON_POLICY,

@@ -20,6 +20,7 @@ from .privacy.statement import StageStatement
 from .provenance import Origin, past_assumptions, past_stages
 from .recipe import Recipe
 from .settings.base import StageConfig
+from .settings.prompts import PromptedConfig
 from .stages import STAGES, kind
 from .training import StagePlan, plan_stage
 
@@ -50,17 +51,11 @@ class Past:
 
 
 @dataclass(frozen=True)
-class PlannedStage:
-    """A stage before anything was drawn.
-
-    alone: the plan with the whole budget for itself. plan: the plan that runs.
-    """
+class RecipeStage:
+    """A stage of the recipe; one that is no `PlannedStage` draws nothing."""
 
     name: str
     config: StageConfig
-    units: Units
-    alone: StagePlan
-    plan: StagePlan
 
     @property
     def kind(self) -> Any:
@@ -71,6 +66,27 @@ class PlannedStage:
     def is_measurement(self) -> bool:
         """Whether it trains nothing."""
         return not issubclass(self.kind, Algorithm)
+
+    @property
+    def steps(self) -> int:
+        """Planned updates."""
+        return self.config.updates if isinstance(self.config, PromptedConfig) else 0
+
+
+@dataclass(frozen=True)
+class PlannedStage(RecipeStage):
+    """A stage that draws, before anything was drawn.
+
+    alone: the plan with the whole budget for itself. plan: the plan that runs.
+    """
+
+    units: Units
+    alone: StagePlan
+    plan: StagePlan
+
+    @property
+    def steps(self) -> int:
+        return self.plan.steps
 
     @property
     def part(self) -> Part:
@@ -94,13 +110,15 @@ class PlannedStage:
 class Plan:
     """What a run will do and spend: epsilon of the whole, and each stage's noise.
 
-    before: private stages that its models rest on, or that it has drawn itself and no longer has.
+    stages: those that draw. order: all of them, as they run. before: private stages that its models rest on, or that
+    it has drawn itself and no longer has.
     """
 
     recipe: Recipe
     delta: float
     epsilon: float
     stages: Mapping[str, PlannedStage]
+    order: Mapping[str, RecipeStage]
     origins: Mapping[str, Origin]
     before: tuple[StageStatement, ...]
     assumptions: tuple[str, ...]
@@ -126,15 +144,18 @@ def make_plan(recipe: Recipe, units: Mapping[str, Units], past: Past, assumption
     Raises:
         DPAlignError: a target that cannot be reached, or would be exceeded; units that cannot be compared.
     """
-    delta = delta_of(recipe, units)
+    delta = delta_of(recipe, units, past_stages(past.origins))
     before = (*past_stages(past.origins), *past.dropped)
     stages = plan_stages(recipe, units, delta, before)
     epsilon = check_budget(recipe, stages, before, delta)
     assumed = {*assumptions, *past_assumptions(past.origins)}
     assumed |= {f"the number of units of {u.part.dataset!r} is public" for u in units.values() if u.is_counted}
-    for stage in stages.values():
+    order = {name: stages.get(name) or RecipeStage(name, config) for name, config in recipe.stages.items()}
+    for name, stage in order.items():
         assumed |= stage.kind.assumptions(stage.config)
-    return Plan(recipe, delta, epsilon, stages, past.origins, before, tuple(sorted(assumed)))
+        if isinstance(stage.config, PromptedConfig) and not stage.config.draws:
+            assumed.add(f"stage {name} read {stage.config.read_prompts}; it drew nothing")
+    return Plan(recipe, delta, epsilon, stages, order, past.origins, before, tuple(sorted(assumed)))
 
 
 # Whose units ---------------------------------------------------------------------------------------------------------
@@ -147,7 +168,7 @@ def declared_units(recipe: Recipe, counted: Mapping[str, int] | None = None) -> 
         DPAlignError: a dataset has neither.
     """
     parts, counted, units = split_parts(recipe), counted or {}, {}
-    for name in recipe.stages:
+    for name in recipe.drawing:
         config = recipe.data_of(name)
         number = config.declared_units if config.declared_units is not None else counted.get(name)
         if number is None:
@@ -171,7 +192,7 @@ def split_parts(recipe: Recipe) -> dict[str, Range]:
     """
     ranges, fractions = _checked_split(recipe)
     parts: dict[str, Range] = {}
-    configs = {name: recipe.data_of(name) for name in recipe.stages}
+    configs = {name: recipe.data_of(name) for name in recipe.drawing}
     for dataset in {c.name for c in configs.values()}:
         sharing = [n for n in configs if configs[n].name == dataset]
         if recipe.composition == "sequential" or ranges:
@@ -241,7 +262,7 @@ def plan_stages(
     """
     before = list(before)
     stages: dict[str, PlannedStage] = {}
-    for name in recipe.stages:
+    for name in recipe.drawing:
         config = stage_config(recipe, name, delta)
         alone = plan_stage(name, config, units[name].count)
         stages[name] = PlannedStage(name, config, units[name], alone, alone)
@@ -336,9 +357,10 @@ def stage_config(recipe: Recipe, name: str, delta: float) -> StageConfig:
     return replace(config, target_delta=delta)
 
 
-def delta_of(recipe: Recipe, units: Mapping[str, Units]) -> float:
-    """The run's one delta; by default that of its largest dataset."""
+def delta_of(recipe: Recipe, units: Mapping[str, Units], earlier: Iterable[StageStatement] = ()) -> float:
+    """The run's one delta; by default that of its largest dataset, or, where it draws nothing, of its models'."""
     if recipe.target_delta is not None:
         accountant.check_delta(recipe.target_delta)
         return recipe.target_delta
-    return accountant.default_delta(math.ceil(max(u.total for u in units.values())))
+    numbers = [u.total for u in units.values()] or [stage.declared_units for stage in earlier]
+    return accountant.default_delta(math.ceil(max(numbers, default=1)))

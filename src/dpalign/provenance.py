@@ -103,7 +103,7 @@ def _past(recipe: Recipe, name: str, is_public: bool) -> Origin:
             f"model {name} was trained without privacy on private data: nothing trained from it can be private; start "
             "from a public model or a private release."
         )
-    datasets = {s.dataset for s in stages} | {recipe.data_of(n).name for n in recipe.stages}
+    datasets = {s.dataset for s in stages} | {recipe.data_of(n).name for n in recipe.drawing}
     if len(datasets) > 1:
         if recipe.units_disjoint != "declared":
             raise DPAlignError(

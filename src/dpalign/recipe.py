@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from .domains import COUNT, SEEDS, check_settings, within
@@ -119,6 +119,11 @@ class Recipe:
         return {name: section for name, section in sections.items() if section is not None}
 
     @property
+    def drawing(self) -> dict[str, StageConfig]:
+        """Of these, the ones that draw private units; each of the others is a post-processing of what came before."""
+        return {name: section for name, section in self.stages.items() if section.draws}
+
+    @property
     def rollouts(self) -> RolloutConfig | None:
         """Settings of the stage that samples completions."""
         return next((c for c in self.stages.values() if isinstance(c, RolloutConfig)), None)
@@ -141,9 +146,24 @@ class Recipe:
         scoring = [name for name, config in self.stages.items() if isinstance(config, RewardModelConfig)]
         if len(scoring) > 1:
             raise DPAlignError(f"the recipe has both {' and '.join(scoring)}: keep one of them.")
+        for name in self.stages.keys() - self.drawing.keys():
+            self._check_without_records(name)
         for name in STAGES:
             if getattr(self, f"{name}_data", None) is not None and name not in self.stages:
                 raise DPAlignError(
                     f"{name}_data is given, and the recipe has no stage {name}: give it that section, or leave "
                     f"{name}_data out (--{name}_data null)."
                 )
+
+    def _check_without_records(self, name: str) -> None:
+        """Refuses what would give records to a stage that reads none; where it is measured may be said."""
+        own, plain = getattr(self, f"{name}_data", None), DataConfig()
+        given = [] if own is None else [f.name for f in fields(own) if getattr(own, f.name) != getattr(plain, f.name)]
+        unread = [f"{name}_data.{field}" for field in given if not field.startswith("eval_")]
+        unread += ["split"] if name in (self.split or {}) else []
+        unread += ["allocation"] if isinstance(self.allocation, dict) and name in self.allocation else []
+        if unread:
+            raise DPAlignError(
+                f"{', '.join(unread)} names stage {name}, whose prompts are not private: it draws no records, so leave "
+                "that out."
+            )

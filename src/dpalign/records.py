@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from .data.load import Record, read_records, unread_columns
@@ -14,9 +14,11 @@ from .plan import Units, split_parts
 from .privacy.ledger import Ledger
 from .recipe import Recipe
 from .rewards import RewardConfig
+from .settings.prompts import PromptedConfig
 from .stages import kind
 
 Records = Mapping[str, list[Record]]  # by stage
+Public = Mapping[str, tuple[list[Record], str]]  # by stage, with their source
 
 
 def read_stage_records(recipe: Recipe, cache: Path | None = None, leaving: Collection[str] = ()) -> Records:
@@ -29,7 +31,7 @@ def read_stage_records(recipe: Recipe, cache: Path | None = None, leaving: Colle
         DPAlignError: no path, or what `read_records` refuses.
     """
     by_source: dict[tuple[str, str], list[Record]] = {}
-    names = [name for name in recipe.stages if name not in leaving]
+    names = [name for name in recipe.drawing if name not in leaving]
     for name in names:
         config = recipe.data_of(name)
         if not config.path:
@@ -41,7 +43,7 @@ def read_stage_records(recipe: Recipe, cache: Path | None = None, leaving: Colle
 
 def stages_without_data(recipe: Recipe) -> list[str]:
     """Those whose data is not here: no path, or a file that does not exist."""
-    paths = {name: recipe.data_of(name).path for name in recipe.stages}
+    paths = {name: recipe.data_of(name).path for name in recipe.drawing}
     is_file = {name: bool(Path(path).suffix) and ":" not in path for name, path in paths.items()}
     return [name for name, path in paths.items() if not path or (is_file[name] and not Path(path).exists())]
 
@@ -52,7 +54,7 @@ def stage_units(recipe: Recipe, records: Records, ledger: Ledger) -> tuple[dict[
     Raises:
         DPAlignError: stages share units that they must not share (it says how many), or cannot be compared.
     """
-    configs = {name: recipe.data_of(name) for name in recipe.stages}
+    configs = {name: recipe.data_of(name) for name in recipe.drawing}
     assumptions = check_disjoint(
         {name: (records[name], config) for name, config in configs.items()}, recipe.units_disjoint == "declared"
     )
@@ -75,7 +77,7 @@ def kept_by(recipe: Recipe, name: str) -> set[str]:
 
 def count_undeclared(recipe: Recipe) -> dict[str, int]:
     """Units in the files of stages whose dataset declares no number of them; reads no other file."""
-    undeclared = [name for name in recipe.stages if recipe.data_of(name).declared_units is None]
+    undeclared = [name for name in recipe.drawing if recipe.data_of(name).declared_units is None]
     records = read_stage_records(recipe) if undeclared else {}
     return {name: count_units(records[name], recipe.data_of(name)) for name in undeclared}
 
@@ -100,11 +102,24 @@ def read_public(recipe: Recipe) -> dict[str, tuple[list[Record], str]]:
     return public
 
 
+def read_public_prompts(recipe: Recipe) -> dict[str, tuple[list[Record], str]]:
+    """Prompts that are declared public, and their file, for the stages that learn from them."""
+    sections = {name: config for name, config in recipe.stages.items() if isinstance(config, PromptedConfig)}
+    paths = {name: config.public_prompts for name, config in sections.items()}
+    return {name: (read_records(path), path) for name, path in paths.items() if path is not None}
+
+
 def check_shared_texts(
-    recipe: Recipe, records: Records, public: Mapping[str, tuple[list[Record], str]], ledger: Ledger
+    recipe: Recipe,
+    records: Records,
+    public: Iterable[tuple[str, tuple[list[Record], str]]],
+    ledger: Ledger,
 ) -> list[Texts]:
     """Compares the contents of all datasets, whatever their columns say, with each other, with records that are
     declared public, and with what the ledger has drawn from under other names.
+
+    Args:
+        public: a stage whose columns they have, the records and their source.
 
     Returns:
         What `remember_contents` is to put into the ledger before the first draw.
@@ -123,7 +138,7 @@ def check_shared_texts(
         private.append(
             hash_texts(records[name], read[name], ledger, name=data.name, is_public=data.is_demo, source=source)
         )
-    for name, (rows, source) in public.items():
+    for name, (rows, source) in public:
         source = f"{source} (declared public)"
         shown.append(hash_texts(rows, read[name], ledger, name=None, is_public=True, source=source))
     if recipe.shared_texts != "declared":

@@ -32,7 +32,9 @@ CARD = """\
 {{ front_matter }}---
 # {{ title | code }}
 
-{% if statement.private -%}
+{% if statement.private and not statement.stages -%}
+This adapter was trained with dpalign **on no private data**: nothing was drawn and nothing was spent.
+{%- elif statement.private -%}
 This adapter was trained with dpalign under **({{ statement.epsilon | at_most }}, {{ "%.3g"|format(statement.delta) }})
 differential privacy**: adding or removing all data of any one {{ units | code }} changes the probability of any
 outcome, this adapter included, by at most a factor e^epsilon, except for a delta.

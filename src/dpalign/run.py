@@ -41,14 +41,24 @@ from .files import write_json
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
 from .models.loading import check_ids, check_targets, device_of, embedding_rows, positions_of
 from .models.reward_model import is_classifier, normalization_of
-from .plan import Plan, PlannedStage, beside, delta_of, make_plan
+from .plan import Plan, PlannedStage, RecipeStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
 from .privacy.context import own_context
 from .privacy.ledger import Ledger
 from .privacy.statement import PrivacyStatement, state_privacy
 from .provenance import past_stages
 from .recipe import Recipe
-from .records import Records, check_shared_texts, kept_by, read_public, read_stage_records, stage_units, units_of
+from .records import (
+    Public,
+    Records,
+    check_shared_texts,
+    kept_by,
+    read_public,
+    read_public_prompts,
+    read_stage_records,
+    stage_units,
+    units_of,
+)
 from .release import RELEASE, REWARD_MODEL, PromptFormat, write_release, write_reward_model
 from .reporting.html import write_report
 from .reporting.progress import Reporter
@@ -62,7 +72,7 @@ from .settings.reward_model import RewardModelConfig
 from .settings.rollouts import RolloutConfig
 from .stages import kind
 from .survey import Survey, survey
-from .training import Stage
+from .training import OwnTextStage, Stage
 from .training.self_check import check_stage
 from .workspace import Workspace
 
@@ -110,22 +120,24 @@ def run_recipe(
         data, assumptions = stage_units(recipe, records, workspace.ledger)
         records = {name: read_by(recipe, name, rows) for name, rows in records.items()}
         units = units_of(recipe, records, data)
-        plan = make_plan(recipe, units, workspace.past(recipe, origins, delta_of(recipe, units)), assumptions)
+        delta = delta_of(recipe, units, past_stages(origins))
+        plan = make_plan(recipe, units, workspace.past(recipe, origins, delta), assumptions)
         with reporter.status("loading the model"):
             models = Models.load(recipe, policy, reward_model)
-        shown = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
-        shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in shown.items()}
-        surveys = check_inputs(plan, models, records, shown)
+        given = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
+        shown = public_by(recipe, given)
+        prompts = public_by(recipe, read_public_prompts(recipe))
+        surveys = check_inputs(plan, models, records, shown, prompts)
         write_json(workspace.private / SURVEY, {name: found.as_dict() for name, found in surveys.items()})
-        texts = check_shared_texts(recipe, records, shown, workspace.ledger)
-        run = Run(plan, workspace, data, models, shown, reporter, reward_function)
+        texts = check_shared_texts(recipe, records, [*shown.items(), *prompts.items()], workspace.ledger)
+        run = Run(plan, workspace, data, models, shown, prompts, reporter, reward_function)
         run.load_rewards()
         run.check_prompts_of_rewards(records)
         run.self_check(records)
         workspace.remember(origins)
         remember_contents(texts, workspace.ledger)
         with reporter.tracking(recipe.report_to if run.has_to_train() else "none", workspace.folder):
-            for stage in plan.stages.values():
+            for stage in plan.order.values():
                 run.stage(stage)
             return run.finish(started, command)
 
@@ -141,11 +153,12 @@ def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
         given = read_stage_records(recipe)
         stage_units(recipe, given, ledger)
         records = {name: read_by(recipe, name, rows) for name, rows in given.items()}
-        shown = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in read_public(recipe).items()}
+        shown = public_by(recipe, read_public(recipe))
+        prompts = public_by(recipe, read_public_prompts(recipe))
         models = Models.load(recipe)
-        surveys = check_inputs(plan, models, records, shown)
-        check_shared_texts(recipe, records, shown, ledger)
-    for stage in plan.stages.values():
+        surveys = check_inputs(plan, models, records, shown, prompts)
+        check_shared_texts(recipe, records, [*shown.items(), *prompts.items()], ledger)
+    for stage in plan.order.values():
         for entering in stage.kind.entering(stage.config).values():
             if isinstance(entering, RewardConfig) and entering.source != RELEASED:
                 load_reward(entering, models.reader(stage.kind.model_kind).device)
@@ -213,25 +226,27 @@ class Models:
         return self.get(model_kind) or self.of(Policy)
 
 
-def check_inputs(
-    plan: Plan, models: Models, records: Records, public: Mapping[str, tuple[list[Record], str]]
-) -> dict[str, Survey]:
+def check_inputs(plan: Plan, models: Models, records: Records, public: Public, prompts: Public) -> dict[str, Survey]:
     """What the data does to each stage that can say so; for the data holder alone.
+
+    Args:
+        public: records to measure on. prompts: those that a stage learns from instead of private ones.
 
     Raises:
         DPAlignError: lengths or records that a stage cannot use.
     """
     surveys: dict[str, Survey] = {}
-    for name, stage in plan.stages.items():
+    for name, stage in plan.order.items():
         model, source = models.reader(stage.kind.model_kind), plan.recipe.data_of(name)
         check_lengths(name, stage.kind.longest(stage.config), model.model.config)
         if isinstance(stage.config, TrainingConfig):
             adapter = stage.config.adapter
             check_targets(model.model, adapter.target_modules, adapter.layers)
         check = partial(read_record, stage, model)
-        readings = check_records(records[name], source.path or source.name, stage.kind.columns, check)
-        found = survey(readings, records[name], source.unit)
-        surveys |= {} if found is None else {name: found}
+        if name in records:
+            readings = check_records(records[name], source.path or source.name, stage.kind.columns, check)
+            found = survey(readings, records[name], source.unit)
+            surveys |= {} if found is None else {name: found}
         if name in public:
             check_public(stage.kind, check_records(*public[name], stage.kind.columns, check), *public[name])
         elif isinstance(stage.config, TrainingConfig) and stage.config.eval_steps is not None:
@@ -239,12 +254,30 @@ def check_inputs(
                 f"{name}.eval_steps measures on public records, and stage {name} has none: give its data an eval_path "
                 "and eval_is_public: true (a trainer its eval_dataset), or leave eval_steps out."
             )
-        if isinstance(model, Policy):  # prompts that it writes itself are as those of the last stage
-            model.asks_in_chats = are_chats(records[name], stage.kind.columns)
+        if name in prompts:
+            check_records(*prompts[name], stage.kind.columns, check)
+            check_number_of_prompts(stage, *prompts[name])
+        read = records.get(name) or prompts.get(name, ([], ""))[0]
+        if isinstance(model, Policy) and read:  # prompts that it writes itself are as those of the last stage
+            model.asks_in_chats = are_chats(read, stage.kind.columns)
+        if not read:
+            stage.kind.check_writing(stage.config, model)
     return surveys
 
 
-def read_record(stage: PlannedStage, model: AdapterStack, record: Record) -> Reading | None:
+def check_number_of_prompts(stage: RecipeStage, prompts: list[Record], path: str) -> None:
+    """Raises DPAlignError if public prompts are fewer than an update asks for."""
+    config = stage.config
+    assert isinstance(config, TrainingConfig)
+    asked = config.expected_batch_size * config.minibatches
+    if len(prompts) < asked:
+        raise DPAlignError(
+            f"stage {stage.name} asks for {asked} different prompts at once, and {path} has {len(prompts)}: lower "
+            "expected_batch_size."
+        )
+
+
+def read_record(stage: RecipeStage, model: AdapterStack, record: Record) -> Reading | None:
     """What a stage reads of a record.
 
     Raises:
@@ -259,6 +292,11 @@ def read_record(stage: PlannedStage, model: AdapterStack, record: Record) -> Rea
 def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]:
     """A stage's records without the texts that it does not read; its unit's column and its rewards' stay."""
     return only_columns(records, kind(name).columns, kept_by(recipe, name))
+
+
+def public_by(recipe: Recipe, public: Public) -> Public:
+    """The same of records that are declared public."""
+    return {name: (read_by(recipe, name, rows), source) for name, (rows, source) in public.items()}
 
 
 def are_chats(records: list[Record], columns: tuple[tuple[str, ...], ...]) -> bool:
@@ -296,7 +334,8 @@ class Run:
     workspace: Workspace
     data: Mapping[str, UnitDataset]
     models: Models
-    public: Mapping[str, tuple[list[Record], str]]
+    public: Public
+    prompts: Public
     reporter: Reporter
     reward_function: RewardFunction | None = None
     rewards: list[tuple[RewardConfig, Reward]] = field(default_factory=list)
@@ -322,7 +361,7 @@ class Run:
 
     def load_rewards(self) -> None:
         """All that no stage of the run has to train first, so that what is wrong with one is said before a draw."""
-        for stage in self.plan.stages.values():
+        for stage in self.plan.order.values():
             for entering in stage.kind.entering(stage.config).values():
                 if isinstance(entering, RewardConfig) and (self.reward_function or entering.source != RELEASED):
                     self.reward(entering)
@@ -332,16 +371,16 @@ class Run:
 
     def check_prompts_of_rewards(self, records: Records) -> None:
         """Refuses prompts that a reward model cannot read: their completions would have no reward."""
-        for name, stage in self.plan.stages.items():
+        for name, stage in self.plan.order.items():
+            source = self.plan.recipe.data_of(name)
+            rows, path = self.prompts.get(name) or (records.get(name, []), source.path or source.name)
             for config in stage.kind.entering(stage.config).values():
                 if not isinstance(config, RewardConfig) or not is_reward_model(config) or self.reward_function:
                     continue
                 function = None if config.source == RELEASED else self.reward(config).function
                 model = function.model if isinstance(function, Learned) else self.models.reader(RewardModel)
-                if config.text != "completion":
-                    source = self.plan.recipe.data_of(name)
-                    check = partial(check_asked, model.tokenizer)
-                    check_records(records[name], source.path or source.name, stage.kind.columns, check)
+                if config.text != "completion" and rows:
+                    check_records(rows, path, stage.kind.columns, partial(check_asked, model.tokenizer))
 
     def self_check(self, records: Records) -> None:
         """Tries every private stage that is still to come on text that the run writes itself, of the kind of its data.
@@ -381,18 +420,21 @@ class Run:
         self.rewards.append((config, reward))
         return reward
 
-    def stage(self, stage: PlannedStage) -> None:
+    def stage(self, stage: RecipeStage) -> None:
         """Trains or measures; leaves a release of a reward model, and what public pairs say of the stage."""
         model = self.models.of(stage.kind.model_kind)
         entering = stage.kind.entering(stage.config)
         rewards = {name: self.reward(c) for name, c in entering.items() if isinstance(c, RewardConfig)}
-        if stage.is_measurement:
+        if isinstance(stage, PlannedStage) and stage.is_measurement:
             self.measure(stage, rewards["reward"])
             return
         algorithm = stage.kind(stage.config, **rewards)
         if isinstance(model, RewardModel):
             algorithm.own_texts = self.writer(model, algorithm.config.seed)
-        self.train(stage, algorithm, model)
+        if isinstance(stage, PlannedStage):
+            self.train(stage, algorithm, model)
+        else:
+            self.train_on_own_text(stage, algorithm, model)
         if isinstance(model, RewardModel):
             self.release_reward_model(stage, model, algorithm.config.seed)
         if isinstance(algorithm, PairAlgorithm) and stage.name in self.public:
@@ -429,24 +471,48 @@ class Run:
         with reporter.showing(name):
             stage.train()
 
+    def train_on_own_text(self, section: RecipeStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack) -> None:
+        """One stage that reads no record, from its newest checkpoint if there is one."""
+        name, workspace, reporter = section.name, self.workspace, self.reporter
+        stage = OwnTextStage(
+            model,
+            algorithm,
+            self.prompts[name][0] if name in self.prompts else None,
+            folder=workspace.private / name,
+            rests_on_private=self.rests_on_private(),
+            log=workspace.log,
+            evaluate=self.evaluations(section, algorithm, model),
+            report=reporter.step,
+            tell=reporter.note,
+        )
+        if stage.is_finished:
+            stage.load_final()
+            reporter.note(f"stage {name} is already done.")
+            return
+        cost, count = section.kind.tokens(section.config), algorithm.config.expected_batch_size
+        tokens, before = count * (cost.trained + cost.read), self.steps_until(name)
+        reporter.start_own_text(name, stage.steps, count, stage.config.read_prompts, tokens, before)
+        with reporter.showing(name):
+            stage.train()
+
     def has_to_train(self) -> bool:
         """Whether a stage is not done yet."""
-        stages = [stage for stage in self.plan.stages.values() if not stage.is_measurement]
+        stages = [stage for stage in self.plan.order.values() if not stage.is_measurement]
         return not all(is_done(stage, self.workspace) for stage in stages)
 
     def steps_until(self, name: str) -> int:
         """Planned steps of the stages before this one."""
-        return sum(stage.plan.steps for stage in takewhile(lambda stage: stage.name != name, self.plan.stages.values()))
+        return sum(stage.steps for stage in takewhile(lambda stage: stage.name != name, self.plan.order.values()))
 
     def evaluations(
-        self, planned: PlannedStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack
+        self, planned: RecipeStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack
     ) -> Evaluations | None:
         """What measures a stage's model while it trains; None where nobody asks."""
         if algorithm.config.eval_steps is None:
             return None
         (records, _), recipe, reporter = self.public[planned.name], self.plan.recipe, self.reporter
         measure = measure_of(algorithm, model, records, at_most=recipe.eval_prompts, seed=recipe.eval_seed)
-        log, steps = self.workspace.evaluations, planned.plan.steps
+        log, steps = self.workspace.evaluations, planned.steps
         return Evaluations(log, planned.name, steps, model, measure, reporter.evaluated)
 
     def rests_on_private(self) -> bool:
@@ -476,13 +542,14 @@ class Run:
         """Writes the release, the summary, measured on public prompts, and the reports."""
         plan, folder, results = self.plan, self.workspace.folder, self.results
         results.statement = statement = self.statement()
-        trained = [stage.kind.model_kind for stage in plan.stages.values() if not stage.is_measurement]
+        trained = [stage.kind.model_kind for stage in plan.order.values() if not stage.is_measurement]
         if RewardModel in trained:
             results.release = results.reward_model_release = folder / REWARD_MODEL
         texts = measure_texts(plan.recipe, self.public, self.models.get(Policy))
         if Policy in trained:
             policy = self.models.of(Policy)
-            title = f"{folder.name}, {'aligned privately' if statement.private else 'aligned WITHOUT privacy'}"
+            how = "privately" if statement.stages else "without private data"
+            title = f"{folder.name}, aligned {how if statement.private else 'WITHOUT privacy'}"
             results.release = folder / RELEASE
             with self.reporter.status("writing the release"):
                 base, prompts = self.base_of(policy, plan.recipe.model), self.prompt_format(policy)
@@ -499,7 +566,7 @@ class Run:
 
     def publish(self) -> None:
         """What was measured in public, and what has been spent, for the tracker; as the summary has it."""
-        steps, results = sum(stage.plan.steps for stage in self.plan.stages.values()), self.results
+        steps, results = sum(stage.steps for stage in self.plan.order.values()), self.results
         for stage, pairs in results.pairs.items():
             self.reporter.publish(steps, f"pairs/{stage}", pairs.as_dict())
         for stage, found in results.evaluation.items():
@@ -508,11 +575,11 @@ class Run:
 
     def prompt_format(self, policy: Policy) -> PromptFormat:
         """As the last stage that trains the policy reads them."""
-        configs = [stage.config for stage in self.plan.stages.values() if stage.kind.model_kind is Policy]
+        configs = [stage.config for stage in self.plan.order.values() if stage.kind.model_kind is Policy]
         given = [config.prepend_bos for config in configs if hasattr(config, "prepend_bos")]
         return PromptFormat(bool(given and given[-1]), policy.asks_in_chats)
 
-    def release_reward_model(self, stage: PlannedStage, model: RewardModel, seed: int) -> None:
+    def release_reward_model(self, stage: RecipeStage, model: RewardModel, seed: int) -> None:
         """Written once, when its stage ends, with its scale on text that the SFT model writes itself."""
         folder = self.workspace.folder / REWARD_MODEL
         if (folder / "privacy.json").exists():
@@ -575,7 +642,7 @@ class Run:
 
     def sampled_public_prompts(self) -> tuple[RolloutConfig, Reward, list[Record]] | None:
         """Those of the stage that samples, with its settings and its reward."""
-        for name, stage in self.plan.stages.items():
+        for name, stage in self.plan.order.items():
             if isinstance(stage.config, RolloutConfig) and name in self.public:
                 return stage.config, self.reward(stage.config.reward), self.public[name][0]
         return None
@@ -600,9 +667,7 @@ class Run:
         results.evaluation = {name: row.without_reference() for name, row in rows.items()}
 
 
-def measure_texts(
-    recipe: Recipe, public: Mapping[str, tuple[list[Record], str]], policy: Policy | None
-) -> dict[str, TextEvaluation]:
+def measure_texts(recipe: Recipe, public: Public, policy: Policy | None) -> dict[str, TextEvaluation]:
     """How well the base model, and the policy after each stage, predict the public texts of the stage that learns from
     texts; read as that stage reads them. Empty where there are none."""
     names = [name for name in recipe.stages if issubclass(kind(name), TextAlgorithm) and name in public]
@@ -612,7 +677,7 @@ def measure_texts(
     return of_each_stage(policy, lambda: text_loss(*algorithm.nats(policy, records)))
 
 
-def is_done(stage: PlannedStage, workspace: Workspace) -> bool:
+def is_done(stage: RecipeStage, workspace: Workspace) -> bool:
     """Whether a stage has been trained to its end."""
     return any((workspace.private / stage.name / "final").glob("step-*"))
 

@@ -28,7 +28,7 @@ from .privacy.ledger import Ledger
 from .privacy.statement import account
 from .provenance import check_provenance
 from .recipe import Recipe
-from .records import check_shared_texts, read_public, read_stage_records, stages_without_data
+from .records import check_shared_texts, read_public, read_public_prompts, read_stage_records, stages_without_data
 from .reporting.progress import Reporter
 from .reporting.sweep import plot_sweep, spent_sentence, summarize_sweep, write_markdown
 from .results import PRETRAINED, Finished, Key, SweepResult, Trial
@@ -305,13 +305,13 @@ def _check_contents(recipe: Recipe, public_proxy: str | Path | None, reporter: R
         path = recipe.data_of(name).path
         reporter.note(f"the data of stage {name} ({path or 'no path'}) is not here: nothing was compared with it.")
     own = {n: read_by(recipe, n, rows) for n, rows in read_stage_records(recipe, leaving=missing).items()}
-    shown = [read_public(recipe)]
+    shown = [read_public(recipe), read_public_prompts(recipe)]
     if public_proxy is not None:
-        shown += [dict.fromkeys(recipe.stages, (read_records(str(public_proxy)), f"the proxy {public_proxy}"))]
+        shown += [dict.fromkeys(recipe.drawing, (read_records(str(public_proxy)), f"the proxy {public_proxy}"))]
     with closing(Ledger.copy_of(recipe.ledger)) as ledger:
         for public in shown:
             read = {name: (read_by(recipe, name, rows), source) for name, (rows, source) in public.items()}
-            check_shared_texts(recipe, own, read, ledger)
+            check_shared_texts(recipe, own, read.items(), ledger)
 
 
 def _sampling(recipe: Recipe) -> tuple[str, RolloutConfig]:
@@ -353,7 +353,7 @@ def _check(trial: Trial, recipe: Recipe) -> None:
     reference = _reward_of_pretrained(recipe)
     if not is_reward_model(_sampling(recipe)[1].reward):
         return
-    is_demo = all(recipe.data_of(name).is_demo for name in recipe.stages)
+    is_demo = all(recipe.data_of(name).is_demo for name in recipe.drawing)
     if is_outside_the_guarantee(reference.source, reference.is_public) and not is_demo:
         raise DPAlignError(
             f"the reference reward {reference.source!r} has no guarantee, so its numbers on epsilon 0 are not shown: "
@@ -379,7 +379,7 @@ def _reward_of_pretrained(recipe: Recipe) -> RewardConfig:
 def _spent(recipes: list[Recipe], delta: float) -> list[dict[str, Any]]:
     """What the ledger knows of each dataset: this sweep and everything else that ran on it."""
     ledger = Ledger(recipes[0].ledger)
-    datasets = {config.name: config for recipe in recipes for config in map(recipe.data_of, recipe.stages)}
+    datasets = {config.name: config for recipe in recipes for config in map(recipe.data_of, recipe.drawing)}
     entries = [account(ledger, name, delta or 1e-5, demo=config.is_demo) for name, config in datasets.items()]
     ledger.close()
     return [entry | {"sentence": spent_sentence(entry)} for entry in entries]

@@ -73,7 +73,7 @@ class Workspace:
     def past(self, recipe: Recipe, origins: Mapping[str, Origin], delta: float) -> Past:
         """These, and what the run has drawn in stages that the recipe no longer has."""
         stated = state_privacy(self.identity, self.ledger, delta, [], [], set(), self.name_of).stages
-        return Past(origins, tuple(s for s in stated if s.stage not in recipe.stages))
+        return Past(origins, tuple(s for s in stated if s.stage not in recipe.drawing))
 
     def name_of(self, intent: Intent) -> str:
         """The random name of the attempt that drew."""

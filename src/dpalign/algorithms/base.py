@@ -200,6 +200,15 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
         Called for every record of the stage before the first draw.
         """
 
+    @classmethod
+    def check_writing(cls, config: T, model: Model) -> None:
+        """Raises DPAlignError if `write` cannot, with this model; asked before the first draw."""
+        raise DPAlignError(f"stage {cls.name} learns from records alone: its prompts cannot be self-written.")
+
+    def write(self, model: Model, count: int) -> list[Example]:
+        """At most so many examples that the model writes itself; reads no record, and draws on torch's generator."""
+        raise NotImplementedError(f"{type(self).__name__} learns from records alone")
+
     @abstractmethod
     def rows(self, model: Model, units: list[list[Example]], coins: SystemEntropy | None) -> Rows:
         """The rows of one phase (rollouts, say), made with the current model; every row from its own unit alone.
@@ -214,7 +223,7 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
         """Loss `(rows,)` and raw metrics `(rows, len(self.metrics))` of each row."""
 
     def adapt(self, noised: Mapping[str, float]) -> None:
-        """Told the noised metrics of a step, where it has some; may adapt (a KL coefficient), for they are private."""
+        """Told the metrics of a step, noised unless it read no record; may adapt (a KL coefficient) to them."""
 
     def state(self) -> dict[str, float]:
         """What `adapt` changed, for the checkpoint."""

@@ -1,4 +1,4 @@
-"""What PPO and RLOO share: prompts, rollouts, rewards, and updates on prompts that the policy writes itself.
+"""What PPO and RLOO share: prompts (of records, or self-written), rollouts and rewards.
 
 A unit is a prompt with its rollouts, or all prompts of a person. Nothing here is computed across units.
 """
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..data.load import Record
+from ..errors import DPAlignError
 from ..models import Policy
-from ..models.generation import Prompt, answers, padded, write_prompts
+from ..models.generation import Prompt, answers, longest_written, write_prompts
 from ..models.kernels import chunks
 from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
@@ -50,15 +51,6 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
     def check(cls, config: C, tokenizer: Tokenizer, record: Record) -> Reading:
         return check_prompt(tokenizer, record, config)
 
-    @classmethod
-    def assumptions(cls, config: C) -> set[str]:
-        if not config.synthetic_steps:
-            return set()
-        return {
-            f"{config.synthetic_steps} updates on prompts that the model wrote itself read no record: they rest on the "
-            "model and the reward"
-        }
-
     def __init__(self, config: C, reward: Reward) -> None:
         super().__init__(config)
         self.rows_per_example = config.num_generations
@@ -94,6 +86,23 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         """None for a text that is too short for a prompt: its unit then adds nothing."""
         return read_prompt(policy.tokenizer, record, self.config)
 
+    @classmethod
+    def check_writing(cls, config: C, policy: Policy) -> None:
+        needed = longest_written(policy, config.prompt_tokens)
+        if needed > config.max_prompt_length:
+            raise DPAlignError(
+                f"a prompt that the model writes itself has {needed} tokens with what stands around it, more than "
+                f"max_prompt_length {config.max_prompt_length}: raise that, or lower prompt_max_tokens."
+            )
+
+    def write(self, policy: Policy, count: int) -> list[Prompt]:
+        """Written by what the stage started from. Synthetic text for private training: Yu et al. 2024 (arXiv
+        2402.13659); here it is the model's own, so that it costs nothing beyond the model."""
+        config = self.config
+        with policy.reference():
+            written = write_prompts(policy, count, config.prompt_tokens, config.micro_batch_size)
+        return [prompt for prompt in written if len(prompt.ids) <= config.max_prompt_length]
+
     # 2. Rollouts ---------------------------------------------------------------------------------------
 
     def rows(self, policy: Policy, units: list[list[Prompt]], coins: SystemEntropy | None) -> Rows:
@@ -107,22 +116,10 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         ]
         unit = torch.tensor([number for number, _ in drawn], dtype=torch.int64, device=policy.device)
         ids, mask = policy.encode_prompts([prompt.ids for _, prompt in drawn], config.max_prompt_length)
-        return self.prepare(policy, self._scored(policy, unit, ids, mask, [prompt for _, prompt in drawn], coins))
-
-    def _scored(
-        self,
-        policy: Policy,
-        unit: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        prompts: list[Prompt],
-        coins: SystemEntropy | None,
-    ) -> Rows:
-        config = self.config
         rollouts = sample(policy, ids, mask, config, coins)
         with torch.no_grad(), policy.reference():
             ref_logprobs = in_micro_batches(policy, rollouts, config)[0]
-        scores = self._score(prompts, rollouts, policy)
+        scores = self._score([prompt for _, prompt in drawn], rollouts, policy)
         tensors = {
             "input_ids": rollouts.input_ids,
             "attention_mask": rollouts.attention_mask,
@@ -131,45 +128,13 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
             "scores": scores.to(policy.device) - config.missing_eos_penalty * (1 - _has_eos(policy, rollouts)),
             "prompt": torch.arange(len(scores), device=policy.device) // config.num_generations,
         }
-        return Rows(unit, tensors)
+        return self.prepare(policy, Rows(unit, tensors))
 
     def prepare(self, policy: Policy, rows: Rows) -> Rows:
         """Adds what later passes over the same rollouts need; nothing, on-policy."""
         return rows
 
-    # 3. Updates on self-written prompts ------------------------------------------------------------------
-
-    def warm_up(self, policy: Policy) -> int:
-        """`synthetic_steps` updates of the same loss on prompts that the policy's reference writes; no record is read.
-
-        Without noise or clipping per unit: the prompts are no one's. Synthetic text for private training: Yu et al.
-        2024 (arXiv 2402.13659); here it is the model's own, so that it costs nothing beyond the model.
-        """
-        config = self.config
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.synthetic_learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-        count, group = config.synthetic_batch_size, config.num_generations
-        for step in range(config.synthetic_steps):
-            optimizer.param_groups[0]["lr"] = config.synthetic_learning_rate * (1 - step / config.synthetic_steps)
-            with policy.reference():
-                written = write_prompts(policy, count, config.prompt_tokens, config.micro_batch_size)
-            prompts = [prompt for prompt in written for _ in range(group)]
-            unit = torch.arange(count, device=policy.device).repeat_interleave(group)
-            rows = self._scored(policy, unit, *padded(policy, prompts), prompts, None)
-            scores = rows.tensors["scores"]
-            known = scores.nanmean().nan_to_num(0.0)  # these rows are no one's: they may share a mean
-            rows = Rows(unit, rows.tensors | {"scores": torch.where(scores.isnan(), known, scores)})
-            rows = self.prepare(policy, rows)
-            for start in range(0, count, config.micro_batch_size):
-                batch = rows.of(list(range(start, min(count, start + config.micro_batch_size))))
-                losses, _ = self.row_losses(policy, batch)
-                (losses.sum() / (count * group)).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return config.synthetic_steps
-
-    # 4. What adapts, from noised metrics only ------------------------------------------------------------
+    # 3. What adapts, from noised metrics only ------------------------------------------------------------
 
     def adapt(self, noised: Mapping[str, float]) -> None:
         config = self.config

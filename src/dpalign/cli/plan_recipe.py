@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from ..models import embedded
-from ..plan import Past, Plan, PlannedStage, declared_units, make_plan
+from ..plan import Past, Plan, PlannedStage, RecipeStage, declared_units, make_plan
 from ..privacy import accountant
 from ..privacy.budget import StageBudget, allocate
 from ..privacy.parts import Part, epsilon_of
@@ -21,6 +21,7 @@ from ..records import count_undeclared, stages_without_data
 from ..reporting.numbers import at_most
 from ..reporting.terminal import Terminal, plain
 from ..run import check_recipe
+from ..settings.prompts import PromptedConfig
 from ..survey import Survey
 
 
@@ -57,6 +58,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "composition": recipe.composition,
         "epsilon": plan.epsilon,
         "stages": [_stage(stage, parameters) for stage in plan.stages.values()],
+        "drawing_nothing": [_own(s, parameters) for name, s in plan.order.items() if name not in plan.stages],
         "assumptions": list(plan.assumptions),
         "adjacency": "add or remove one unit",
         "accountant": accountant.ACCOUNTANT,
@@ -72,7 +74,7 @@ def _if_units_were_shared(plan: Plan) -> dict[str, Any]:
         StageBudget(replace(stage.at(stage.alone), part=Part("all")), stage.batch_size)
         for stage in plan.stages.values()
     ]
-    if math.isinf(target) or any(s.spending.mechanism.noise_multiplier == 0 for s in shared):
+    if not shared or math.isinf(target) or any(s.spending.mechanism.noise_multiplier == 0 for s in shared):
         return {"sequential_epsilon": math.inf, "inflation": None}
     factors = allocate(shared, target, plan.delta)
     return {
@@ -83,8 +85,6 @@ def _if_units_were_shared(plan: Plan) -> dict[str, Any]:
 
 def _stage(stage: PlannedStage, parameters: float | None) -> dict[str, Any]:
     plan, size = stage.plan, stage.batch_size
-    per_unit = stage.kind.tokens(stage.config)
-    trained, read = plan.steps * size * per_unit.trained, plan.steps * size * per_unit.read
     return {
         "stage": stage.name,
         "dataset": stage.part.dataset,
@@ -99,6 +99,30 @@ def _stage(stage: PlannedStage, parameters: float | None) -> dict[str, Any]:
         "noise_multiplier": plan.noise_multiplier,
         "noise_per_update": plan.noise_multiplier / size,
         "epsilon_alone": plan.epsilon,
+        **_compute(stage, plan.steps * size, parameters),
+    }
+
+
+def _own(stage: RecipeStage, parameters: float | None) -> dict[str, Any]:
+    """A stage that reads no record."""
+    config = stage.config
+    assert isinstance(config, PromptedConfig)
+    size, steps = config.expected_batch_size, config.updates
+    return {
+        "stage": stage.name,
+        "prompts": config.prompts,
+        "reads": config.read_prompts,
+        "batch_size": size,
+        "steps": steps,
+        **_compute(stage, steps * size, parameters),
+    }
+
+
+def _compute(stage: RecipeStage, turns: float, parameters: float | None) -> dict[str, Any]:
+    """What so many turns of a unit cost."""
+    each = stage.kind.tokens(stage.config)
+    trained, read = turns * each.trained, turns * each.read
+    return {
         "tokens_trained": trained,
         "tokens_read": read,
         # Forward 2, and 2 more for activations' gradients: the frozen base needs no weight gradients.
@@ -131,14 +155,20 @@ def _print(plan: dict[str, Any]) -> None:
         table.add_column(plain(f"{stage['stage']} ({stage['dataset'] or 'data'})"), justify="right")
     for heading, cell in _CELLS.items():
         table.add_row(heading, *[plain(cell(stage)) for stage in plan["stages"]])
-    console.print(table)
+    if plan["stages"]:
+        console.print(table)
+    for own in plan["drawing_nothing"]:
+        console.say(
+            f"{own['stage']}: {own['steps']} updates of {own['batch_size']:,} prompts; it reads {own['reads']}, draws "
+            "nothing and spends nothing."
+        )
     console.print(f"The whole run: epsilon [bold]{at_most(plan['epsilon'], 4)}[/] (target {plan['target_epsilon']:g}).")
     if len(plan["stages"]) > 1 and plan["inflation"] is not None:
         console.print(
             f"A unit in all stages would pay epsilon {at_most(plan['sequential_epsilon'], 4)} at the noise that each "
             f"stage needs alone; composition: sequential keeps the target with all of it x{plan['inflation']:.4f}."
         )
-    if any(s["flops"] is None for s in plan["stages"]):
+    if any(s["flops"] is None for s in [*plan["stages"], *plan["drawing_nothing"]]):
         console.print("FLOPs need the model's configuration, which is not here.")
     for assumption in plan["assumptions"]:
         console.say(f"assumed: {assumption}")

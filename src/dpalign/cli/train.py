@@ -15,6 +15,7 @@ from ..parsing import recipe_from
 from ..recipe import Recipe
 from ..reporting.progress import Reporter, duration
 from ..reporting.terminal import Terminal
+from ..settings.prompts import PromptedConfig
 from ..stages import STAGES, kind
 from . import manual
 
@@ -27,9 +28,11 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
         return text
     recipe = recipe_from(command, rest)
     check_settings(recipe) if command in STAGES else recipe.check()
-    for data in [recipe.data_of(name) for name in ([command] if command in STAGES else recipe.stages)]:
-        check_there(data.path)
-        check_there(data.eval_path or "")
+    for name in [command] if command in STAGES else recipe.stages:
+        section = recipe.stages.get(name)
+        prompts = section.public_prompts if isinstance(section, PromptedConfig) else None
+        check_there((recipe.data_of(name).path if section is None or section.draws else prompts) or "")
+        check_there(recipe.data_of(name).eval_path or "")
 
     reporter = Reporter()
     with reporter.status("loading the libraries"):
@@ -84,16 +87,16 @@ def only_stage(recipe: Recipe, name: str) -> Recipe:
     """The recipe with one stage, which takes the same units as it would in the whole recipe."""
     from ..plan import split_parts
 
-    present = list(recipe.stages)
-    if recipe.composition == "sequential" and len(present) > 1:
+    present, own = list(recipe.drawing), recipe.stages.get(name)
+    if (own is None or own.draws) and recipe.composition == "sequential" and len(present) > 1:
         raise DPAlignError(
             f"the stages {', '.join(present)} share one budget, which only `dpalign run` can divide: use it, or write "
             "a recipe for this stage alone."
         )
     if name not in recipe.stages:
         recipe = dataclasses.replace(recipe, **{name: kind(name).Config()})
-    low, high = split_parts(recipe)[name]
-    split: Any = None if (low, high) == (0.0, 1.0) else {name: [low, high]}
+    part = split_parts(recipe).get(name, (0.0, 1.0))  # of a stage that draws nothing there is none
+    split: Any = None if part == (0.0, 1.0) else {name: list(part)}
     others = {section for stage in STAGES if stage != name for section in (stage, f"{stage}_data")}
     left_out: dict[str, Any] = {f.name: None for f in dataclasses.fields(recipe) if f.name in others}
     return dataclasses.replace(recipe, split=split, **left_out)

@@ -34,6 +34,28 @@ def answers(policy: Policy, prompts: list[Prompt], rollouts: Rollouts) -> list[s
     return [text if isinstance(prompt.text, str) else text.removeprefix(lead) for prompt, text in texts]
 
 
+def longest_written(policy: Policy, prompt_tokens: int) -> int:
+    """Tokens of a prompt that the policy writes itself, with the BOS or the chat template's words around them.
+
+    Raises:
+        DPAlignError: the tokenizer has neither BOS nor EOS.
+    """
+    if not policy.asks_in_chats:
+        return len(_front(policy)) + prompt_tokens
+    return len(encode_prompt_text(policy.tokenizer, [{"role": "user", "content": "Hello"}])) + prompt_tokens
+
+
+def _front(policy: Policy) -> list[int]:
+    """What stands before a self-written prompt."""
+    tokenizer = policy.tokenizer
+    if policy.asks_in_chats:
+        return opening_of_a_turn(tokenizer)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise DPAlignError("self-written prompts need a tokenizer with a BOS or EOS token to start from.")
+    return [start]
+
+
 def write_prompts(policy: Policy, count: int, prompt_tokens: int, rows_at_once: int) -> list[Prompt]:
     """Prompts of `prompt_tokens` tokens that the policy writes itself after BOS (EOS where there is none).
 
@@ -44,14 +66,7 @@ def write_prompts(policy: Policy, count: int, prompt_tokens: int, rows_at_once: 
         DPAlignError: the tokenizer has neither BOS nor EOS.
     """
     tokenizer = policy.tokenizer
-    if policy.asks_in_chats:
-        front = opening_of_a_turn(tokenizer)
-    else:
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        if start is None:
-            raise DPAlignError("self-written prompts need a tokenizer with a BOS or EOS token to start from.")
-        front = [start]
-    ids = torch.tensor([front], device=policy.device).expand(count, -1)
+    ids = torch.tensor([_front(policy)], device=policy.device).expand(count, -1)
     least = 1 if policy.asks_in_chats else prompt_tokens
     written = policy.sample(ids, torch.ones_like(ids), prompt_tokens, min_new_tokens=least, rows_at_once=rows_at_once)
     if not policy.asks_in_chats:

@@ -181,7 +181,9 @@ def _checked_stages(value: dict[str, Any]) -> list[StageStatement]:
         raise ValueError from error
     texts = value["assumptions"]
     is_whole = isinstance(value["private"], bool) and isinstance(texts, list) and all(isinstance(t, str) for t in texts)
-    if not (is_whole and stages and float(value["epsilon"]) >= 0 and all(stage.is_whole for stage in stages)):
+    epsilon = float(value["epsilon"])
+    drew_nothing = value["private"] and epsilon == 0  # a release of stages that read no record
+    if not (is_whole and epsilon >= 0 and (stages or drew_nothing) and all(stage.is_whole for stage in stages)):
         raise ValueError
     if value["private"] and not all(stage.private for stage in stages):
         raise ValueError

@@ -83,21 +83,34 @@ class Reporter:
         if private and self._tracker is not None:
             self._tracker.hold()
 
+    def start_own_text(self, stage: str, steps: int, prompts: int, read: str, tokens: float, done: int = 0) -> None:
+        """Says what a stage that draws nothing is about to do; whoever watches its clock learns of no record.
+
+        Args:
+            prompts: of an update. read: where they are from, in words. tokens: that an update reads and trains on.
+            done: steps of the run's stages before.
+        """
+        self.note(f"{stage}: {steps} updates of {prompts:,} prompts; it reads {read}, draws nothing and spends nothing")
+        self._pace, self._done = Pace(steps, tokens, None, time.monotonic), done
+
     def step(self, report: StepReport) -> None:
-        noised = {f"noised_{name}": value for name, value in (report.metrics or {}).items()}
-        self.publish(self._done + report.step, report.stage, noised | {"epsilon": report.epsilon})
+        noised = "" if report.epsilon is None else "noised"
+        numbers = {f"{noised and 'noised_'}{name}": value for name, value in (report.metrics or {}).items()}
+        spent = {} if report.epsilon is None else {"epsilon": report.epsilon}
+        self.publish(self._done + report.step, report.stage, numbers | spent)
         if self._progress is None:
             return
         left, speed = self._pace.after(report.step)
         said = " ".join(f"{SHORT.get(k, k)} {v:.2f}" for k, v in (report.metrics or {}).items())
-        spent = f"epsilon {at_most(report.epsilon, 2)}"
+        cost = "free" if report.epsilon is None else f"epsilon {at_most(report.epsilon, 2)}"
         if self.console.is_terminal:
-            rest = ", ".join(filter(None, [said and f"noised: {said}", speed]))
+            rest = ", ".join(filter(None, [said and f"{noised and 'noised: '}{said}", speed]))
             self._progress.update(
                 self._task, completed=report.step, total=report.steps, left=left, spent=spent, rest=rest
             )
         elif self._pace.is_due(report.step):
-            line = [f"{report.stage} {report.step}/{report.steps}", left, spent, said and f"noised {said}", speed]
+            found = said and f"{noised} {said}".strip()
+            line = [f"{report.stage} {report.step}/{report.steps}", left, cost, found, speed]
             self.note(", ".join(filter(None, line)))
 
     def publish(self, step: int, of: str, values: Mapping[str, Any]) -> None:

@@ -91,6 +91,8 @@ def guarantee(summary: dict[str, Any]) -> str:
     """One sentence."""
     if not summary["private"] or math.isinf(summary["epsilon"]):
         return "NOT PRIVATE: this run gives no guarantee."
+    if not summary.get("stages", True):
+        return "No private record was read: the run drew nothing and spent nothing."
     return (
         f"({at_most(summary['epsilon'])}, {summary['delta']:.3g})-differentially private, adding or removing one unit."
     )

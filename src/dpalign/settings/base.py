@@ -46,6 +46,11 @@ class StageConfig(ABC):
         return self
 
     @property
+    def draws(self) -> bool:
+        """Whether it reads private units; otherwise it is a post-processing of releases and of what is public."""
+        return True
+
+    @property
     def has_bounded_sensitivity(self) -> bool:
         """Whether one unit can move what is released by a known amount only."""
         return True

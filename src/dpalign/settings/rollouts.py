@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..domains import LENGTH, SCALE, within
 from ..errors import DPAlignError
-from .base import TrainingConfig
+from .prompts import SELF_WRITTEN, PromptedConfig
 from .rewards import RewardConfig
 
 MOST_ROWS = 256  # that a float32 model samples together
@@ -76,7 +76,7 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True)
-class RolloutConfig(TrainingConfig, SamplingConfig):
+class RolloutConfig(PromptedConfig, SamplingConfig):
     """Settings of a stage that samples completions. Records have `prompt`, or `text` whose first tokens become it.
 
     Args:
@@ -86,13 +86,10 @@ class RolloutConfig(TrainingConfig, SamplingConfig):
         adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
         missing_eos_penalty: subtracted from the reward of a completion without EOS.
         kl_range: declared range of the noised KL metric, in nats per completion.
-        synthetic_steps: updates on prompts that the model writes itself, before the first draw. They read no record
-            and spend nothing: the model is public or a DP release, and so is the reward.
-        synthetic_batch_size: prompts of such an update.
-        synthetic_learning_rate: its peak learning rate; decays linearly to 0.
     """
 
     has_synthetic_gradient = True
+    of_private_prompts = (*PromptedConfig.of_private_prompts, "kl_range")
 
     learning_rate: float = within(3e-3, "[0, 1000]")
     num_generations: int = within(1, "[1, 1024]")
@@ -101,9 +98,6 @@ class RolloutConfig(TrainingConfig, SamplingConfig):
     adaptive_kl_horizon: float = within(10000.0, "(0, 1e12]")
     missing_eos_penalty: float = within(0.0, "[0, 1e6]")
     kl_range: tuple[float, float] = within((-5.0, 15.0), SCALE, ordered=True)
-    synthetic_steps: int = within(0, "[0, 100000]")
-    synthetic_batch_size: int = within(256, "[1, 65536]")
-    synthetic_learning_rate: float = within(4e-3, "[0, 1000]")
 
     @property
     def sampled_at_once(self) -> int:
@@ -122,3 +116,7 @@ class RolloutConfig(TrainingConfig, SamplingConfig):
             raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
         if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:
             raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")
+        if self.prompts == SELF_WRITTEN and self.reward.columns:
+            raise DPAlignError(
+                f"reward.columns {', '.join(self.reward.columns)}: what the model writes itself has no columns."
+            )

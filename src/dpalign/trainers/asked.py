@@ -13,6 +13,7 @@ from ..privacy.statement import read_statement
 from ..rewards import is_reward_model
 from ..settings.models import TINY_REVIEW_LM
 from ..settings.privacy import Privacy
+from ..settings.prompts import PromptedConfig
 from ..settings.rewards import RewardConfig
 from ..settings.trainers import TrainerArguments
 
@@ -43,6 +44,11 @@ class Asked:
             raise DPAlignError("\n- ".join([f"{self.trainer} has to be told more before it can begin:", *self.lines]))
 
 
+def draws(args: TrainerArguments) -> bool:
+    """Whether the stage reads train_dataset; otherwise its prompts are no one's."""
+    return args.draws if isinstance(args, PromptedConfig) else True
+
+
 def chosen(asked: Asked, args: TrainerArguments, privacy: Privacy) -> dict[str, Any]:
     """The budget, which may stand in either; target_epsilon, target_delta and noise_multiplier of the stage."""
     budget = {}
@@ -51,7 +57,7 @@ def chosen(asked: Asked, args: TrainerArguments, privacy: Privacy) -> dict[str, 
         if len(set(given)) > 1:
             asked.say(f"{name} is {given[0]:g} in args and {given[1]:g} in Privacy: give it once")
         budget[name] = given[0] if given else None
-    if budget["target_epsilon"] is None and budget["noise_multiplier"] is None:
+    if draws(args) and budget["target_epsilon"] is None and budget["noise_multiplier"] is None:
         asked.say("Privacy(target_epsilon=...): the epsilon that the run may spend (inf: no privacy)")
     return budget
 
@@ -60,7 +66,7 @@ def ask_for_names(asked: Asked, args: TrainerArguments, privacy: Privacy) -> Non
     """Where the run lies, and what it is accounted under."""
     if not args.output_dir:
         asked.say(f"{type(args).__name__}(output_dir=...): the run's folder; only release/ in it is for sharing")
-    if not privacy.dataset_name:
+    if draws(args) and not privacy.dataset_name:
         asked.say("Privacy(dataset_name=...): the ledger's key of train_dataset; all runs on one name add up")
 
 
@@ -91,8 +97,14 @@ def ask_what_is_public(
         )
 
 
-def ask_for_units(asked: Asked, privacy: Privacy) -> None:
+def ask_for_units(asked: Asked, args: TrainerArguments, privacy: Privacy) -> None:
     """Says the count that becomes public, beside what is missing; it is not missing itself."""
+    if not draws(args):
+        plain, of_records = Privacy(), ("dataset_name", "dataset_version", "unit", "declared_units")
+        for name in (*of_records, "max_records_per_unit"):
+            if getattr(privacy, name) != getattr(plain, name):
+                asked.say(f"Privacy({name}=...) is of private records, and this stage reads none: leave it out")
+        return
     if asked.lines and privacy.declared_units is None:
         asked.say(
             "(not needed) Privacy(declared_units=...): otherwise the number of units in train_dataset becomes public"

@@ -46,6 +46,7 @@ from .asked import (
     ask_for_units,
     ask_what_is_public,
     chosen,
+    draws,
     recipe_target,
     with_reward,
 )
@@ -69,7 +70,7 @@ class Trainer:
         self,
         model: Model,
         args: TrainerArguments,
-        train_dataset: Dataset,
+        train_dataset: Dataset | None,
         eval_dataset: Dataset | None,
         processing_class: PreTrainedTokenizerBase | None,
         peft_config: LoraConfig | None,
@@ -89,7 +90,7 @@ class Trainer:
         self.args, self._privacy = args, privacy
         asked = Asked(type(self).__name__)
         name = asked.attempt(lambda: model if isinstance(model, str) else _start_of(model, args.output_dir or ""))
-        self._records = asked.attempt(lambda: _records(train_dataset, "train_dataset")) or []
+        self._records = asked.attempt(lambda: _read(train_dataset, args)) or []
         section = self._section(asked, reward_funcs, peft_config)
         ask_for_names(asked, args, privacy)
         if eval_dataset is None and section is not None and section.eval_steps is not None:
@@ -98,7 +99,7 @@ class Trainer:
         shown = None if eval_dataset is None else asked.attempt(lambda: _records(eval_dataset, "eval_dataset"))
         self._public = {} if shown is None else {self.algorithm.name: shown}
         config = None if name is None else asked.attempt(lambda: self._model_config(model, name))
-        ask_for_units(asked, privacy)
+        ask_for_units(asked, args, privacy)
         asked.answer()
         assert config is not None and section is not None  # else it was asked for
         self._given = Given(None if isinstance(model, str) else model, processing_class)
@@ -221,7 +222,7 @@ class Trainer:
         results = run_recipe(
             self._recipe,
             reporter=self._reporter,
-            records={self.algorithm.name: self._records},
+            records={self.algorithm.name: self._records} if self._records else {},
             public=self._public,
             policy=policy,
             reward_model=reward_model,
@@ -330,6 +331,19 @@ def _start_of(model: PreTrainedModel | PeftModel, output_dir: str) -> str:
     trained = _TRAINED.get(model, []) if isinstance(model, torch.nn.Module) else []
     history = list(takewhile(lambda release: release.parent != own, trained))
     return str(history[-1]) if history else folder_of(model)
+
+
+def _read(dataset: Dataset | None, args: TrainerArguments) -> list[Record]:
+    """The private records; none, of a stage whose prompts are no one's.
+
+    Raises:
+        DPAlignError: there are some where none are read, or the other way round.
+    """
+    if draws(args):
+        return _records([] if dataset is None else dataset, "train_dataset")
+    if dataset is not None:
+        raise DPAlignError(f"train_dataset is private, and with prompts {args.prompts} no record is read: leave it out")  # type: ignore[attr-defined]
+    return []
 
 
 def _records(dataset: Iterable[Any], name: str) -> list[Record]:

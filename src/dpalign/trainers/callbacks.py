@@ -48,12 +48,17 @@ class Telling(Reporter):
         self._rate, self.state.max_steps = plan.sampling_rate, plan.steps
         self._tell("on_train_begin")
 
+    def start_own_text(self, stage: str, steps: int, prompts: int, read: str, tokens: float, done: int = 0) -> None:
+        super().start_own_text(stage, steps, prompts, read, tokens, done)
+        self._rate, self.state.max_steps = 0.0, steps  # there is no number of records that epochs could go by
+        self._tell("on_train_begin")
+
     def step(self, report: StepReport) -> None:
         super().step(report)
         self.state.global_step, self.state.epoch = report.step, report.step * self._rate
         self._tell("on_step_end")
         if report.step % getattr(self.args, "logging_steps", 1) == 0 or report.step == report.steps:
-            logs = {**(report.metrics or {}), "epsilon": report.epsilon, "epoch": self.state.epoch}
+            logs = {**(report.metrics or {}), "epsilon": report.epsilon or 0.0, "epoch": self.state.epoch}
             self.state.log_history.append({**logs, "step": report.step})
             self._tell("on_log", logs=dict(logs))
 

@@ -118,7 +118,8 @@ class DPPPOTrainer(Trainer):
 
     Args:
         args: a `PPOConfig`.
-        train_dataset: dicts with `prompt`, or `messages`, or `text` whose first tokens become the prompt.
+        train_dataset: dicts with `prompt`, or `messages`, or `text` whose first tokens become the prompt; none, with
+            `args.prompts` that are no one's.
         reward_funcs: a function, an object that is called, a partial, the name or folder of a model, or a list of them
             with `args.reward_weights`. A function scores every row by itself: f(prompts, completions, **columns) or
             TRL's f(completions, **columns) -> list[float]. Without one, `args.reward`.
@@ -131,7 +132,7 @@ class DPPPOTrainer(Trainer):
         self,
         model: Model,
         args: PPOConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
@@ -165,7 +166,7 @@ class DPRLOOTrainer(Trainer):
         self,
         model: Model,
         args: RLOOConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,

@@ -1,6 +1,7 @@
-"""The one loop that every algorithm runs in, and its checkpoints."""
+"""The loop that every algorithm runs in, private or on text that is no one's, and its checkpoints."""
 
 from .loop import Stage, StepReport
+from .own_text import OwnTextStage
 from .plan import StagePlan, plan_stage
 
-__all__ = ["Stage", "StagePlan", "StepReport", "plan_stage"]
+__all__ = ["OwnTextStage", "Stage", "StagePlan", "StepReport", "plan_stage"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import DPAlignError
 from ..files import dumps, replace_folder
+from ..models import AdapterStack
 
 KEEP = 2
 
@@ -67,6 +68,28 @@ def _is_whole(state: Any, name: str) -> bool:
         and isinstance(algorithm, dict)
         and all(isinstance(number, int | float) for number in algorithm.values())
     )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage's folder holds its last checkpoint."""
+    return any((folder / "final").glob("step-*"))
+
+
+def model_tensors(model: AdapterStack) -> dict[str, Tensor]:
+    """What the stage trains, as named tensors."""
+    return {f"model/{name}": tensor for name, tensor in model.stage_state().items()}
+
+
+def load_model(model: AdapterStack, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Puts `model_tensors` back.
+
+    Raises:
+        DPAlignError: they are of another model; names the folder.
+    """
+    for name, value in model.stage_state().items():
+        if f"model/{name}" not in tensors or tensors[f"model/{name}"].shape != value.shape:
+            raise DPAlignError(f"the checkpoint in {folder} has no fitting {name}: it is of another model.")
+        value.copy_(tensors[f"model/{name}"])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:

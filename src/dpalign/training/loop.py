@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,8 +28,16 @@ from ..privacy.gate import PrivateStep, Sample
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import GaussianMechanism
 from ..privacy.refit import Budget, refit
-from .checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
-from .optimizer import DPAdamBC
+from .checkpoint import (
+    is_finished,
+    load_model,
+    load_newest,
+    load_optimizer,
+    model_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from .optimizer import adam, share_of_rate
 from .plan import StagePlan, plan_stage
 
 # Settings that cost memory or time and change nothing that is released: a run goes on with other ones.
@@ -45,17 +52,23 @@ LATER_SETTINGS = {
     "temperature": 1.0,
     "eval_steps": None,
     "quantization": "none",
+    "prompts": "private",
 }  # that version 0.1.0 did not have, and what they are for a run of that version
+# That older runs had and that changed nothing at these values.
+GONE_SETTINGS = {"synthetic_steps": 0, "synthetic_batch_size": 256, "synthetic_learning_rate": 4e-3}
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What may be shown after a step: public numbers and noised metrics."""
+    """What may be shown after a step: public numbers and metrics, which are noised wherever the stage draws.
+
+    epsilon: of the stage so far; None of one that draws nothing.
+    """
 
     stage: str
     step: int
     steps: int
-    epsilon: float
+    epsilon: float | None
     metrics: dict[str, float] | None
 
 
@@ -101,8 +114,10 @@ class Stage:
         self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
         settings = asdict(self.config) | {"units": data.declared_units, "part": (data.part.low, data.part.high)}
         settings["mechanism"] = self.plan.mechanism().rounded()  # its noise may depend on the run's other stages
-        self.config_hash = hash_of({name: v for name, v in settings.items() if name not in MACHINE_SETTINGS})
+        released = {name: v for name, v in settings.items() if name not in MACHINE_SETTINGS}
+        self.config_hash = hash_of(released)
         self.same_settings = {self.config_hash, hash_of(settings)}  # 0.1.0 told machines apart, too
+        self.same_settings |= {hash_of(known | GONE_SETTINGS) for known in (settings, released)}
         self.gate = data.gate(
             ledger,
             run=run,
@@ -155,16 +170,8 @@ class Stage:
         own = self.algorithm.optimizer(self.gradients.parameters)
         if own is not None:
             return own
-        options: dict[str, Any] = {
-            "lr": config.learning_rate,
-            "betas": (config.adam_beta1, config.adam_beta2),
-            "eps": config.adam_epsilon,
-            "weight_decay": config.weight_decay,
-        }
-        if not config.adam_noise_correction:
-            return torch.optim.AdamW(self.gradients.parameters, **options)
         deviation = self.plan.noise_multiplier * config.max_grad_norm / config.expected_batch_size
-        return DPAdamBC(self.gradients.parameters, **options, noise_deviation=deviation, floor=config.adam_noise_floor)
+        return adam(self.gradients.parameters, config, deviation)
 
     def _warm_up(self) -> None:
         if self.algorithm.warm_up(self.model):
@@ -180,12 +187,12 @@ class Stage:
         self._check_same_run()
         self._check_checkpoint(loaded[1])
         self.algorithm.setup(self.model)
-        self._load_tensors(loaded[0])
+        load_model(self.model, loaded[0], self.folder)
         self.model.finish_stage()
 
     @property
     def is_finished(self) -> bool:
-        return any((self.folder / "final").glob("step-*"))
+        return is_finished(self.folder)
 
     # One phase: K samples, one collection, K steps of `passes` releases ---------------------------------
 
@@ -237,7 +244,7 @@ class Stage:
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
                 p.grad = gradient.to(p.dtype)
             self.whole = None
-            self.optimizer.param_groups[0]["lr"] = self.peak * self._schedule(step)
+            self.optimizer.param_groups[0]["lr"] = self.peak * share_of_rate(config, step, self.plan.steps)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             released = metrics if passed == 0 else released
@@ -266,15 +273,6 @@ class Stage:
             return
         for unit in units:
             self._accumulate(mechanism, rows, [unit])
-
-    def _schedule(self, step: int) -> float:
-        config, steps = self.config, self.plan.steps
-        if step < config.warmup_steps:
-            return float((step + 1) / config.warmup_steps)
-        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        if config.lr_scheduler_type == "linear":
-            return float(1 - progress)
-        return float(0.5 * (1 + math.cos(math.pi * progress))) if config.lr_scheduler_type == "cosine" else 1.0
 
     # Ledger ----------------------------------------------------------------------------------------------
 
@@ -365,8 +363,7 @@ class Stage:
             append_line(self.log, line)
 
     def _save(self, step: int, where: str) -> None:
-        tensors = {f"model/{n}": t for n, t in self.model.stage_state().items()}
-        tensors |= optimizer_tensors(self.optimizer, self.gradients.names)
+        tensors = model_tensors(self.model) | optimizer_tensors(self.optimizer, self.gradients.names)
         state = {
             "algorithm": self.algorithm.state(),
             "fingerprint": self.data.fingerprint,
@@ -380,7 +377,7 @@ class Stage:
             return None
         tensors, state = loaded
         self._check_checkpoint(state)
-        self._load_tensors(tensors)
+        load_model(self.model, tensors, self.folder)
         load_optimizer(self.optimizer, self.gradients.names, tensors)
         self.algorithm.load_state(state["algorithm"])
         self.tell(f"stage {self.algorithm.name} resumes after step {state['step']} of {self.plan.steps}.")
@@ -400,13 +397,6 @@ class Stage:
                 f"the ledger {self.ledger.path} does not hold all draws of stage {self.algorithm.name}: a run can only "
                 "go on with the ledger that recorded it."
             )
-
-    def _load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        current = self.model.stage_state()
-        for name, value in current.items():
-            if f"model/{name}" not in tensors or tensors[f"model/{name}"].shape != value.shape:
-                raise DPAlignError(f"the checkpoint in {self.folder} has no fitting {name}: it is of another model.")
-            value.copy_(tensors[f"model/{name}"])
 
 
 def is_due(every: int | None, step: int, minibatches: int, end: int) -> bool:

@@ -1,12 +1,38 @@
-"""AdamW whose second moment forgets the noise that was added on purpose."""
+"""The optimiser of a stage: AdamW, or one whose second moment forgets the noise that was added on purpose."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..settings.base import TrainingConfig
+
+
+def adam(parameters: list[nn.Parameter], config: TrainingConfig, deviation: float) -> torch.optim.Optimizer:
+    """As a stage's settings say; `deviation` is the standard deviation of the noise on a gradient's coordinate."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if not config.adam_noise_correction:
+        return torch.optim.AdamW(parameters, **options)
+    return DPAdamBC(parameters, **options, noise_deviation=deviation, floor=config.adam_noise_floor)
+
+
+def share_of_rate(config: TrainingConfig, step: int, steps: int) -> float:
+    """What the schedule leaves of the peak learning rate at a step of `steps`."""
+    if step < config.warmup_steps:
+        return float((step + 1) / config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.lr_scheduler_type == "linear":
+        return float(1 - progress)
+    return float(0.5 * (1 + math.cos(math.pi * progress))) if config.lr_scheduler_type == "cosine" else 1.0
 
 
 class DPAdamBC(torch.optim.Optimizer):
