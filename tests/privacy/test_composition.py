@@ -398,7 +398,7 @@ def two_stages(
     data, ledger, told = dataset(RECORDS), Ledger(":memory:"), []
     planned = plan_stages(together, dict.fromkeys(("sft", "reward_model"), SAME), DELTA)
     policy = tiny_policy("llama")
-    plan = Plan(together, DELTA, TARGET, planned, {}, (), ())
+    plan = Plan(together, DELTA, TARGET, planned, planned, {}, (), ())
     workspace = SimpleNamespace(ledger=ledger, identity="run", private=folder)
 
     def run(kind: type[Stage], name: str) -> None:

@@ -15,7 +15,7 @@ from harness import ppo, prompts, rloo
 from safetensors.torch import load_file
 
 from dpalign import run as running
-from dpalign.algorithms import PPOConfig, RLOOConfig
+from dpalign.algorithms import RLOO, PPOConfig, RLOOConfig
 from dpalign.data import DataConfig
 from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
@@ -168,6 +168,31 @@ def test_a_text_that_cannot_be_scored_is_left_out(made, tmp_path):
     OwnTextStage(policy, algorithm, None, folder=tmp_path, report=told.append).train()
     assert all(p.isfinite().all() for p in policy.parameters())
     assert all(report.epsilon is None and report.metrics["reward"] == 0.5 for report in told)
+
+
+def trained(folder: Path, **changes: Any) -> tuple[RLOO, dict[str, torch.Tensor]]:
+    """An algorithm after two updates on self-written prompts, and what it has trained."""
+    algorithm = rloo(prompts="self_written", max_prompt_length=9, noise_multiplier=None, clipping="automatic",
+                     reward=RewardConfig(), **{"max_steps": 2, "learning_rate": 1e-2} | changes)  # fmt: skip
+    algorithm.reward = Reward(lambda prompts, completions, **_: [zlib.crc32(c.encode()) % 7 for c in completions], 0, 7)
+    policy = tiny_policy("gpt2")
+    OwnTextStage(policy, algorithm, None, folder=folder).train()
+    return algorithm, {name: p.detach() for name, p in policy.named_parameters() if "lora_B" in name}
+
+
+def test_its_optimiser_is_that_of_its_settings(tmp_path):
+    """With Adam's epsilon at 1 an update is the gradient's size: the norm's clip shows, and so does the schedule."""
+    wide, narrow = (trained(tmp_path / str(bound), adam_epsilon=1.0, max_grad_norm=bound)[1] for bound in (1e9, 1e-6))
+    assert max(p.abs().max() for p in wide.values()) > 1e-5 and max(p.abs().max() for p in narrow.values()) < 1e-7
+    rate = {"learning_rate": 1e-2, "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 1e-12}  # moves by the rate
+    steps = {kind: trained(tmp_path / kind, lr_scheduler_type=kind, **rate)[1] for kind in ("constant", "linear")}
+    most = {kind: max(float(p.abs().max()) for p in moved.values()) for kind, moved in steps.items()}
+    assert most == {"constant": pytest.approx(2e-2, rel=0.01), "linear": pytest.approx(1.5e-2, rel=0.01)}
+
+
+def test_what_adapts_is_told_the_exact_metrics(tmp_path):
+    assert trained(tmp_path / "a")[0].beta == 0.05
+    assert trained(tmp_path / "b", adaptive_kl_target=1.0, adaptive_kl_horizon=10.0)[0].beta < 0.05
 
 
 # Kill and resume -----------------------------------------------------------------------------------------------

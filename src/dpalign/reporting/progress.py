@@ -106,7 +106,7 @@ class Reporter:
         if self.console.is_terminal:
             rest = ", ".join(filter(None, [said and f"{noised and 'noised: '}{said}", speed]))
             self._progress.update(
-                self._task, completed=report.step, total=report.steps, left=left, spent=spent, rest=rest
+                self._task, completed=report.step, total=report.steps, left=left, spent=cost, rest=rest
             )
         elif self._pace.is_due(report.step):
             found = said and f"{noised} {said}".strip()
