@@ -21,6 +21,7 @@ from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
 from dpalign.plan import split_parts
 from dpalign.privacy.ledger import Ledger
+from dpalign.privacy.statement import read_statement
 from dpalign.recipe import Recipe
 from dpalign.rewards import Reward, RewardConfig
 from dpalign.settings.base import TrainingConfig
@@ -50,15 +51,15 @@ def ran(tmp_path_factory) -> Iterator[dict[str, Path]]:
         folders[name] = folder = tmp_path_factory.mktemp(name)
         write_jsonl(folder / "data.jsonl", records)
         recipe = write_recipe(folder, sft={"learning_rate": 0.0, "max_steps": 2}, ppo=OWN)
-        train, seen = OwnTextStage.train, []
+        train, seen = running.Run.train_on_own_text, []
 
-        def watched(self: OwnTextStage) -> None:
+        def watched(*arguments: Any) -> None:
             seen.append(ledger_bytes(folder))  # noqa: B023
-            train(self)  # noqa: B023
+            train(*arguments)  # noqa: B023
             seen.append(ledger_bytes(folder))  # noqa: B023
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(OwnTextStage, "train", watched)
+            patched.setattr(running.Run, "train_on_own_text", watched)
             assert running_main("run", recipe) == 0
         before, after = seen
         assert before == after and before["ledger.sqlite"], "the ledger is the same byte for byte"
@@ -243,6 +244,16 @@ def test_what_nothing_was_spent_on_is_trained_further(tmp_path, capsys):
     done = call(capsys, "run", recipe, "--json").json
     assert [s["stage"] for s in done["stages"]] == ["ppo"] and 0 < done["epsilon"] <= 2
     assert "stage ppo read prompts that the model wrote itself; it drew nothing" in done["assumptions"]
+
+
+@pytest.mark.parametrize("change", [{"epsilon": 0.5}, {"private": False}, {"epsilon": "inf"}])
+def test_a_statement_that_lost_its_stages_is_damaged(change, tmp_path):
+    stated = {"format": 1, "private": True, "epsilon": 0.0, "delta": 1e-5, "assumptions": [], "stages": []}
+    (tmp_path / "privacy.json").write_text(json.dumps(stated))
+    assert read_statement(tmp_path) == (stated, [])
+    (tmp_path / "privacy.json").write_text(json.dumps(stated | change))
+    with pytest.raises(DPAlignError, match="not a privacy statement"):
+        read_statement(tmp_path)
 
 
 # What is refused -----------------------------------------------------------------------------------------------
