@@ -212,7 +212,9 @@ def test_a_killed_run_ends_where_it_would_have_ended(source, tmp_path, monkeypat
     write_jsonl(tmp_path / "public.jsonl", reviews(20, "public"))
     stage = {"micro_batch_size": 32, "prepend_bos": True, "adapter": {"r": 2}, "prompt_max_tokens": 4,
              "max_prompt_length": 5, "max_completion_length": 6}  # fmt: skip
-    recipe = write_recipe(tmp_path, **{"sft": None, "ppo": None, name: stage | own})
+    shown = {"eval_path": "shown.jsonl", "eval_is_public": True}
+    write_jsonl(tmp_path / "shown.jsonl", reviews(2, "shown"))
+    recipe = write_recipe(tmp_path, **{"sft": None, "ppo": None, "data": shown, name: stage | own | {"eval_steps": 2}})
     assert call(capsys, "run", recipe, "--output_dir", "whole").status == 0
     save = OwnTextStage._save
 
@@ -227,6 +229,8 @@ def test_a_killed_run_ends_where_it_would_have_ended(source, tmp_path, monkeypat
     again = call(capsys, "run", recipe)
     assert f"stage {name} resumes after step 2 of 4" in again.err and again.status == 0
     assert same(load_file(tmp_path / "whole" / ADAPTER), weights(tmp_path))
+    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 4]
     done = call(capsys, "run", recipe)
     assert f"stage {name} is already done" in done.err and same(
         load_file(tmp_path / "whole" / ADAPTER), weights(tmp_path)
