@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sqlite3
 from pathlib import Path
@@ -12,7 +13,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    HfArgumentParser,
+    TrainerCallback,
+)
 
 from dpalign import DPAlignError, DPSFTTrainer, SFTConfig
 from dpalign.settings.rewards import RewardConfig
@@ -58,7 +64,7 @@ NAMES = {f.name for f in dataclasses.fields(PPOConfig)}
 OTHER = {  # another value of a field, where 3 will not do
     "lr_scheduler_type": "constant", "stop_token": "eos", "save_strategy": "no", "adap_kl_ctrl": False,
     "early_stopping": True, "use_score_scaling": True, "whiten_rewards": True, "gradient_checkpointing": True,
-    "kl_penalty": "mse", "gamma": 0.5, "lam": 0.5, "save_steps": 2, "num_ppo_epochs": 2,
+    "kl_penalty": "mse", "eval_strategy": "steps", "gamma": 0.5, "lam": 0.5, "save_steps": 2, "num_ppo_epochs": 2,
 }  # fmt: skip
 
 
@@ -407,12 +413,27 @@ def test_the_trainer_is_not_private_by_default_and_scores_with_a_model(base, tmp
         again.train(resume_from_checkpoint=False)
 
 
+class Told(TrainerCallback):
+    def __init__(self):
+        self.steps, self.rewards = [], []
+
+    def on_evaluate(self, args, state, control, metrics, **more):
+        assert not more
+        self.steps.append(state.global_step)
+        self.rewards.append(metrics["eval_reward"])
+
+
 def test_one_argument_makes_it_private(base, tmp_path, ledger):
-    privacy = Privacy(target_epsilon=20.0, dataset_name="chats", **PUBLIC)
+    privacy, told = Privacy(target_epsilon=20.0, dataset_name="chats", **PUBLIC), Told()
+    config = {"max_prompt_length": 6, "max_grad_norm": 0.5, "eval_strategy": "steps", "eval_steps": 1}
+    shown = [{"prompt": words(3, 2000 + seed)} for seed in range(4)]
     ours = trainer(
-        base, tmp_path / "run", length, privacy=privacy, settings={"max_prompt_length": 6, "max_grad_norm": 0.5}
+        base, tmp_path / "run", length, privacy=privacy, settings=config, eval_dataset=shown, callbacks=[told]
     )
     summary = ours.train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert told.steps == [0, 1, 2] == [line["step"] for line in lines]
+    assert told.rewards == [line["measured"]["reward"] for line in lines]
     assert summary["private"] and 0 < summary["epsilon"] <= 20
     (stage,) = ours.privacy["stages"]
     assert stage["max_grad_norm"] == 0.5 and stage["mechanisms"][0]["passes"] == 2
@@ -443,7 +464,10 @@ def edited(folder: Path):
 
 REFUSED = {
     "value_model cannot be honoured": lambda base: {"value_model": object()},
-    "callbacks cannot be honoured": lambda base: {"callbacks": [object()]},
+    "a object is no transformers.TrainerCallback": lambda base: {"callbacks": [object()]},
+    "eval_strategy 'epoch' cannot be honoured": lambda base: {"settings": {"eval_strategy": "epoch"}},
+    "eval_dataset: the public records": lambda base: {"settings": {"eval_strategy": "steps"}},
+    "eval_delay=1 cannot be honoured": lambda base: {"settings": {"eval_delay": 1}},
     "optimizers cannot be honoured": lambda base: {"optimizers": (object(), None)},
     "data_collator cannot be honoured": lambda base: {"data_collator": in_lists},
     "stop_token_id=5 cannot be honoured": lambda base: {"settings": {"stop_token": None, "stop_token_id": 5}},

@@ -47,7 +47,7 @@ HONOURED: Mapping[Style, frozenset[str]] = {
         {_BOTH} per_device_train_batch_size num_mini_batches total_episodes num_train_epochs num_ppo_epochs kl_coef
         response_length stop_token stop_token_id temperature missing_eos_penalty max_prompt_length lr_scheduler_type
         warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon logging_steps report_to disable_tqdm
-        num_sample_generations optim save_strategy
+        num_sample_generations optim save_strategy eval_strategy eval_steps
     """),
 }
 
@@ -56,7 +56,7 @@ TOLD = _names("""
     exp_name run_name task_name model_name query_dataset reward_model sft_model_path reward_model_path dataset_num_proc
     local_rollout_forward_batch_size optimize_cuda_cache optimize_device_cache ds3_gather_for_generation
     gradient_checkpointing_kwargs activation_checkpointing_kwargs torch_empty_cache_steps use_cache
-    per_device_eval_batch_size eval_strategy eval_steps eval_delay logging_strategy logging_first_step
+    per_device_eval_batch_size logging_strategy logging_first_step
     logging_nan_inf_filter log_level log_level_replica log_on_each_node project save_total_limit save_only_model
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context dataloader_in_order remove_unused_columns do_train do_eval do_predict
@@ -88,8 +88,10 @@ REASONS: Mapping[str, str] = {
     "max_steps": "PPO's length is total_episodes, in TRL too",
     "compare_steps": "nothing is uploaded while it trains",
     "auto_find_batch_size": "a batch that is made smaller after an error depends on the rows in it",
-    "load_best_model_at_end": "the best of several models would be chosen on private rows",
-    "callbacks": "they would be given a batch's own numbers",
+    "load_best_model_at_end": "a release is what the last step made, and its statement is of that",
+    "eval_delay": "a model is measured before the first step too: leave it out",
+    "eval_strategy": "TRL 0.11's loop has no eval_dataset",
+    "eval_steps": "TRL 0.11's loop has no eval_dataset",
     "neftune_noise_alpha": "completions are sampled from the policy itself, without noise on its embeddings",
 }  # fmt: skip
 
@@ -272,6 +274,10 @@ def _check_values(config: PPOConfig, style: Style) -> None:
         raise DPAlignError(
             f"per_device_train_batch_size * gradient_accumulation_steps, {batch}, must be a multiple of "
             f"num_mini_batches, {config.num_mini_batches}."
+        )
+    if str(getattr(config.eval_strategy, "value", config.eval_strategy)) not in ("no", "steps"):
+        raise DPAlignError(
+            f"eval_strategy {config.eval_strategy!r} cannot be honoured: samples know no epochs; use steps or no."
         )
     if config.num_sample_generations not in (0, 10):
         raise DPAlignError(

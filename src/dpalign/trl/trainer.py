@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from peft import LoraConfig
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainerCallback
 
 from ..data.text import encode_prompt_text, read_text, template_options
 from ..errors import DPAlignError
@@ -22,7 +22,7 @@ from ..settings.privacy import Privacy
 from ..settings.trainers import PPOConfig as Settings
 from ..trainers import DPPPOTrainer
 from .config import PPOConfig
-from .translate import OUTPUT, SCORES, Scored, check_reference, check_stop, read_reward, read_rows, settings
+from .translate import OUTPUT, SCORES, Scored, check_reference, check_stop, eval_steps, read_reward, read_rows, settings
 
 OPEN = (
     "NOT PRIVATE: this run adds no noise and clips no row, as in TRL. Give PPOTrainer "
@@ -50,7 +50,9 @@ class PPOTrainer:
             f(prompts, completions, **columns) -> list[float] that scores every row by itself.
         train_dataset: rows with `input_ids`, or with `prompt` (text or messages).
         value_model: refused: the value is a head on the policy's own body.
-        eval_dataset: rows as in train_dataset, completed and scored at the end; with privacy, declared public.
+        eval_dataset: rows as in train_dataset, completed and scored at the end, with eval_strategy="steps" while it
+            trains too; with privacy, declared public.
+        callbacks: transformers' callbacks, told steps, epsilon, noised metrics and what eval_dataset says.
         peft_config: plain LoRA; without one, an adapter of rank 4 on the attention.
         privacy: what makes the run private; None is a run without privacy, and is recorded as one.
         quiet: prints nothing.
@@ -86,7 +88,7 @@ class Trainer(PPOTrainer):
         data_collator: Any = None,
         eval_dataset: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
-        callbacks: Any = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: LoraConfig | None = None,
         *,
         privacy: Privacy | None = None,
@@ -100,7 +102,7 @@ class Trainer(PPOTrainer):
         self.args.resolve("trainer")
         self.processing_class = _one_of(processing_class, tokenizer, "processing_class", PreTrainedTokenizerBase)
         given = policy if model is None else model
-        _refuse_parts(self.args, value_model, data_collator, optimizers, callbacks)
+        _refuse_parts(self.args, value_model, data_collator, optimizers)
         check_stop(self.args, self.processing_class)
         check_reference(given, ref_policy if ref_model is None else ref_model)
         rows = read_rows(train_dataset, self.processing_class)
@@ -115,10 +117,11 @@ class Trainer(PPOTrainer):
             given,
             _clipped(settings(self.args, len(rows), longest, scored.config), self.args, told),
             rows,
-            None if self.args.num_sample_generations == 0 else shown,
+            None if self.args.num_sample_generations == 0 and eval_steps(self.args, 1) is None else shown,
             self.processing_class,
             peft_config,
             reward_funcs=scored.function,
+            callbacks=callbacks,
             privacy=told,
             quiet=quiet,
         )
@@ -215,7 +218,7 @@ def _one_of(given: Any, older: Any, name: str, kind: type) -> Any:
     return value
 
 
-def _refuse_parts(args: PPOConfig, value_model: Any, collator: Any, optimizers: tuple[Any, Any], calls: Any) -> None:
+def _refuse_parts(args: PPOConfig, value_model: Any, collator: Any, optimizers: tuple[Any, Any]) -> None:
     if value_model is not None:
         raise DPAlignError(
             "value_model cannot be honoured: the value is a head on the policy's own body here, as in TRL 0.11, so "
@@ -227,8 +230,6 @@ def _refuse_parts(args: PPOConfig, value_model: Any, collator: Any, optimizers: 
         raise DPAlignError(
             "optimizers cannot be honoured: the optimizer is AdamW with the settings of args; leave it out."
         )
-    if calls:
-        raise DPAlignError("callbacks cannot be honoured: they would be given a batch's own numbers; leave them out.")
 
 
 # Privacy -------------------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def settings(config: PPOConfig, rows: int, longest: int, reward: RewardConfig) -
         gradient_checkpointing=bool(config.gradient_checkpointing),
         save_steps=updates if _word(config.save_strategy) == "no" else _every(config.save_steps, updates),
         logging_steps=_every(config.logging_steps, updates),
+        eval_steps=eval_steps(config, updates),
         seed=int(config.seed or 0),
         max_length=longest + config.response_length,
         max_prompt_length=longest,
@@ -107,6 +108,13 @@ def _tracker(report_to: Any) -> str:
     if len(names) > 1:
         raise DPAlignError(f"report_to={names!r}: name one tracker.")
     return str(names[0])
+
+
+def eval_steps(config: PPOConfig, updates: int) -> int | None:
+    """Steps between measurements of eval_dataset, of `updates` in all: as often as logs, where nothing else is said."""
+    if config.eval_steps is None and _word(config.eval_strategy) == "no":
+        return None
+    return _every(config.logging_steps if config.eval_steps is None else config.eval_steps, updates)
 
 
 def _every(steps: float, updates: int) -> int:
