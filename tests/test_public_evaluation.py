@@ -214,7 +214,7 @@ def test_coins_modes_and_trainables_are_put_back():
     torch.manual_seed(3)
     with undisturbed(policy):
         torch.rand(100)
-        policy.eval()
+        assert not any(module.training for module in policy.modules())
         trained.requires_grad_(False)
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.rand(4), expected) and torch.is_grad_enabled()

@@ -113,11 +113,13 @@ class Evaluations:
 
 @contextmanager
 def undisturbed(model: AdapterStack) -> Iterator[None]:
-    """Within the block nothing learns; afterwards torch's coins, the model's modes and its trainables are as before."""
+    """Within the block the model is in evaluation mode (else generation has no cache where activations are recomputed)
+    and nothing learns; afterwards torch's coins, the model's modes and its trainables are as before."""
     modes = [(module, module.training) for module in model.modules()]
     trained = [(p, p.requires_grad) for p in model.parameters()]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
+        model.eval()
         try:
             yield
         finally:
