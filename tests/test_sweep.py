@@ -96,7 +96,9 @@ def test_sweep_end_to_end_and_resumed(tmp_path, capsys, recipe, monkeypatch):
     assert all(-5 < row["kl"] < 5 and math.isfinite(row["reward_mean"]) for row in first["rows"])
     spent = first["spent_by_tuning"][0]
     assert spent["runs"] == 1 and 0 < spent["epsilon_of_all_private_runs"] <= 2
-    assert {f.name for f in out.iterdir()} == {"runs", "runs.jsonl", "sweep.json", "sweep.md", "sweep.png"}
+    assert {f.name for f in out.iterdir()} == {
+        "private", "report.html", "runs", "runs.jsonl", "sweep.json", "sweep.md", "sweep.png",
+    }  # fmt: skip
     drawn = ledger_rows(tmp_path)
     # An interruption after the first run: the second is not in the log, and its folder goes on without a draw.
     lines = (out / "runs.jsonl").read_text().splitlines()

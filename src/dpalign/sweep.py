@@ -31,6 +31,7 @@ from .recipe import Recipe
 from .records import check_shared_texts, read_public, read_public_prompts, read_stage_records, stages_without_data
 from .reporting.progress import Reporter
 from .reporting.sweep import plot_sweep, spent_sentence, summarize_sweep, write_markdown
+from .reporting.sweep_page import write_sweep_report
 from .results import PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
 from .run import measure_texts, read_by
@@ -100,6 +101,7 @@ def run_sweep(
     write_json(sweep.folder / "sweep.json", value)
     write_markdown(sweep.folder / "sweep.md", value)
     plot_sweep(value, sweep.folder / "sweep.png")
+    write_sweep_report(sweep.folder)
     return result
 
 

@@ -49,7 +49,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         console.print(sweep_table(value))
         for entry in result.spent_by_tuning:
             console.say(entry["sentence"])
-        console.say(f"{result.folder}/sweep.json, sweep.md, sweep.png; one line per run in runs.jsonl")
+        console.say(f"{result.folder}/report.html, sweep.json, sweep.md, sweep.png; one line per run in runs.jsonl")
     return value
 
 

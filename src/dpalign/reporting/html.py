@@ -147,20 +147,20 @@ def write_report(folder: Path, beside: Sequence[Path] = ()) -> Path:
     return folder / REPORT
 
 
-def render(page: Mapping[str, Any]) -> str:
+def render(page: Mapping[str, Any], template: str = "report.html.jinja") -> str:
     """The page's HTML: all text is made printable and escaped."""
-    return _template().render(page=page)
+    return _template(template).render(page=page)
 
 
 @cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_fit,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def _fit(value: Any) -> Any:

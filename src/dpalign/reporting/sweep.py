@@ -152,7 +152,8 @@ def after(name: str) -> str:
     return f"text loss after {name.removeprefix(TEXT_LOSS_AFTER)}"
 
 
-def _grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
+def grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
+    """Headings, and the cells of each row by them."""
     rows = [_cells(row) for row in result["rows"]]
     order = (
         "epsilon",
@@ -174,7 +175,7 @@ def _grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
 
 def sweep_table(result: dict[str, Any]) -> Table:
     """For the terminal."""
-    headings, rows = _grid(result)
+    headings, rows = grid(result)
     # These are in sweep.md and sweep.json; a terminal is narrow.
     headings = [h for h in headings if h != "sigma" and not h.startswith("text loss after")]
     table = Table(title="Mean and 95% interval over seeds, on public prompts", caption=SINGLE)
@@ -188,7 +189,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
 
 def write_markdown(target: Path, result: dict[str, Any]) -> None:
     """The same table with the command that made it."""
-    headings, rows = _grid(result)
+    headings, rows = grid(result)
     names = [code_span(str(result["varied"])) if h == "value" else h for h in headings]
     rows = [row | {"value": code_span(row["value"])} if "value" in row else row for row in rows]
     lines = [
