@@ -23,7 +23,7 @@ from dpalign.plan import split_parts
 from dpalign.privacy.ledger import Ledger
 from dpalign.recipe import Recipe
 from dpalign.training import plan_stage
-from helpers import reviews
+from helpers import reviews, write_jsonl
 from tiny import tiny_policy
 
 ROWS = [{"id": "a", "text": 'Some "quoted", text\nof two lines'}, {"id": "b", "text": "Größe, naïveté, 映画 😀"}]
@@ -82,12 +82,12 @@ def test_a_table_gives_nobody_arguments_that_they_do_not_have(tmp_path):
 # Hub names ---
 
 
-def hub(monkeypatch, error: Exception | None = None) -> list[tuple[str, str]]:
+def hub(monkeypatch, error: Exception | None = None) -> list[tuple[str, str | None, str]]:
     """A hub that gives two records, or fails; what it was asked for."""
     asked = []
 
-    def load_dataset(name, split, cache_dir):
-        asked.append((name, split))
+    def load_dataset(name, configuration, *, split, cache_dir):
+        asked.append((name, configuration, split))
         if error is not None:
             raise error
         return Dataset.from_list(ROWS)
@@ -100,8 +100,8 @@ def test_a_hub_name_is_honoured(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = hub(monkeypatch)
     assert read_records("someone/reviews", "test") == read_records("imdb", "test") == ROWS
-    assert asked == [("someone/reviews", "test"), ("imdb", "test")]
-    for path in ("./chats/all", "data/chats/all", "/nowhere/chats", "~/chats"):
+    assert asked == [("someone/reviews", None, "test"), ("imdb", None, "test")]
+    for path in ("./chats/all", "./chats:all", "chats:", ":all", "a:b:c", "data/chats:all/x", "data/chats/all", "/nowhere/chats", "~/chats"):
         with pytest.raises(DPAlignError, match=f"{path} does not exist"):
             read_records(path)
     assert len(asked) == 2
@@ -117,7 +117,7 @@ def test_a_hub_name_is_honoured(monkeypatch, tmp_path):
         ),
         (
             ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample of"),
-            "several configurations .'a', 'b'.: save one with",
+            "several configurations .'a', 'b'.: say which one, as someone/reviews:CONFIGURATION",
         ),
         (ValueError("cannot split 'a secret'"), "of that name: ValueError."),
     ],
@@ -128,6 +128,33 @@ def test_why_a_hub_gave_nothing(monkeypatch, tmp_path, error, says):
     with pytest.raises(DPAlignError, match=says) as caught:
         read_records("someone/reviews", "dev")
     assert "secret" not in str(caught.value)
+
+
+def test_one_of_several_configurations_is_named_behind_a_colon(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = hub(monkeypatch)
+    assert read_records("someone/feedback:comparisons", "dev") == read_records("wikitext:wikitext-2-raw-v1") == ROWS
+    assert asked == [("someone/feedback", "comparisons", "dev"), ("wikitext", "wikitext-2-raw-v1", "train")]
+    write_jsonl(tmp_path / "chats:all.jsonl", [{"text": "a file whose name has a colon"}])
+    assert read_records("chats:all.jsonl") == [{"text": "a file whose name has a colon"}] and len(asked) == 2
+
+
+def test_what_the_library_says_of_configurations_is_understood(monkeypatch, tmp_path):
+    """Its own words, of a dataset like the Hub's: a card that lists two configurations."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name in ("axis", "comparisons"):
+        write_jsonl(folder / f"{name}.jsonl", [{"text": name}])
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("axis", "comparisons"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *more, **options: real(str(folder), *more, **options))
+    assert read_records("me/chats:axis", cache_dir=tmp_path / "cache") == [{"text": "axis"}]
+    with pytest.raises(DPAlignError, match=r"several configurations \('axis', 'comparisons'\): say which one, as me/chats:"):
+        read_records("me/chats", cache_dir=tmp_path / "cache")
+    with pytest.raises(DPAlignError, match="it has no configuration other, but 'axis', 'comparisons'"):
+        read_records("me/chats:other", cache_dir=tmp_path / "cache")
 
 
 def test_a_folder_of_files_names_one(tmp_path):

@@ -13,7 +13,7 @@ from . import demo
 from .readers import ENDINGS, READERS, ending, read_folder, read_hub
 
 Record = dict[str, Any]
-HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+HUB_NAME = r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::(\w[\w.+-]*))?"  # and perhaps one of its configurations
 UNPAIRED = "holds unpaired preferences (prompt, completion and label)"
 JOIN = "join a true and a false answer to one prompt into a record with prompt, chosen and rejected"
 
@@ -28,6 +28,7 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
     """Records of a file, a `datasets` folder or a hub dataset, as dicts.
 
     Args:
+        path: of a hub dataset with several configurations, `NAME:CONFIGURATION`.
         cache_dir: where a hub dataset may be cached; give a private folder.
 
     Raises:
@@ -47,8 +48,8 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
             raise DPAlignError(
                 f"data file {path} has an unknown ending: use {ENDINGS} (.gz allowed); save a spreadsheet as CSV."
             )
-        elif re.fullmatch(HUB_NAME, path):
-            records = read_hub(path, split, cache_dir)
+        elif named := re.fullmatch(HUB_NAME, path):
+            records = read_hub(named[1], named[2], split, cache_dir)
         else:
             raise DPAlignError(f"data file {path} does not exist.")
     except UnicodeDecodeError as error:

@@ -160,24 +160,27 @@ def read_folder(folder: Path, split: str) -> list[dict[str, Any]]:
     return from_arrow(loaded.to_list())
 
 
-def read_hub(name: str, split: str, cache_dir: Path | None) -> list[dict[str, Any]]:
+def read_hub(name: str, configuration: str | None, split: str, cache_dir: Path | None) -> list[dict[str, Any]]:
+    """configuration: one of those that the dataset has, or None for its only one."""
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(name, split=split, cache_dir=str(cache_dir) if cache_dir else None)
+        loaded = load_dataset(name, configuration, split=split, cache_dir=str(cache_dir) if cache_dir else None)
     except Exception as error:
-        reason = _why_not(error, split)
+        reason = _why_not(error, name, split)
         raise DPAlignError(f"{name!r} is no file here, and the hub gave no dataset of that name: {reason}.") from None
     return from_arrow(loaded.to_list())
 
 
-def _why_not(error: Exception, split: str) -> str:
+def _why_not(error: Exception, name: str, split: str) -> str:
     """Nothing of a record is in what the hub says before it gives any."""
     said = str(error)
     if splits := re.match(r'Unknown split ".*?"\. Should be one of \[(.*)\]', said):
         return f"it has no split {split!r} (data.split), but {splits[1]}"
     if names := re.match(r"Config name is missing\.\s+Please pick one among the available configs: \[(.*)\]", said):
-        return f"it has several configurations ({names[1]}): save one with save_to_disk, and name that folder"
+        return f"it has several configurations ({names[1]}): say which one, as {name}:CONFIGURATION"
+    if names := re.match(r"BuilderConfig '(.*?)' not found\. Available: \[(.*)\]", said):
+        return f"it has no configuration {printable(names[1])}, but {names[2]}"
     offline = isinstance(error, ConnectionError) or type(error).__name__ in ("OfflineModeIsEnabled", "ConnectError")
     return "there is no connection to it" if offline else type(error).__name__
 

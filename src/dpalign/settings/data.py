@@ -13,8 +13,8 @@ class DataConfig:
 
     Args:
         name: declared name of the dataset, the ledger's key; every run on one name adds up.
-        path: .jsonl, .json, .csv, .tsv or .parquet file (.gz allowed), a folder written by `datasets`, a hub name, or
-            `demo:NAME/FILE`.
+        path: .jsonl, .json, .csv, .tsv or .parquet file (.gz allowed), a folder written by `datasets`, a hub name (of
+            several configurations `NAME:CONFIGURATION`), or `demo:NAME/FILE`.
         split: split of a `datasets` folder or hub dataset.
         unit: column that names the privacy unit (a person, say; `meta.user` for one inside another); without one each
             record is a unit.
