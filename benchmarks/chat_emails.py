@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     data = args.output_dir.with_name(args.output_dir.name + "-data")
     units, prompts = write(args.emails, data)
     file = data / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe(args, args.model or str(smollm2.fetch()), data, units, prompts)), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(recipe(args, args.model or str(smollm2.fetch()), data, units, prompts)), encoding="utf-8"
+    )
     if code := dpalign(["run", str(file)]):
         raise SystemExit(code)
     summary = json.loads((args.output_dir / "summary.json").read_text())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LLAMA = (  # BOS by the template; every turn has a header and an end of its own; content is trimmed
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
@@ -87,3 +90,16 @@ def byte_tokenizer(template: str | None = None, adds: str = "nothing") -> PreTra
     )  # fmt: skip
     tokenizer.chat_template = TEMPLATES[template] if template else None
     return tokenizer
+
+
+def model_folder(folder: Path, template: str, positions: int = 256, width: int = 16) -> Path:
+    """A random Llama with a byte tokenizer, as one downloads it."""
+    tokenizer = byte_tokenizer(template)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=positions, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

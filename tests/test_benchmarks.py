@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from chats import model_folder
 from dpalign.privacy import gate
 from dpalign.privacy.mechanism import GaussianMechanism
 from reader import ROOT, at_home, run_here, small_model, write_gzip
@@ -91,6 +92,14 @@ def argued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for t, i in itertools.product(range(8), range(4))
     ]
     write_gzip(folder / "ukpconvarg1_full.jsonl.gz", rows)
+
+
+def emails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty e-mails of ten people, and a small chat model."""
+    monkeypatch.setenv("DPALIGN_LEDGER", str(folder / "ledger.sqlite"))
+    model_folder(folder / "chatty", "smol", positions=320, width=40)
+    rows = [{"original": f"Send {i}.", "revised": f"Please send {i}.", "person": f"p{i % 10}"} for i in range(40)]
+    write_gzip(folder / "email_rewrites.jsonl.gz", rows)
 
 
 def demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +191,17 @@ def check_ukp(out: str, folder: Path) -> None:
     assert "18 pairs with a better argument, 120 votes of 9 annotators; 6 test pairs of 2 topics" in out
 
 
+def check_chat_emails(out: str, folder: Path) -> None:
+    """Every stage was run under the one epsilon, and nobody's e-mail is a prompt of the policy's."""
+    found = last_json(out)
+    assert found["epsilon"] <= 4 and set(found["evaluation"]) == {"pretrained", "sft", "rloo"}
+    assert found == json.loads((folder / "runs.jsonl").read_text())
+    data = folder / "runs" / "chat_emails-data"
+    asked = {name: (data / f"{name}.jsonl").read_text().splitlines() for name in ("private", "prompts", "public")}
+    assert [len(rows) for rows in asked.values()] == [30, 4, 6]
+    assert len({json.dumps(json.loads(row)["prompt"]) for rows in asked.values() for row in rows}) == 40
+
+
 def check_shown(out: str, folder: Path) -> None:
     assert "gpt2-medium" in out
 
@@ -242,6 +262,10 @@ SMOKE = {
         "--epsilons 4 --pair-batch-size 4 --pair-steps 1 --annotator-batch-size 2 --annotator-steps 1 --max-length 16 "
         "--device cpu --model small --output ukp.jsonl",
         check_ukp, argued,
+    ),
+    "chat_emails.py --emails email_rewrites.jsonl.gz --output_dir runs/chat_emails": Smoke(
+        "--model chatty --steps 1 --completion 4 --own_texts 40 --eval_prompts 4 --record runs.jsonl",
+        check_chat_emails, emails,
     ),
     "profile_iteration.py --show docs/results/profile_h200_first.jsonl": Smoke("", check_shown),
     "profile_iteration.py --show docs/results/profile_h200.jsonl": Smoke("", check_shown),

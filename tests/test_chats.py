@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from chats import TEMPLATES, byte_tokenizer
+from chats import TEMPLATES, byte_tokenizer, model_folder
 from dpalign.algorithms.completions import read_prompt
 from dpalign.algorithms.ppo import PPOConfig
 from dpalign.algorithms.reward import encode_pair
@@ -29,19 +29,6 @@ from dpalign.run import Run
 from helpers import call, merged, write_jsonl, write_recipe
 
 NOUNS = ["film", "play", "novel", "series", "concert", "game"]
-
-
-def model_folder(folder: Path, template: str) -> Path:
-    """A random Llama with a byte tokenizer, as one downloads it."""
-    tokenizer = byte_tokenizer(template)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def policy(template: str) -> Policy:
