@@ -37,7 +37,8 @@ def chat(original: str, revised: str, person: str) -> dict[str, object]:
 
 def write(emails: Path, folder: Path) -> tuple[int, int]:
     """private.jsonl, prompts.jsonl and public.jsonl; sizes of the first two. An e-mail without a person is one's own."""
-    rows = [json.loads(line) for line in gzip.open(emails, "rt", encoding="utf-8")]
+    with gzip.open(emails, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     rows = [row for row in rows if max(len(row["original"]), len(row["revised"])) <= LONGEST]
     random.Random(0).shuffle(rows)
     chats = [chat(row["original"], row["revised"], row["person"] or f"nobody{i}") for i, row in enumerate(rows)]
