@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,8 +41,8 @@ class Hub:
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
         self.calls.append(("upload_folder", repo_id, allow_patterns))
-        for file in Path(folder_path).iterdir():
-            self.files[file.name] = file.read_bytes().decode(errors="replace")
+        for file in (path for path in Path(folder_path).rglob("*") if path.is_file()):
+            self.files[str(file.relative_to(folder_path))] = file.read_bytes().decode(errors="replace")
 
 
 @pytest.fixture
@@ -89,8 +88,10 @@ def test_a_release_is_sent_with_a_card_that_the_hub_reads(run, api, capsys):
     assert about.pipeline_tag == "text-generation" and about.base_model_relation == "adapter"
     assert about.differential_privacy["epsilon"] == str(summary["epsilon"])
     measured = {result.metric_type: result.metric_value for result in about.eval_results}
-    assert measured == {k: v for k, v in summary["evaluation"]["ppo"].items() if v is not None and math.isfinite(v)}
-    assert about.eval_results[0].dataset_name == "public prompts (declared)" and "reward" in measured
+    row = summary["evaluation"]["ppo"]
+    assert measured == {k: row[k] for k in measured} and {"reward", "kl", "perplexity"} <= measured.keys()
+    assert "prompts" in row.keys() - measured.keys() and not any(name.endswith("_ci95") for name in measured)
+    assert {r.dataset_name for r in about.eval_results} <= {"public prompts (declared)", "public texts (declared)"}
     assert json.loads(api.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
     assert 'from_pretrained("org/base")' in api.files["README.md"] and '"me/private-reviews"' in api.files["README.md"]
     assert "model 'org/base' was made without the private data" in api.files["privacy.json"]
@@ -105,11 +106,14 @@ def test_no_path_of_this_machine_is_told(run, api, tmp_path, capsys):
     statement.write_text(json.dumps(value | {"assumptions": [*value["assumptions"], said]}))
     template = "{% if '/no_think' in m %}a '/a/b' b{% endif %}"
     (release / "chat_template.jinja").write_text(template)
+    (release / "additional_chat_templates").mkdir()
+    (release / "additional_chat_templates" / "rag.jinja").write_text(template)
     assert call(capsys, "export", release, *NAMES).status == 0
     told = {name: text for name, text in api.files.items() if name != "adapter_model.safetensors"}
     assert not [name for name, text in told.items() if any(p in text for p in (small_model(), str(run), "/home/me"))]
     assert "reward 'classifier:clf' was made" in told["README.md"] and "classifier:clf" in told["privacy.json"]
-    assert told["chat_template.jinja"] == template
+    assert told["chat_template.jinja"] == template == told["additional_chat_templates/rag.jinja"]
+    assert api.calls[2][2] == sorted(api.files)
     weights = (run / "release" / "adapter_model.safetensors").read_bytes().decode(errors="replace")
     assert api.files["adapter_model.safetensors"] == weights
 

@@ -26,9 +26,11 @@ CARD, ADAPTER, STATEMENT = "README.md", "adapter_config.json", "privacy.json"
 OURS = {CARD, STATEMENT, "prompts.json", "reward.json"}
 WEIGHTS = r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 TOKENIZERS = {
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json",
-    "spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "added_tokens.json", "bpe.codes", "chat_template.jinja", "merges.txt", "sentencepiece.bpe.model",
+    "special_tokens_map.json", "spiece.model", "spm.model", "tekken.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.bpe", "vocab.json", "vocab.txt",
 }  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # a folder, of tokenizers that have several
 # In quotes, a path from the root, behind a kind (`classifier:`) or not.
 HERE = re.compile(r"""(?<=['"`])((?:\w+:)?)(/[^'"`/]+/[^'"`]*)(?=['"`])""")
 
@@ -115,14 +117,19 @@ def check_files(folder: Path) -> list[str]:
     Raises:
         DPAlignError: there is something else in it.
     """
-    for entry in folder.iterdir():
-        known = entry.name in OURS | TOKENIZERS or re.fullmatch(WEIGHTS, entry.name)
-        if not known or entry.is_symlink() or not entry.is_file():
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not _is_folder_of_templates(path))
+    for name in names:
+        known = name in OURS | TOKENIZERS or re.fullmatch(f"{WEIGHTS}|{TEMPLATES}/[\\w-]+\\.jinja", name)
+        if not known or (folder / name).is_symlink() or not (folder / name).is_file():
             raise DPAlignError(
-                f"{folder} holds {printable(entry.name)}, which is no part of a release: nothing was sent. Share the "
-                "folder as the run wrote it."
+                f"{folder} holds {printable(name)}, which is no part of a release: nothing was sent. Share the folder "
+                "as the run wrote it."
             )
-    return sorted(entry.name for entry in folder.iterdir())
+    return names
+
+
+def _is_folder_of_templates(path: Path) -> bool:
+    return path.name == TEMPLATES and path.is_dir() and not path.is_symlink()
 
 
 # The card and the configuration --------------------------------------------------------------------------------------
@@ -207,6 +214,9 @@ tokenizer = AutoTokenizer.from_pretrained("NAME")
 ```"""
 
 
+COUNTS = ("prompts", "unscored", "pairs", "text_records", "text_tokens")  # of what was measured, no result
+
+
 def results_of(run: Path, is_policy: bool) -> list[EvalResult]:
     """What a run's summary.json says was measured on public prompts and pairs; nothing where there is none.
 
@@ -220,13 +230,14 @@ def results_of(run: Path, is_policy: bool) -> list[EvalResult]:
     except (OSError, ValueError, AttributeError):
         return []
     task = "text-generation" if is_policy else "text-classification"
-    of = ("public-prompts", "public prompts (declared)") if is_policy else ("public-pairs", "public pairs (declared)")
-    outside = set(summary.get("outside_the_guarantee", []))
+    left_out = {*summary.get("outside_the_guarantee", []), *COUNTS}
     return [
-        EvalResult(task, *of, metric_type=name, metric_name=name.replace("_", " "), metric_value=value)
+        EvalResult(task, f"public-{on}", f"public {on} (declared)", name, value, metric_name=name.replace("_", " "))
         for row in [*found, *pairs]
         for name, value in row.items()
-        if isinstance(value, int | float) and math.isfinite(value) and name not in outside
+        if isinstance(value, int | float) and math.isfinite(value)
+        if name not in left_out and not name.endswith("_ci95")
+        for on in ("pairs" if not is_policy else "texts" if name.startswith("text_") else "prompts",)
     ]
 
 
