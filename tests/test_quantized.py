@@ -13,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from conftest import FRESH
-from dpalign import DPAlignError, DPSFTTrainer, Privacy, RewardModelConfig, SFTConfig
+from dpalign import DPAlignError, DPRewardTrainer, DPSFTTrainer, Privacy, RewardModelConfig, SFTConfig
 from dpalign.gradients import PerUnitGradients
 from dpalign.models import AdapterConfig, ModelConfig, Policy, RewardModel, quantized, verify
 from dpalign.models.quantized import KINDS, kind_of, prepare, settings_of
 from dpalign.training.loop import hash_of
-from helpers import call, reviews, small_model, write_recipe
+from helpers import call, judged, reviews, small_model, write_recipe
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
@@ -181,7 +181,7 @@ def test_a_release_that_is_not_what_was_trained_is_still_seen(tmp_path):
 
 
 @needs_bitsandbytes
-def test_a_model_object_and_a_reward_model_in_4_bits(tmp_path):
+def test_a_model_object_in_4_bits_is_trained(tmp_path):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(small_model(), quantization_config=config)
     sizes = {"expected_batch_size": 8, "micro_batch_size": 8, "max_steps": 1, "max_length": 12}
@@ -194,7 +194,39 @@ def test_a_model_object_and_a_reward_model_in_4_bits(tmp_path):
     assert trainer._recipe.model.quantization == "nf4"
     trainer.train()
     assert any(type(m).__name__ == "Linear4bit" for m in trainer.model.modules())
-    policy = Policy.load(ModelConfig(small_model(), True, quantization="nf4"))
-    with pytest.raises(DPAlignError, match="cannot share the body of a quantised policy"):
-        RewardModel.from_policy(policy)
-    assert RewardModel.load(ModelConfig(small_model(), True, quantization="nf4")).quantization["load_in_4bit"]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_reward_model_shares_the_weights_of_a_quantised_policy(kind, tmp_path):
+    policy = adapted(Policy.load(ModelConfig(small_model(), True, quantization=kind)))
+    policy.finish_stage()
+    model = RewardModel.from_policy(policy)
+    ids = torch.randint(2, 4096, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        hidden = policy(ids, mask, 7, with_hidden=True)[1]
+        body = model.classifier.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(hidden, body) and model.quantization == policy.quantization
+    mine, theirs = (
+        dict(model.classifier.base_model.named_modules()),
+        dict(policy.model.base_model.model.model.named_modules()),
+    )
+    layers = [name for name, m in mine.items() if name.endswith("base_layer")]
+    assert layers and all(mine[n].weight.data_ptr() == theirs[n].weight.data_ptr() for n in layers)
+    assert all(mine[n.removesuffix(".base_layer")] is not theirs[n.removesuffix(".base_layer")] for n in layers)
+
+
+@needs_bitsandbytes
+def test_pairs_train_a_reward_model_in_4_bits(tmp_path):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    sizes = {"expected_batch_size": 8, "micro_batch_size": 8, "max_steps": 1, "max_length": 16}
+    declared = Privacy(
+        noise_multiplier=1.0, dataset_name="toy", model_is_public=True, ledger=str(tmp_path / "ledger.sqlite")
+    )
+    args = RewardModelConfig(
+        output_dir=str(tmp_path / "run"), model_init_kwargs={"quantization_config": config}, **sizes
+    )
+    DPRewardTrainer(small_model(), args, judged(32), privacy=declared, quiet=True).train()
+    card = (tmp_path / "run" / "reward_model" / "README.md").read_text()
+    assert "num_labels=1, quantization_config=BitsAndBytesConfig(load_in_4bit=True" in card

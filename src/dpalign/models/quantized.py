@@ -7,11 +7,13 @@ gradient, so only the threshold 0 is allowed, with which each token is rounded b
 
 from __future__ import annotations
 
+import copy
 import logging
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -116,6 +118,19 @@ def as_python(settings: dict[str, Any]) -> str:
     """What a reader types to load a base in this way; nothing for one that is not quantised."""
     given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     return f", quantization_config=BitsAndBytesConfig({given})" if settings else ""
+
+
+def copied(body: nn.Module) -> nn.Module:
+    """Layers of their own, without adapters, on the same frozen weights: of quantised ones a state dict is not all."""
+    tensors: list[Any] = [*body.parameters(), *body.buffers()]
+    for module in body.modules():
+        if type(module).__name__ == EIGHT_BITS and hasattr(module, "state"):
+            tensors += [value for value in vars(module.state).values() if torch.is_tensor(value)]
+    copy_of = copy.deepcopy(body, {id(tensor): tensor for tensor in tensors})
+    for name, module in list(copy_of.named_modules()):
+        if isinstance(module, LoraLayer):
+            copy_of.set_submodule(name, module.get_base_layer())
+    return copy_of
 
 
 def prepare(model: nn.Module) -> None:

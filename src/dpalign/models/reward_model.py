@@ -32,7 +32,7 @@ from .loading import check_weights, load_adapter, loaded, refuse_missing
 from .lora import check_layers
 from .objects import Given
 from .policy import Policy
-from .quantized import is_quantized, settings_of
+from .quantized import copied, is_quantized, settings_of
 from .stack import AdapterStack, load_pretrained
 
 FORMAT_FILE = "reward.json"
@@ -131,11 +131,6 @@ class RewardModel(AdapterStack):
             DPAlignError: transformers has no sequence classifier of this architecture.
         """
         causal = policy.model.get_base_model() if policy.adapters else policy.model
-        if is_quantized(causal):
-            raise DPAlignError(
-                "a reward model cannot share the body of a quantised policy: name a model of its own in "
-                "reward_model.model."
-            )
         config = AutoConfig.for_model(**{**causal.config.to_dict(), "num_labels": 1})
         try:
             with torch.device("meta"):
@@ -147,17 +142,20 @@ class RewardModel(AdapterStack):
                 f"transformers has no sequence classifier for {type(causal).__name__}: name another model in "
                 "reward_model.model."
             ) from None
-        body = {
-            k.replace(".base_layer.", "."): v for k, v in causal.base_model.state_dict().items() if ".lora_" not in k
-        }
-        base.base_model.load_state_dict(body, assign=True, strict=True)
-        _fill_buffers(base, causal)
+        if is_quantized(causal):
+            setattr(base, base.base_model_prefix, copied(causal.base_model))
+        else:
+            body = causal.base_model.state_dict().items()
+            plain = {k.replace(".base_layer.", "."): v for k, v in body if ".lora_" not in k}
+            base.base_model.load_state_dict(plain, assign=True, strict=True)
+            _fill_buffers(base, causal)
         head = [m for m in base.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
         head.to_empty(device=causal.device)
         head.requires_grad_(False)
         for p in head.parameters():
             p.zero_()
         model = cls(base, policy.tokenizer, text)
+        model.quantization = policy.quantization
         model.reset_head()
         if policy.adapters:
             model.copy_adapters(policy)
