@@ -215,6 +215,9 @@ def test_a_reward_model_shares_the_weights_of_a_quantised_policy(kind, tmp_path)
     layers = [name for name, m in mine.items() if name.endswith("base_layer")]
     assert layers and all(mine[n].weight.data_ptr() == theirs[n].weight.data_ptr() for n in layers)
     assert all(mine[n.removesuffix(".base_layer")] is not theirs[n.removesuffix(".base_layer")] for n in layers)
+    ours, own = (dict(m.named_parameters()) for m in (policy.model.base_model.model.model, model.classifier.base_model))
+    adapters = [name for name in own if ".lora_" in name]
+    assert adapters and all(own[name] is not ours[name] for name in adapters)  # a head's stage trains another adapter
 
 
 @needs_bitsandbytes
