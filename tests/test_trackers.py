@@ -13,13 +13,14 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from dpalign import DPAlignError
+from dpalign import DPAlignError, DPSFTTrainer, Privacy, SFTConfig
 from dpalign.recipe import Recipe
 from dpalign.reporting.progress import Reporter
 from dpalign.reporting.terminal import Terminal
 from dpalign.reporting.trackers import PACKAGES, Tracker
+from dpalign.settings.trainers import one_tracker
 from dpalign.training import StepReport
-from helpers import call, ledger_rows, reviews, write_jsonl, write_recipe
+from helpers import call, ledger_rows, reviews, small_model, write_jsonl, write_recipe
 from test_progress import PLAN
 
 FAKES = sorted(set(PACKAGES) - {"tensorboard"})
@@ -174,6 +175,15 @@ def test_an_open_task_of_clearml_is_not_joined(fake, tmp_path):
     fake("clearml", **{"clearml.Task.current_task()": "a task"})
     with pytest.raises(DPAlignError, match="one is open already: close it first"):
         Tracker("clearml", tmp_path, pytest.fail)
+
+
+def test_a_trainer_takes_a_list_of_one_as_transformers_does():
+    assert [one_tracker(given) for given in ("wandb", ["wandb"], [], None)] == ["wandb", "wandb", "none", "none"]
+    with pytest.raises(DPAlignError, match=r"report_to=\['wandb', 'mlflow'\]: name one tracker"):
+        one_tracker(["wandb", "mlflow"])
+    declared = Privacy(noise_multiplier=1.0, dataset_name="toy", model_is_public=True)
+    args = SFTConfig(output_dir="x", report_to=["wandb"])
+    assert DPSFTTrainer(small_model(), args, reviews(8), privacy=declared, quiet=True)._recipe.report_to == "wandb"
 
 
 # When ---------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class TrainerArguments:
     bf16: bool = False
     eval_strategy: Literal["no", "steps"] | None = None
     model_init_kwargs: dict[str, Any] | None = None
-    report_to: str = "none"
+    report_to: str | list[str] = "none"
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool = True
@@ -141,6 +141,18 @@ class TrainerArguments:
 BATCHES = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "expected_batch_size", "micro_batch_size"
 )  # fmt: skip
+
+
+def one_tracker(report_to: str | list[str] | None) -> str:
+    """What transformers' `report_to` names, which may be a list.
+
+    Raises:
+        DPAlignError: several.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ["none"])
+    if len(names) > 1:
+        raise DPAlignError(f"report_to={names!r}: name one tracker.")
+    return str(names[0])
 
 
 def answering(config: type[T]) -> type[T]:

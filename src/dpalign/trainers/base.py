@@ -39,7 +39,7 @@ from ..run import run_recipe
 from ..settings.data import DataConfig
 from ..settings.privacy import Privacy
 from ..settings.rollouts import RolloutConfig
-from ..settings.trainers import RolloutArguments, TrainerArguments
+from ..settings.trainers import RolloutArguments, TrainerArguments, one_tracker
 from .asked import (
     Asked,
     ask_for_names,
@@ -197,7 +197,7 @@ class Trainer:
             composition=privacy.composition,
             shared_texts=privacy.shared_texts,
             ledger=privacy.ledger,
-            report_to=args.report_to,  # type: ignore[arg-type]
+            report_to=one_tracker(args.report_to),  # type: ignore[arg-type]
             **stages,
         )
 

@@ -20,6 +20,7 @@ from ..models.reward_model import FORMAT_FILE
 from ..rewards.load import RELEASED
 from ..settings.rewards import RewardConfig
 from ..settings.trainers import PPOConfig as Settings
+from ..settings.trainers import one_tracker
 from .config import PPOConfig
 
 OUTPUT = "trainer_output"  # transformers' own default
@@ -52,7 +53,7 @@ def settings(config: PPOConfig, rows: int, longest: int, reward: RewardConfig) -
         raise DPAlignError(f"lr_scheduler_type {scheduler!r} cannot be honoured: use constant, linear or cosine.")
     return Settings(
         output_dir=str(config.output_dir or OUTPUT),
-        report_to=_tracker(config.report_to),
+        report_to=one_tracker(config.report_to),
         expected_batch_size=batch // config.num_mini_batches,
         max_steps=updates,
         micro_batch_size=config.per_device_train_batch_size,
@@ -101,13 +102,6 @@ def check_stop(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
             f"stop_token_id={config.stop_token_id} cannot be honoured: completions end at the tokenizer's EOS, "
             f"{tokenizer.eos_token_id}."
         )
-
-
-def _tracker(report_to: Any) -> str:
-    names = [report_to] if isinstance(report_to, str) else list(report_to or ["none"])
-    if len(names) > 1:
-        raise DPAlignError(f"report_to={names!r}: name one tracker.")
-    return str(names[0])
 
 
 def eval_steps(config: PPOConfig, updates: int) -> int | None:
