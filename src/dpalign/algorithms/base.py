@@ -222,6 +222,9 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     def row_losses(self, model: Model, rows: Rows) -> tuple[Tensor, Tensor]:
         """Loss `(rows,)` and raw metrics `(rows, len(self.metrics))` of each row."""
 
+    def add_gradient(self, model: Model, step: int) -> None:
+        """Adds to the gradients that the trainables have, noised wherever the stage draws; reads no record."""
+
     def adapt(self, noised: Mapping[str, float]) -> None:
         """Told the metrics of a step, noised unless it read no record; may adapt (a KL coefficient) to them."""
 

@@ -21,6 +21,7 @@ from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
 from ..settings.rollouts import RolloutConfig, SamplingConfig
+from .anchor import Anchor
 from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens
 from .basis import align_inputs
 from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample
@@ -55,7 +56,7 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         super().__init__(config)
         self.rows_per_example = config.num_generations
         self.reward = reward
-        self.beta = config.beta
+        self.beta, self.anchor = config.beta, Anchor(config)
         self.metrics = (
             MetricRange("reward", reward.low - config.missing_eos_penalty, reward.high),
             MetricRange("kl", *config.kl_range),
@@ -134,7 +135,11 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         """Adds what later passes over the same rollouts need; nothing, on-policy."""
         return rows
 
-    # 3. What adapts, from noised metrics only ------------------------------------------------------------
+    # 3. What is to be kept, and what adapts to noised metrics only ----------------------------------------
+
+    def add_gradient(self, policy: Policy, step: int) -> None:
+        if self.config.sft_coefficient > 0:
+            self.anchor.add_gradient(policy, step)
 
     def adapt(self, noised: Mapping[str, float]) -> None:
         config = self.config

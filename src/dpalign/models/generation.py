@@ -74,3 +74,29 @@ def write_prompts(policy: Policy, count: int, prompt_tokens: int, rows_at_once: 
         return [Prompt(row, text) for row, text in zip(written.input_ids.tolist(), texts, strict=True)]
     chats = [[{"role": "user", "content": question.strip()}] for question in policy.decode(written)]
     return [Prompt(encode_prompt_text(tokenizer, chat), chat) for chat in chats]
+
+
+def write_texts(
+    policy: Policy,
+    count: int,
+    prompt_tokens: int,
+    completion_tokens: int,
+    positions: int,
+    temperature: float,
+    rows_at_once: int,
+) -> Rollouts:
+    """Texts that the policy writes itself, with at most so many `positions`: from BOS on, or answers to questions of
+    its own where the run's prompts are chats (at most `count`: those that leave an answer its room). Reads no record.
+
+    Raises:
+        DPAlignError: the tokenizer has neither BOS nor EOS.
+    """
+    if policy.asks_in_chats:
+        written = write_prompts(policy, count, prompt_tokens, rows_at_once)
+        asked = [prompt for prompt in written if len(prompt.ids) + completion_tokens <= positions]
+        ids, mask = padded(policy, asked or written[:1])
+    else:
+        ids = torch.tensor([_front(policy)], device=policy.device).expand(count, -1)
+        mask = torch.ones_like(ids)
+        completion_tokens = min(prompt_tokens + completion_tokens, positions - ids.shape[1])
+    return policy.sample(ids, mask, completion_tokens, temperature=temperature, rows_at_once=rows_at_once)

@@ -82,6 +82,8 @@ class RolloutConfig(PromptedConfig, SamplingConfig):
     Args:
         num_generations: rollouts per prompt, averaged inside the unit before the clip: less variance, no privacy cost.
         beta: coefficient of the KL penalty against the model the stage started from.
+        sft_coefficient: weight of the KL divergence, in nats per token, from the model that the stage started from, on
+            texts that this writes itself: keeps what was learned before. Its gradient joins the noised one.
         adaptive_kl_target: nats per completion; adapts beta to the noised KL (Ziegler et al. 2019). Needs metrics.
         adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
         missing_eos_penalty: subtracted from the reward of a completion without EOS.
@@ -94,6 +96,7 @@ class RolloutConfig(PromptedConfig, SamplingConfig):
     learning_rate: float = within(3e-3, "[0, 1000]")
     num_generations: int = within(1, "[1, 1024]")
     beta: float = within(0.2, "[0, 1e6]")
+    sft_coefficient: float = within(0.0, "[0, 1e6]")
     adaptive_kl_target: float | None = within(None, "(0, 1e6]")
     adaptive_kl_horizon: float = within(10000.0, "(0, 1e12]")
     missing_eos_penalty: float = within(0.0, "[0, 1e6]")

@@ -51,6 +51,7 @@ LATER_SETTINGS = {
     "truncate_prompts": False,
     "temperature": 1.0,
     "eval_steps": None,
+    "sft_coefficient": 0.0,
     "quantization": "none",
     "prompts": "private",
 }  # that version 0.1.0 did not have, and what they are for a run of that version
@@ -243,6 +244,7 @@ class Stage:
             noisy, metrics = mechanism.release()
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
                 p.grad = gradient.to(p.dtype)
+            algorithm.add_gradient(self.model, step)
             self.whole = None
             self.optimizer.param_groups[0]["lr"] = self.peak * share_of_rate(config, step, self.plan.steps)
             self.optimizer.step()

@@ -145,6 +145,7 @@ class OwnTextStage:
         config, metrics = self.config, None
         for passed in range(config.passes):
             found = self._gradient(rows, units)
+            self.algorithm.add_gradient(self.model, step)
             norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
             if norm.isfinite():
                 self.optimizer.param_groups[0]["lr"] = config.learning_rate * share_of_rate(config, step, self.steps)
