@@ -273,7 +273,7 @@ HONOURED = {
     "logging_steps", "eval_steps", "seed", "adapter", "prompts", "max_length",
     "max_prompt_length", "truncate_prompts", "prompt_min_tokens", "prompt_max_tokens", "prepend_bos",
     "max_completion_length", "min_completion_length", "temperature", "reward", "num_generations", "beta",
-    "adaptive_kl_target", "adaptive_kl_horizon", "missing_eos_penalty",
+    "adaptive_kl_target", "adaptive_kl_horizon", "missing_eos_penalty", "sft_coefficient",
     "num_ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "noised_baseline",
 }  # fmt: skip
 
