@@ -30,11 +30,11 @@ docs: .venv/installed-test
 	$(PIP) --editable '.[test]'
 	touch $@
 
-# TRL's last PPO needs packages of its time: an environment of its own, for benchmarks/ppo_iteration.py only.
+# TRL's last PPO needs packages of its time: an environment of its own, for benchmarks/ppo_iteration.py and trl_ppo_curve.py only.
 bench-setup: .venv/installed
 	test -x $(TRL)/python || $(PYTHON) -m venv .venv-trl
 	$(TRL)/python -m pip install --quiet torch==2.13.0
-	$(TRL)/python -m pip install --quiet trl==0.11.4 transformers==4.46.3 peft==0.13.2 'numpy<2.3' rich
+	$(TRL)/python -m pip install --quiet trl==0.11.4 transformers==4.46.3 peft==0.13.2 'numpy<2.3' rich vaderSentiment==3.3.2
 
 clean:
 	rm -rf .venv .venv-trl build dist src/*.egg-info

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.stats import t as student
 
 from chats import model_folder
 from dpalign.privacy import gate
@@ -78,6 +79,25 @@ def small_trl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
 
 
+class Piped:
+    """The script's process, with `dpalign.trl` for `trl`, in this one: a line in, a line out."""
+
+    def __init__(self, command: list[str], **options: object) -> None:
+        script, dpalign_trl = (importlib.import_module(name) for name in ("trl_ppo_script", "dpalign.trl"))
+        self.lines: list[str] = []
+        self.answers = script.answers(dpalign_trl, command[-1], iter(self.lines.pop, None))
+        self.stdin = self.stdout = self
+        self.write, self.flush, self.close, self.wait = self.lines.append, *[lambda: None] * 3
+
+    def readline(self) -> str:
+        return next(self.answers)
+
+
+def same_trl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo(folder, monkeypatch)
+    monkeypatch.setattr(subprocess, "Popen", Piped)
+
+
 def argued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight topics of four pairs, each judged by five people; and a small model."""
     small_model(folder / "small")
@@ -128,6 +148,21 @@ def check_private_step(out: str, folder: Path) -> None:
 def check_ppo_iteration(out: str, folder: Path) -> None:
     found = one_line(out)
     assert set(found) == {"ratio", "ours_s", "trl_s"} and min(found.values()) > 0
+
+
+def check_trl_curve(out: str, folder: Path) -> None:
+    found, row = last_json(out), json.loads((folder / "curve.jsonl").read_text().splitlines()[0])
+    assert (found["seeds"], found["updates"], row["seed"]) == (2, 2, 0) and min(
+        found["time_ratio"], found["cpu_ratio"]
+    ) > 0
+    assert [len(row[f"{side}_reward"]) for side in ("ours", "trl")] == [2, 2]
+    assert row["ours_kl"][0] == row["trl_kl"][0] == 0 < max(row["ours_kl"][1], row["trl_kl"][1])
+    assert type(found["within_noise"]) is bool and found["curve"]["ours"] != found["curve"]["trl"]
+
+
+def check_trl_curve_table(out: str, folder: Path) -> None:
+    """The published table, computed again from the published runs."""
+    assert f"```\n{out}```\n" in (RESULTS / "trl_ppo_curve.md").read_text(encoding="utf-8") and out.count("\n") == 22
 
 
 def check_ppo_scale(out: str, folder: Path) -> None:
@@ -238,6 +273,12 @@ SMOKE = {
         f"--micro-batch-size 3 --trl-python {shlex.quote(sys.executable)}",
         check_ppo_iteration, small_trl,
     ),
+    "trl_ppo_curve.py --json": Smoke(
+        "--seeds 2 --updates 2 --last 1 --batch_size 4 --mini_batch_size 4 --ppo_epochs 1 --new_tokens 3 --model small "
+        f"--output curve.jsonl --trl-python {shlex.quote(sys.executable)}",
+        check_trl_curve, same_trl,
+    ),
+    "trl_ppo_curve.py --output docs/results/trl_ppo_curve.runs.jsonl": Smoke("", check_trl_curve_table),
     "ppo_scale.py --sizes small --prompts 8 --device cpu": Smoke(
         "--sizes tiny --prompts 3 --prompt-tokens 3 --new-tokens 3 --vocab 64 --iterations 1 --micro-batch-size 2",
         check_ppo_scale,
@@ -276,7 +317,11 @@ SMOKE = {
         check_profile,
     ),
 }  # fmt: skip
-USED_BY_OTHERS = {"models": "word_tokenizer", "trl_ppo_worker": "trl_ppo_worker.py"}  # what ppo_iteration.py names
+USED_BY_OTHERS = {  # a word of theirs that a benchmark names
+    "models": ("ppo_iteration", "word_tokenizer"),
+    "trl_ppo_worker": ("ppo_iteration", "trl_ppo_worker.py"),
+    "trl_ppo_script": ("trl_ppo_curve", "trl_ppo_script"),
+}
 
 
 @pytest.mark.parametrize("command", SMOKE)
@@ -297,8 +342,8 @@ def test_smoke(command, tmp_path, monkeypatch, capsys):
 def test_every_benchmark_has_one():
     names = {file.stem for file in BENCHMARKS.glob("*.py")}
     assert names == {Path(command.split()[0]).stem for command in SMOKE} | set(USED_BY_OTHERS)
-    source = (BENCHMARKS / "ppo_iteration.py").read_text(encoding="utf-8")
-    assert all(used in source for used in USED_BY_OTHERS.values())
+    for user, used in USED_BY_OTHERS.values():
+        assert used in (BENCHMARKS / f"{user}.py").read_text(encoding="utf-8")
 
 
 # The attack on low bits can find something ---------------------------------------------------------------------------
@@ -335,10 +380,45 @@ def test_the_attack_sees_low_bits(mutant, gradients_too, monkeypatch):
     assert (gradients > 2000) == gradients_too
 
 
-def test_a_benchmark_without_trl_says_what_to_do(monkeypatch, tmp_path):
+@pytest.mark.parametrize("benchmark", ["ppo_iteration", "trl_ppo_curve"])
+def test_a_benchmark_without_trl_says_what_to_do(benchmark, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="make bench-setup"):
-        importlib.import_module("ppo_iteration").main(["--trl-python", str(tmp_path / "python")])
+        importlib.import_module(benchmark).main(["--trl-python", str(tmp_path / "python")])
+
+
+def test_curves_are_compared_over_seeds(monkeypatch):
+    """Worked by hand: variances 4 and 1 of three seeds each are an error of sqrt(5/3), with 50/17 degrees of freedom."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    curve = importlib.import_module("trl_ppo_curve")
+    found = curve.compared([2.0, 4.0, 6.0], [0.0, 1.0, 2.0])
+    assert (found["ours"], found["trl"], found["difference"]) == (4, 1, 3)
+    assert (found["ours_deviation"], found["trl_deviation"]) == (2, 1)
+    assert found["interval"] == pytest.approx(math.sqrt(5 / 3) * student.ppf(0.975, 50 / 17), abs=1e-4)
+    assert found["within_noise"] and not curve.compared([7.0, 9.0, 11.0], [0.0, 1.0, 2.0])["within_noise"]
+    seconds = {
+        "ours_seconds": [9, 1, 3],
+        "trl_seconds": [1, 2, 4],
+        "ours_cpu_seconds": [9, 1, 1],
+        "trl_cpu_seconds": [1, 4, 4],
+    }
+    rows = [{"ours_reward": [0, 0, 8 + n], "trl_reward": [9, 0, n], **seconds} for n in (0, 1)]
+    found = curve.summary(rows, 1)
+    assert (found["time_ratio"], found["cpu_ratio"], found["ours_seconds"]) == (0.625, 0.25, 2)
+    assert (found["final"]["difference"], found["final"]["within_noise"], found["within_noise"]) == (8, False, False)
+    assert (round(found["curve"]["ours"], 2), found["curve"]["within_noise"]) == (2.83, True)
+
+
+def test_curves_of_other_settings_are_not_mixed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    curve, file = importlib.import_module("trl_ppo_curve"), tmp_path / "runs.jsonl"
+    file.write_text(
+        '{"seed": 0, "settings": {"updates": 2}}\n{"seed": 1, "settings": {"updates": 2}}\n', encoding="utf-8"
+    )
+    assert [row["seed"] for row in curve.read_rows(file, 1, {"updates": 2})] == [0]
+    with pytest.raises(SystemExit, match="choose another --output"):
+        curve.read_rows(file, 2, {"updates": 3})
 
 
 def test_models_are_small_and_quiet(monkeypatch):
