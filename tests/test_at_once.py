@@ -37,6 +37,7 @@ CALLS = [
     ["ledger", "--ledger", "ledger.sqlite"],
     ["export", "nowhere", "--to", "x"],
     ["generate", "tiny-review-lm"],
+    ["generate", "runs/nowhere/release", "--prompt", "It"],
     ["evaluate", "tiny-review-lm", "--data", "x.jsonl", "--num_promts", "3"],
     ["evaluate", "tiny-review-lm", "--private", "--epsilonn", "3"],
     *[[command, "--help"] for command in COMMANDS],

@@ -203,6 +203,10 @@ REWARD = {
     "no range": (reward("constant", low=None), "declared range"),
     "empty range": (reward("constant", low=1.0), "must be finite and not empty"),
     "private reward": (reward("constant", is_public=False), "declared public"),
+    "no classifier's folder": (
+        reward("", source="classifier:runs/nowhere/it"),
+        "cannot load a text classifier from 'runs/nowhere/it': there is no such folder",
+    ),
     "no classifier": (lambda folder: reward("", source=f"classifier:{folder}"), "cannot load a text classifier"),
 }
 SETTINGS = {
@@ -233,6 +237,10 @@ SETTINGS = {
     "split without a stage": ({"split": {"sft": 0.5}}, "gives stage ppo no fraction"),
     "no such layers": ({"sft": {"adapter": {"target_modules": ["nothing"]}}}, "the model has no layer nothing"),
     "undeclared model": (undeclared_model, "must be declared public"),
+    "no such release": (
+        {"model": {"name_or_path": "runs/nowhere/release"}},
+        "'runs/nowhere/release' is neither a folder here",
+    ),
     "empty model folder": (lambda folder: {"model": {"name_or_path": str(folder), "is_public": True}}, "cannot load"),
     "no such dtype": ({"model": {"dtype": "int8"}}, "field model.dtype: expected"),
     "output below a file": (below_a_file, "choose a writable output folder"),

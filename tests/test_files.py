@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 from dpalign import files
-from dpalign.files import append_line, mend_lines, owner_only, read_lines, replace_folder, sweep_temporaries, write_text
+from dpalign.errors import DPAlignError
+from dpalign.files import (
+    append_line,
+    check_is_there,
+    is_missing,
+    mend_lines,
+    owner_only,
+    read_lines,
+    replace_folder,
+    sweep_temporaries,
+    write_text,
+)
+from dpalign.models.embedded import resolve
+from dpalign.models.loading import loaded
 from dpalign.privacy.ledger import Ledger
 from helpers import call, files_below, write_recipe
 
@@ -216,3 +229,42 @@ def test_a_ledger_by_itself_is_its_owners_alone(umask, tmp_path):
     Ledger(tmp_path / "own" / "ledger.sqlite").close()
     assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o700
     assert stat.S_IMODE((tmp_path / "own" / "ledger.sqlite").stat().st_mode) == 0o600
+
+
+# Names of models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", ".", "~", "/", "./x", "/x/y", "~/x", "a/b/c", "x/", "a/x/"])
+def test_what_can_only_be_a_path_has_to_be_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_missing(name) == (name not in (".", "/"))
+    with pytest.raises(DPAlignError, match=r"model './x' is neither a folder here nor the name of a model on the hub"):
+        check_is_there("./x")
+
+
+def test_a_folder_or_a_name_of_the_hub_is_not_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a/b/c").mkdir(parents=True)
+    for name in ("gpt2", "someone/model", "a/b/c", "./a", "a/", str(tmp_path / "a")):
+        assert not is_missing(name)
+        check_is_there(name)
+    with pytest.raises(DPAlignError, match=r"the base of x, model './y' is"):
+        resolve("./y", "the base of x, model")
+
+
+def test_what_the_hub_does_not_give_is_said_to_be_no_folder_either(tmp_path, monkeypatch):
+    """`runs/release` may be a name of the hub, and is asked for there."""
+    monkeypatch.chdir(tmp_path)
+
+    def fails():
+        raise OSError("Cannot reach it.")
+
+    with pytest.raises(
+        DPAlignError, match="from 'runs/x': Cannot reach it; there is no such folder here either; save it"
+    ):
+        loaded("a model", "runs/x", fails, "; save it")
+    with pytest.raises(DPAlignError, match=r"from '/runs/x/release': there is no such folder.$"):
+        loaded("a model", "/runs/x/release", fails, "; save it")
+    for there in ("tiny-review-lm", str(tmp_path)):
+        with pytest.raises(DPAlignError, match="Cannot reach it; save it"):
+            loaded("a model", there, fails, "; save it")

@@ -27,6 +27,22 @@ TEMPORARY = re.compile(r"\.(.+)\.dpalign-[a-z0-9_]{8}")  # the letters of `tempf
 ASIDE = ".dpalign-aside"  # where a folder waits on a file system that cannot exchange two names
 
 
+def is_missing(name: str) -> bool:
+    """Whether a model's name is a path that is not there, and no name of the hub, NAME or ORGANISATION/NAME, either."""
+    is_path = name.count("/") > 1 or name[:1] in ("", ".", "/", "~") or name.endswith("/")
+    return is_path and not (name and Path(name).exists())
+
+
+def check_is_there(name: str, what: str = "model") -> None:
+    """Refuses a path that is not there, before a hub is asked for it; what may be a name of the hub is tried there.
+
+    Raises:
+        DPAlignError: `is_missing`.
+    """
+    if is_missing(name):
+        raise DPAlignError(f"{what} {name!r} is neither a folder here nor the name of a model on the hub.")
+
+
 @contextmanager
 def owner_only() -> Iterator[None]:
     """What is made in the block is its owner's alone (files 0600, folders 0700), whatever the umask is."""

@@ -10,6 +10,7 @@ from rich.text import Text as Rich
 from ..data.load import Record, read_records, require_columns
 from ..domains import SEEDS
 from ..errors import DPAlignError
+from ..files import check_is_there
 from ..reporting.terminal import Terminal, plain
 from ..settings.models import ModelConfig
 from .arguments import PREPEND_BOS, Parser, Switch, number
@@ -24,6 +25,7 @@ long as the prompts are not private themselves: they are echoed."""
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns the prompts with their completions."""
     given = _parser().parse_args(arguments)
+    check_is_there(given.model)
     asked = _asked(given)
 
     import torch

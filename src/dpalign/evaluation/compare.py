@@ -13,6 +13,7 @@ from ..algorithms.completions import PROMPT_COLUMNS, check_prompts
 from ..data.load import Record, read_records, require_columns
 from ..data.overlap import DECLARED, check_contents, hash_texts
 from ..errors import DPAlignError
+from ..files import check_is_there
 from ..models import ModelConfig, Policy
 from ..models.loading import device_of, positions_of
 from ..privacy.ledger import Ledger
@@ -189,9 +190,7 @@ def _check(
     if twice:
         raise DPAlignError(f"model {twice!r} is given twice: name each model once.")
     for name in [*models, *([baseline] if baseline else [])]:
-        # A hub name is tried when it is loaded; this cannot be one.
-        if not Path(name).exists() and (name.count("/") > 1 or name[:1] in ("", ".", "/", "~")):
-            raise DPAlignError(f"model {name!r} is neither a folder here nor the name of a model on the hub.")
+        check_is_there(name)
     if judge and not baseline:
         raise DPAlignError(
             "a judge compares two models: name the one to compare with by --baseline (in Python baseline)."

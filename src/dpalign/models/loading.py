@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..errors import DPAlignError
+from ..files import is_missing
+from ..settings.models import TINY_REVIEW_LM
 
 T = TypeVar("T")
 # Above every model there is: a damaged configuration would otherwise build layers for hours.
@@ -53,12 +55,16 @@ def loaded(what: str, name: str, load: Callable[[], T], hint: str = "") -> T:
     Raises:
         DPAlignError: whatever the libraries raise on damaged or foreign files; no record is among them.
     """
+    if is_missing(name):
+        raise DPAlignError(f"cannot load {what} from {name!r}: there is no such folder.")
+    if name != TINY_REVIEW_LM and not Path(name).exists():
+        hint = f"; there is no such folder here either{hint}"
     try:
         return load()
     except DPAlignError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = ((str(error).splitlines() or [""])[0] or type(error).__name__).removesuffix(".")
         raise DPAlignError(f"cannot load {what} from {name!r}: {reason}{hint}") from None
 
 

@@ -280,7 +280,7 @@ def load_pretrained(
     if (Path(path) / "adapter_config.json").exists():
         check_adapter_folder(path, has_head="num_labels" in options)
         adapter = path
-        path = embedded.resolve(loaded("an adapter", path, lambda: _base_of(path)))
+        path = embedded.resolve(loaded("an adapter", path, lambda: _base_of(path)), f"the base of {path}, model")
     trust = {"trust_remote_code": config.trust_remote_code}
     quantized = quantization_config(config.quantization, config.dtype)
     if quantized is not None:  # such a model stays where it is loaded
