@@ -12,6 +12,7 @@ ROOMS = [
     ["trl"],
     ["trainers"],
     ["sweep"],
+    ["compared"],
     ["run"],
     ["hub", "records", "survey", "workspace"],
     ["plan", "release"],

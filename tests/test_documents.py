@@ -143,7 +143,11 @@ RUN = {
     "--ppo.expected_batch_size 32 --ppo.micro_batch_size 16 --ppo.adapter.init_rows 64": Small(
         leaves="runs/smollm2_imdb/release/privacy.json"
     ),
+    "dpalign run recipe.yaml --compare": Small("--output_dir runs/compared", leaves="runs/compared/free/summary.json"),
     # Sweeps
+    "dpalign sweep recipe.yaml --epsilons 4 --compare": Small(
+        "--seeds 1 --output_dir runs/beside", leaves="runs/beside/sweep.png"
+    ),
     "dpalign sweep RECIPE.yaml": Small(
         "--epsilons 4 --seeds 1 --output_dir runs/one", {"RECIPE": "recipe"}, "runs/one/sweep.png"
     ),

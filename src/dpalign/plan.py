@@ -131,8 +131,9 @@ class Plan:
 
     @property
     def is_all_demo(self) -> bool:
-        """Whether no dataset is really private."""
-        return self.demo == {self.recipe.data_of(name).name for name in self.stages}
+        """Whether no dataset is really private; of a run that draws nothing the recipe's data says it."""
+        names = {self.recipe.data_of(name).name for name in self.stages}
+        return self.demo == names if names else self.recipe.data.is_demo
 
 
 def make_plan(recipe: Recipe, units: Mapping[str, Units], past: Past, assumptions: Iterable[str] = ()) -> Plan:

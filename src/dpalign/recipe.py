@@ -65,6 +65,8 @@ class Recipe:
         reference_reward: a second reward for the measurement at the end, which trains nothing and decides nothing: a
             reward model without privacy, say. Its numbers are outside the guarantee, and stay in private/ unless all
             data is demo data.
+        free_reward: the strongest reward that needs no people, which a comparison trains its free policy against;
+            default: the reward itself if it is not learned, else the reference reward if that is not.
         ledger: the private file that records every spending; default: $DPALIGN_LEDGER, else
             ~/.local/share/dpalign/ledger.sqlite.
         report_to: a tracker that accelerate knows, or `none`. It is told noised metrics, public measurements and
@@ -100,6 +102,7 @@ class Recipe:
     eval_prompts: int | None = within(None, COUNT)
     eval_seed: int = within(0, SEEDS)
     reference_reward: RewardConfig | None = None
+    free_reward: RewardConfig | None = None
     ledger: str | None = None
     report_to: Literal[
         "none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"

@@ -24,6 +24,7 @@ from .privacy.statement import PrivacyStatement
 from .reporting.numbers import all_runs, at_most
 
 PROMPTS_FILE = "prompts.json"
+NOT_COVERED, BOUGHT = "## What the guarantee does not cover\n", "## What the private data bought\n"
 RELEASE, REWARD_MODEL = "release", "reward_model"  # folders of a run that are for sharing
 
 # Whatever a stranger's statement, a data set or a path may have named is code: nothing in it is markup.
@@ -187,6 +188,15 @@ def write_reward_model(
             options=f", num_labels=1{as_python(model.quantization)}",
             pooling=model.text.pooling,
         )
+
+
+def say_in_card(folder: Path, sentences: Sequence[str]) -> None:
+    """Puts what a comparison says into a release's card, in place of what it said before."""
+    before, heading, rest = (folder / "README.md").read_text(encoding="utf-8").partition(NOT_COVERED)
+    lines = "".join(f"- {code_span(sentence)}\n" for sentence in sentences)
+    card = f"{before.partition(BOUGHT)[0]}{BOUGHT}{lines}\n{heading}{rest}"
+    write_text(folder / "README.md", card)
+    (folder / "README.md").chmod(0o644)
 
 
 def heldout_line(measured: Mapping[str, TextEvaluation]) -> str:

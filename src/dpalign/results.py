@@ -13,6 +13,7 @@ from .evaluation import Evaluation, PairEvaluation, TextEvaluation
 from .privacy.statement import PrivacyStatement
 
 PRETRAINED = "0"  # the epsilon of a trial in which nothing is trained
+FREE = "free"  # that of a trial that reads no private data
 MEASURED = ("reward", "reference_reward", "kl", "perplexity", "distinct_2", "completion_length", "text_loss")
 PAIRS = "reward_model"  # field of a line of runs.jsonl, no stage: how a run's own reward model agrees with public pairs
 Key: TypeAlias = tuple[str, int, str | None]  # epsilon, seed and varied value of a trial
@@ -125,6 +126,7 @@ class Finished:
     distinct_2: float
     completion_length: float
     reference_reward: float | None = None
+    reference_reward_ci95_prompts: float | None = None
     text_loss: float | None = None
     before: Mapping[str, Evaluation] = field(default_factory=dict)
     pairs: PairEvaluation | None = None
@@ -140,6 +142,8 @@ class Finished:
         line |= {"of_trial": list(trial.overrides), "epsilon": trial.epsilon, "seed": trial.seed, "value": trial.value}
         line |= {name: value for name in MEASURED if (value := getattr(self, name)) is not None}
         line["reward_ci95_prompts"] = self.reward_ci95_prompts
+        if self.reference_reward_ci95_prompts is not None:
+            line["reference_reward_ci95_prompts"] = self.reference_reward_ci95_prompts
         if trial.epsilon == PRETRAINED:
             return line | {"spent_epsilon": self.spent_epsilon}
         return line | {
@@ -184,7 +188,7 @@ class Finished:
         Raises:
             AttributeError, KeyError, TypeError, ValueError: it is none.
         """
-        numbers = (*MEASURED, "reward_ci95_prompts", "spent_epsilon")
+        numbers = (*MEASURED, "reward_ci95_prompts", "reference_reward_ci95_prompts", "spent_epsilon")
         pairs = line.get(PAIRS)
         return cls(
             line["recipe"],
@@ -200,7 +204,8 @@ class Finished:
 
 
 def _measured(found: Evaluation) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in MEASURED} | {"reward_ci95_prompts": found.reward_ci95}
+    halves = {"reward_ci95_prompts": found.reward_ci95, "reference_reward_ci95_prompts": found.reference_reward_ci95}
+    return {name: getattr(found, name) for name in MEASURED} | halves
 
 
 def _known(of: type[T], value: dict[str, Any]) -> T:

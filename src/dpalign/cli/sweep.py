@@ -10,7 +10,8 @@ from ..parsing import recipe_from
 from .arguments import Parser, number
 
 DESCRIPTION = """Runs a recipe once for each epsilon and seed, each run in a process of its own, and prints the mean and
-95% interval over seeds. Epsilon 0 is the pretrained model, inf the run without privacy.
+95% interval over seeds. Epsilon 0 is the pretrained model, inf the run without privacy, free the policy stage on
+prompts that the model writes itself, for which no private data is needed.
 
 Every finished run is appended to OUTPUT_DIR/runs.jsonl and is not run again, so the same command goes on after an
 interruption. Every run is in the ledger: on private data all of them add up, and the report says to what. To
@@ -29,7 +30,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     recipe_from("sweep", [given.recipe, *overrides])
 
     from ..reporting.progress import Reporter  # these import torch
-    from ..reporting.sweep import sweep_table
+    from ..reporting.sweep import bought_sentences, sweep_table
     from ..reporting.terminal import Terminal
     from ..sweep import run_sweep
 
@@ -41,12 +42,15 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         public_proxy=given.public_proxy,
         overrides=overrides,
         output_dir=given.output_dir,
+        compare=given.compare,
         reporter=Reporter(quiet=as_json),
     )
     value = result.to_json()
     if not as_json:
         console = Terminal()
         console.print(sweep_table(value))
+        for sentence in bought_sentences(value):
+            console.say(sentence)
         for entry in result.spent_by_tuning:
             console.say(entry["sentence"])
         console.say(f"{result.folder}/report.html, sweep.json, sweep.md, sweep.png; one line per run in runs.jsonl")
@@ -81,6 +85,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--public_proxy", help="public file that takes the place of all private data: tuning on it is free"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also run epsilons 0, free (what needs no private data) and inf: what did the private data buy?",
     )
     parser.add_argument("--output_dir", default="runs/sweep", help="where all runs and the report go")
     return parser

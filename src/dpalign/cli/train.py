@@ -19,10 +19,14 @@ from ..settings.prompts import PromptedConfig
 from ..stages import STAGES, kind
 from . import manual
 
+COMPARE = "--compare"
+
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
     """Returns what summary.json holds, or the help that is asked for."""
-    command, rest = arguments[0], arguments[1:]
+    command, given = arguments[0], arguments[1:]
+    compare = command not in STAGES and COMPARE in given
+    rest = [word for word in given if word != COMPARE] if compare else given
     text = manual.asked(command, rest, _example(command))
     if text is not None:
         return text
@@ -36,18 +40,23 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
 
     reporter = Reporter()
     with reporter.status("loading the libraries"):
-        from ..reporting.tables import print_results  # these import torch
+        from ..compared import run_compared  # these import torch
+        from ..reporting.tables import print_compared, print_results
         from ..run import run_recipe
 
     if command in STAGES:
         recipe = only_stage(recipe, command)
-    results = run_recipe(recipe, reporter=reporter, command=shlex.join(["dpalign", *arguments]))
+    typed = shlex.join(["dpalign", *arguments])
+    compared = run_compared(recipe, reporter, typed) if compare else None
+    results = run_recipe(recipe, reporter=reporter, command=typed) if compared is None else compared.results
     if not as_json:
         print_results(results)
+        if compared is not None:
+            print_compared(compared.rows, compared.said, results.outside_the_guarantee)
         folder = Path(recipe.output_dir)
         for sentence in (f"report: {folder / 'report.html'}", *ends(folder, results.release, Terminal().is_terminal)):
             Terminal().say(sentence)
-    return results.to_json()
+    return results.to_json() | ({} if compared is None else {"comparison": compared.as_dict()})
 
 
 def ends(run: Path, release: Path | None, is_terminal: bool) -> list[str]:

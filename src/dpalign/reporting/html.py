@@ -201,6 +201,7 @@ def page_of(run: FoundRun, beside: Sequence[FoundRun]) -> dict[str, Any]:
         else [],
         "samples": samples_of(run, beside),
         "ledger": [ledger_line(entry) for entry in summary["ledger"]],
+        "bought": summary.get("comparison", {}).get("said", []),
         "assumptions": summary["assumptions"],
         "not_covered": summary["not_covered"],
         "accountant": summary["accountant"],
@@ -263,15 +264,20 @@ def mechanism_of(stage: Mapping[str, Any], m: Mapping[str, Any], delta: float) -
 
 def models_of(run: FoundRun, beside: Sequence[FoundRun]) -> list[Model]:
     """The public model, the run's after each stage, and the last one of every run beside it."""
-    own = ("own", f"ε ≤ {at_most(float(run.summary['epsilon']))}") if run.is_private else ("bare", "not covered")
+    own = ("own", cost_of(run)) if run.is_private else ("bare", "not covered")
     rows = [
         Model(name, "free", "free", row) if name == BASE else Model(name, *own, row)
         for name, row in run.evaluation.items()
     ]
     for other in (o for o in beside if o.evaluation):
-        cost = f"ε ≤ {at_most(float(other.summary['epsilon']))}" if other.is_private else "not covered"
+        cost = cost_of(other) if other.is_private else "not covered"
         rows.append(Model(beside_name(other), style_of(other), cost, other.evaluation[other.last]))
     return rows
+
+
+def cost_of(run: FoundRun) -> str:
+    """Of a run with a guarantee."""
+    return f"ε ≤ {at_most(float(run.summary['epsilon']))}" if run.summary["stages"] else "free"
 
 
 def beside_name(other: FoundRun) -> str:

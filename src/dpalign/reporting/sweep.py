@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
+from ..evaluation.closed_gap import closed_gap
 from ..files import write_text
 from ..printable import code_span, figure_text
-from ..results import PAIRS
+from ..results import FREE, PAIRS
 from .numbers import all_runs
 from .terminal import plain
 
@@ -24,7 +25,8 @@ def summarize_sweep(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per epsilon and varied value: means over seeds; `share`, how much of the non-private gain is kept.
 
     The interval of a mean over seeds is Student's t; that of a single run is over its prompts, and says so. A share is
-    (reward - reward at epsilon 0) / (reward at inf - reward at epsilon 0), where both were run.
+    (reward - reward at epsilon 0) / (reward at inf - reward at epsilon 0), where both were run; `bought`, what the
+    private data bought over the free row, with `closed_gap` of (private - free) / (non-private - free).
     """
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for run in runs:
@@ -33,7 +35,7 @@ def summarize_sweep(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (epsilon, value), found in groups.items():
         rewards = [float(r["reward"]) for r in found]
         row: dict[str, Any] = {
-            "epsilon": epsilon if epsilon == "inf" else float(epsilon),
+            "epsilon": epsilon if epsilon in ("inf", FREE) else float(epsilon),
             "reward_mean": statistics.mean(rewards),
             "reward_ci95": interval(rewards) if len(found) > 1 else found[0]["reward_ci95_prompts"],
             "interval_over": "seeds" if len(found) > 1 else "prompts",
@@ -58,6 +60,7 @@ def summarize_sweep(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["seconds"] = statistics.mean(seconds)
         rows.append(row)
     _add_shares(rows)
+    _add_gaps(rows, list(groups.values()))
     return rows
 
 
@@ -82,8 +85,42 @@ def _add_shares(rows: list[dict[str, Any]]) -> None:
             continue
         low, high = ends[0.0][measure], ends["inf"][measure]
         for row in same:
-            if row["epsilon"] not in (0.0, "inf") and high != low:
+            if row["epsilon"] not in (0.0, "inf", FREE) and high != low:
                 row["share"] = (row[measure] - low) / (high - low)
+
+
+def _add_gaps(rows: list[dict[str, Any]], groups: list[list[dict[str, Any]]]) -> None:
+    """To every private row what it bought, where the free one was run with the same value."""
+    measure = _compared(rows)[0].removesuffix("_mean")
+    means = {}
+    for row, found in zip(rows, groups, strict=True):
+        values = [float(run[measure]) for run in found if run.get(measure) is not None]
+        half = interval(values) if len(values) > 1 else found[0].get(f"{measure}_ci95_prompts")
+        if len(values) == len(found) and half is not None:
+            means[row["epsilon"], row.get("value")] = {measure: statistics.mean(values), f"{measure}_ci95": half}
+    for row in rows:
+        value = row.get("value")
+        own, free, whole = (means.get((epsilon, value)) for epsilon in (row["epsilon"], FREE, "inf"))
+        if row["epsilon"] in (0.0, "inf", FREE) or own is None or free is None:
+            continue
+        gap = closed_gap(measure, free, own, whole)
+        if gap is not None:
+            row |= gap.as_dict() | {"bought": gap.sentences()}
+
+
+def bought_sentences(result: dict[str, Any], *, without_nonprivate: bool = False) -> list[str]:
+    """What the private data bought, by epsilon and varied value.
+
+    Args:
+        without_nonprivate: leaves out what is computed from runs without privacy.
+    """
+    said = []
+    for row in result["rows"]:
+        label = f"epsilon {row['epsilon']:g}" if "bought" in row else ""
+        label += f", {result['varied']} {row['value']}" if label and "value" in row else ""
+        sentences = row.get("bought", [])
+        said += [f"{label}: {sentence}" for sentence in sentences[: 1 if without_nonprivate else None]]
+    return said
 
 
 def _compared(rows: list[dict[str, Any]]) -> tuple[str, str]:
@@ -122,13 +159,17 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         mean_of = row["reward_mean"] if name == "reward" else row[name]
         return f"{mean_of:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
-    epsilon = row["epsilon"] if row["epsilon"] == "inf" else f"{row['epsilon']:g}"
+    epsilon = row["epsilon"] if row["epsilon"] in ("inf", FREE) else f"{row['epsilon']:g}"
     cells = {"epsilon": epsilon}
     if "value" in row:
         cells["value"] = row["value"]
     cells["reward"] = mean("reward", 3) + ("" if row["interval_over"] == "seeds" else "*")
     if "share" in row:
         cells["share"] = f"{row['share']:.2f}"
+    if row.get("closed_gap") is not None:
+        cells["closed gap"] = f"{row['closed_gap']:.2f} ± {row['closed_gap_ci95']:.2f}"
+    elif "bought" in row and "nonprivate" in row:
+        cells["closed gap"] = "not defined"
     for name, heading, digits in (
         ("reference_reward", "reference reward", 3),
         ("reward_model_accuracy", "reward model accuracy", 3),
@@ -160,6 +201,7 @@ def grid(result: dict[str, Any]) -> tuple[list[str], list[dict[str, str]]]:
         "value",
         "reward",
         "share",
+        "closed gap",
         "reference reward",
         "reward model accuracy",
         "KL (nats)",
@@ -196,12 +238,15 @@ def write_markdown(target: Path, result: dict[str, Any]) -> None:
         code_span(result["command"]),
         "",
         "Mean and 95% interval over seeds (Student's t; * one run: its interval is over prompts), on public prompts. "
-        "`share` is the part of the non-private gain over the pretrained model that is kept.",
+        "`share` is the part of the non-private gain over the pretrained model that is kept"
+        + ("; `closed gap`, (private - free) / (non-private - free)." if "closed gap" in headings else "."),
         "",
         f"| {' | '.join(names)} |",
         f"|{'---|' * len(headings)}",
         *[f"| {' | '.join(row.get(h, '') for h in headings)} |" for row in rows],
         "",
+        *[f"- {code_span(sentence)}" for sentence in bought_sentences(result)],
+        *([""] if bought_sentences(result) else []),
         *[code_span(entry["sentence"]) for entry in result["spent_by_tuning"]],
     ]
     write_text(target, "\n".join(lines) + "\n")
@@ -233,7 +278,7 @@ def plot_sweep(result: dict[str, Any], target: Path) -> None:
         axes.errorbar(labels, [r[measure] for r in rows], [half(r) for r in rows], fmt="o", capsize=4)
         axes.set(xlabel=figure_text(result["varied"]), ylabel=label)
     else:
-        middle = sorted((r for r in rows if r["epsilon"] not in (0.0, "inf")), key=lambda r: r["epsilon"])
+        middle = sorted((r for r in rows if r["epsilon"] not in (0.0, "inf", FREE)), key=lambda r: r["epsilon"])
         epsilons = [r["epsilon"] for r in middle]
         axes.errorbar(
             epsilons,
@@ -243,7 +288,11 @@ def plot_sweep(result: dict[str, Any], target: Path) -> None:
             capsize=4,
             label="private",
         )
-        for end, name, style in (("inf", "without privacy", "--"), (0.0, "pretrained (epsilon 0)", ":")):
+        for end, name, style in (
+            ("inf", "without privacy", "--"),
+            (0.0, "pretrained (epsilon 0)", ":"),
+            (FREE, "free", "-."),
+        ):
             for row in (r for r in rows if r["epsilon"] == end):
                 line = axes.axhline(row[measure], linestyle=style, color="gray", label=name)
                 axes.axhspan(row[measure] - half(row), row[measure] + half(row), alpha=0.12, color=line.get_color())

@@ -15,11 +15,12 @@ from typing import Any
 from ..errors import DPAlignError
 from ..files import private_folder, read_lines, write_text
 from ..printable import printable
+from ..results import FREE as READS_NOTHING
 from ..results import PRETRAINED, Finished
 from .charts import Intervals, Measured, intervals
 from .html import REPORT, ledger_line, read_json, render
 from .numbers import at_most
-from .sweep import grid
+from .sweep import bought_sentences, grid
 
 SWEEP, RUNS = "sweep.json", "runs.jsonl"
 CHARTED = {"reward": ("reward_mean", "reward_ci95"), "reference reward": ("reference_reward", "reference_reward_ci95"),
@@ -82,6 +83,8 @@ def page_of(name: str, sweep: Mapping[str, Any], runs: Sequence[Finished], *, is
         "rows": settings,
         "columns": columns,
         "has_share": "share" in columns,
+        "has_gap": "closed gap" in columns,
+        "bought": bought_sentences(dict(sweep), without_nonprivate=is_public),
         "has_bare": any(s.style == BARE for s in settings),
         "intervals": [chart for title in CHARTED if (chart := chart_of(title, settings)) is not None],
         "runs": [run_of(run) for run in shown],
@@ -93,13 +96,13 @@ def page_of(name: str, sweep: Mapping[str, Any], runs: Sequence[Finished], *, is
 
 def settings_of(sweep: Mapping[str, Any], runs: Sequence[Finished], *, is_public: bool = False) -> list[Setting]:
     """The rows of sweep.json, with what a run of each cost."""
-    left_out = {"epsilon", "value", "sigma"} | ({"share"} if is_public else set())
+    left_out = {"epsilon", "value", "sigma"} | ({"share", "closed gap"} if is_public else set())
     found = []
     for row, cells in zip(sweep["rows"], grid(dict(sweep))[1], strict=True):
         epsilon = cells["epsilon"]
         own = [r for r in runs if is_of(r, row)]
         styles = {style_of(run) for run in own}
-        style = BARE if epsilon == "inf" or BARE in styles else FREE if float(epsilon) == 0 else OWN
+        style = BARE if epsilon == "inf" or BARE in styles else FREE if styles == {FREE} or epsilon == "0" else OWN
         kept = {k: v for k, v in cells.items() if k not in left_out}
         found.append(Setting(_name(epsilon, row.get("value"), sweep["varied"]), style, cost_of(own, style), row, kept))
     return found
@@ -107,11 +110,15 @@ def settings_of(sweep: Mapping[str, Any], runs: Sequence[Finished], *, is_public
 
 def is_of(run: Finished, row: Mapping[str, Any]) -> bool:
     """Whether a run is one of those that a row is the mean of."""
-    return float(run.trial.epsilon) == float(row["epsilon"]) and run.trial.value == row.get("value")
+    return _epsilon(run.trial.epsilon) == _epsilon(row["epsilon"]) and run.trial.value == row.get("value")
+
+
+def _epsilon(given: Any) -> float | str:
+    return READS_NOTHING if given == READS_NOTHING else float(given)
 
 
 def style_of(run: Finished) -> str:
-    if run.trial.epsilon == PRETRAINED:
+    if run.trial.epsilon in (PRETRAINED, READS_NOTHING):
         return FREE
     return OWN if math.isfinite(float(run.trial.epsilon)) and math.isfinite(run.spent_epsilon) else BARE
 
@@ -161,5 +168,5 @@ def _number(value: Any) -> float:
 
 
 def _name(epsilon: str, value: str | None, varied: str | None) -> str:
-    names = {"0": "pretrained", "inf": "without privacy"}
+    names = {"0": "pretrained", "inf": "without privacy", READS_NOTHING: "free"}
     return names.get(epsilon, f"epsilon {epsilon}") + ("" if value is None else f", {varied} {value}")

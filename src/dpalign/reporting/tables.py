@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.measure import Measurement
@@ -85,6 +85,15 @@ def about_texts(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """What the column of losses on texts is, where there is one."""
     counts = [row["text_records"] for row in rows.values() if row.get("text_records") is not None]
     return f"text loss: nats per token of {counts[0]:,} held-out public texts; lower is better." if counts else ""
+
+
+def print_compared(rows: dict[str, dict[str, Any]], said: Sequence[str], outside: Collection[str]) -> None:
+    """A run beside what is free and what is not private, and what its private data bought."""
+    console = Terminal()
+    if rows:
+        console.print(evaluation_table(rows, "Beside what is free", outside))
+    for sentence in said:
+        console.say(sentence)
 
 
 def guarantee(summary: dict[str, Any]) -> str:
