@@ -29,7 +29,7 @@ from dpalign.rewards import RewardConfig
 from dpalign.settings.ppo import PPOConfig
 from dpalign.settings.reward_model import RewardModelConfig
 from dpalign.settings.sft import SFTConfig
-from helpers import call, ledger_rows, reviews, write_jsonl, write_recipe
+from helpers import call, ledger_rows, reviews, small_model, write_jsonl, write_recipe
 from test_report import Reading
 
 # By hand -------------------------------------------------------------------------------------------------------
@@ -272,3 +272,27 @@ def test_a_sweep_without_anything_free_says_so(tmp_path, capsys):
     ).error
     assert refused.startswith("there is no free policy to compare with: ppo: reward.columns text")
     assert not (tmp_path / "sweep").exists()
+
+
+# The quickstart ------------------------------------------------------------------------------------------------
+
+
+def test_the_quickstarts_table_has_the_free_row(tmp_path, capsys, monkeypatch):
+    files = (
+        write_jsonl(tmp_path / "private.jsonl", reviews(40)),
+        write_jsonl(tmp_path / "public.jsonl", reviews(4, "noon")),
+    )
+    monkeypatch.setattr("dpalign.cli.quickstart.movie_snippets", lambda: files)
+    monkeypatch.setenv("DPALIGN_LEDGER", str(tmp_path / "ledger.sqlite"))
+    words = ["--model.name_or_path", small_model(), "--model.is_public", "true", "--output_dir", tmp_path / "q"]
+    words += ["--ppo.max_completion_length", 4, "--ppo.adapter.init_rows", 8, "--sft.max_length", 8]
+    for stage in ("sft", "ppo"):
+        words += [f"--{stage}.expected_batch_size", 4, f"--{stage}.max_steps", 1, f"--{stage}.micro_batch_size", 8]
+    called = call(capsys, "quickstart", "--compare", *words)
+    assert called.status == 0, called.err
+    summary = json.loads((tmp_path / "q" / "summary.json").read_text())
+    assert {"reward_pretrained", "reward_sft", "reward_private", "reward_free", "reward_nonprivate"} <= summary.keys()
+    assert summary["comparison"]["free"] == summary["reward_free"]
+    assert summary["comparison"]["said"][0] in " ".join(called.out.split())
+    assert "free" in {line.split()[1] for line in called.out.splitlines() if line.startswith("│")}
+    assert ledger_rows(tmp_path) == 4 and (tmp_path / "q" / "noised_reward.png").is_file()

@@ -97,22 +97,21 @@ def run_sweep(
             varied = f", {vary[0]} {trial.value}" if vary else ""
             reporter.note(f"run {number} of {len(trials)}: epsilon {trial.epsilon}, seed {trial.seed}{varied}")
             done[trial.key] = sweep.finish(trial, asked, reporter)
-    runs = tuple(done[trial.key] for trial in trials)
-    rows, spent = summarize_sweep([run.to_json() for run in runs]), _spent(recipes, max(r.delta or 0.0 for r in runs))
     command = _command(sweep, counts, vary, at or {}, public_proxy, overrides)
-    result = SweepResult(
-        sweep.folder, sweep.recipe, sweep.overrides, vary[0] if vary else None, command, runs, rows, spent
-    )
-    _write(result)
-    return result
+    return _written(sweep, [done[trial.key] for trial in trials], vary[0] if vary else None, command, recipes)
 
 
-def _write(result: SweepResult) -> None:
+def _written(
+    sweep: _Sweep, runs: list[Finished], varied: str | None, command: str, recipes: list[Recipe]
+) -> SweepResult:
+    rows, spent = summarize_sweep([run.to_json() for run in runs]), _spent(recipes, max(r.delta or 0.0 for r in runs))
+    result = SweepResult(sweep.folder, sweep.recipe, sweep.overrides, varied, command, tuple(runs), rows, spent)
     value, folder = result.to_json(), result.folder
     write_json(folder / "sweep.json", value)
     write_markdown(folder / "sweep.md", value)
     plot_sweep(value, folder / "sweep.png")
     write_sweep_report(folder)
+    return result
 
 
 @dataclass(frozen=True)
