@@ -113,9 +113,11 @@ def test_the_free_reward_is_the_one_that_needs_no_people():
     assert reward_of(free_reward=RewardConfig()) == "vader" == reward_of(reference_reward=RewardConfig())
     assert reward_of(free_reward=RewardConfig(), reference_reward=judge) == "vader"
     both = Recipe(data=SHOWN, **LEARNED, free_reward=RewardConfig(), reference_reward=judge)
-    assert measure_of(both) == "reference_reward" and caveats(both) == []
+    other = "What is free was trained against vader: its reward is on another scale than the other rows'."
+    assert measure_of(both) == "reference_reward" and caveats(both) == [other]
     flattering = Recipe(data=SHOWN, **LEARNED, reference_reward=RewardConfig())
-    assert caveats(flattering)[0].startswith("The free policy was trained against the reward that this compares by")
+    assert caveats(flattering)[0] == other
+    assert caveats(flattering)[1].startswith("The free policy was trained against the reward that this compares by")
 
 
 def test_what_reads_no_record_shows_the_numbers_of_a_reference_only_where_the_data_is_demo():

@@ -115,8 +115,11 @@ def measure_of(recipe: Recipe) -> str:
 
 def caveats(recipe: Recipe) -> list[str]:
     """What a reader of the comparison has to know."""
-    is_judge = measure_of(recipe) == "reference_reward" and free_reward(recipe) == recipe.reference_reward
-    return [FLATTERED] if is_judge else []
+    free = free_reward(recipe)
+    if free == _sampling(recipe)[1].reward:
+        return []
+    other = f"What is free was trained against {free.source}: its reward is on another scale than the other rows'."
+    return [other, FLATTERED] if free == recipe.reference_reward else [other]
 
 
 def _sampling(recipe: Recipe) -> tuple[str, RolloutConfig]:
@@ -196,7 +199,8 @@ def _add_up(found: Compared, recipe: Recipe, said: list[str], notes: list[str]) 
         measure = measure_of(recipe)
         found.gap = closed_gap(measure, last[FREE], [*own.values()][-1], last.get(NONPRIVATE))
         if found.gap is None:
-            said = [f"What the private data bought is not known: no {measure.replace('_', ' ')} was measured.", *said]
+            unknown = f"What the private data bought is not known: no {measure.replace('_', ' ')} was measured."
+            said = [unknown, *notes, *said]
         else:
             said = [*found.gap.sentences(), *notes, *said]
     elif FREE in found.summaries:
