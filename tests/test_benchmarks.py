@@ -122,6 +122,13 @@ def emails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gzip(folder / "email_rewrites.jsonl.gz", rows)
 
 
+def judged_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty requests whose score grows with how often they say please; and a small chat model."""
+    model_folder(folder / "chatty", "smol", width=24)
+    rows = [{"text": f"{'please ' * (i % 5)}mend this old page number {i} for us", "score": i % 5} for i in range(60)]
+    write_gzip(folder / "politeness_requests.jsonl.gz", rows)
+
+
 def demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_home(folder, monkeypatch)
     small_model(folder / "small")
@@ -237,6 +244,19 @@ def check_chat_emails(out: str, folder: Path) -> None:
     assert len({json.dumps(json.loads(row)["prompt"]) for rows in asked.values() for row in rows}) == 40
 
 
+def check_rewards(out: str, folder: Path) -> None:
+    (row,) = last_json(out)["rows"]
+    assert row["task"] == "polite requests" and row["epsilon"] == 1 and row["splits"] == 2 and row["pairs"] <= 16
+    assert all(0 <= row[name] <= 1 for name in ("free", "private", "nonprivate")) and row["nonprivate"] > 0.6
+    assert len((folder / "rewards.jsonl").read_text().splitlines()) == 2
+
+
+def check_rewards_again(out: str, folder: Path) -> None:
+    """The published rows, computed again from the published runs; no text of anybody's is in them."""
+    published = json.loads((RESULTS / "free_and_private_reward.json").read_text(encoding="utf-8"))
+    assert last_json(out) == published and len(published["rows"]) == 16
+
+
 def check_shown(out: str, folder: Path) -> None:
     assert "gpt2-medium" in out
 
@@ -303,6 +323,14 @@ SMOKE = {
         "--epsilons 4 --pair-batch-size 4 --pair-steps 1 --annotator-batch-size 2 --annotator-steps 1 --max-length 16 "
         "--device cpu --model small --output ukp.jsonl",
         check_ukp, argued,
+    ),
+    "free_and_private_reward.py --data DATA --output rewards.jsonl --json": Smoke(
+        "--data . --tasks 'polite requests' --epsilons 1 --pairs 16 --splits 2 --draws 1 --texts 40 --own_texts 40 "
+        "--prompts 3 --best_of 2 --model chatty --device cpu --cache kept",
+        check_rewards, judged_texts,
+    ),
+    "free_and_private_reward.py --data DATA --output docs/results/free_and_private_reward.runs.jsonl --json": Smoke(
+        "", check_rewards_again
     ),
     "chat_emails.py --emails email_rewrites.jsonl.gz --output_dir runs/chat_emails": Smoke(
         "--model chatty --steps 1 --completion 4 --own_texts 40 --eval_prompts 4 --record runs.jsonl",

@@ -1,0 +1,460 @@
+"""What people's judgements add to a reward that needs nobody, at what epsilon: agreement with people, and best of 16.
+
+    .venv/bin/python benchmarks/free_and_private_reward.py --data DATA --output rewards.jsonl --json
+
+DATA holds sets of judged texts as gzipped JSON lines (docs/results/free_and_private_reward.md says whence):
+politeness_requests (`text`, `score`), offensiveness_votes (`text`, `inoffensive`), movie_snippets (`text`, `mean`) and
+email_rewrites (`original`, and `revised`, which is the better one). Features of SmolLM2-135M-Instruct are computed once
+and kept in --cache (minutes on a GPU, an hour or more on two cores); everything after that takes seconds a split.
+
+free: VADER and a contrast (discriminants between what the model writes when it is asked for the one and for the other, in
+six maps of its hidden states), each over its deviation on text that the model writes itself; their mean.
+private: one Gaussian query over pairs as units. A pair votes, with norm 1, in the leading axes of six whitened maps and
+in the two free scores; as many axes as half the pairs over sigma. The free mean has a prior of 0.3 noise norms.
+nonprivate: the same without noise. Basis, scales, ridge and layers come from self-written text alone.
+
+Noise is seeded: for learning curves only, no guarantee attaches. --output is appended to, and a run goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sparse
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from dpalign.models import smollm2
+from dpalign.privacy import accountant
+
+DELTA = 1e-5
+DEPTHS = ((1 / 2, 2 / 3, 5 / 6, 1), (1 / 2, 5 / 6))  # of the layers whose mean and whose last token are read
+RIDGE = 3.0  # of a contrast: of the mean variance within the two kinds of text
+DIRECTIONS, SHRINKAGE = 64, 1.0  # of each map, and of their variances towards the mean one
+FREE_WEIGHT, PRIOR, AXES_PER_PAIR = 0.2, 0.3, 0.5
+OWN_TOKENS, NEW_TOKENS, MOST_TOKENS = 48, 24, 64
+
+
+@dataclass(frozen=True)
+class Task:
+    """file and column of people's scores, the gap that makes two texts a pair, what is asked of the model."""
+
+    file: str
+    column: str
+    gap: float
+    wanted: str
+    unwanted: str
+
+
+EDITOR = "request that an editor of an encyclopedia makes to another editor."
+TASKS = {
+    "polite requests": Task(
+        "politeness_requests", "score", 0.5, f"Write one very polite {EDITOR}", f"Write one very rude {EDITOR}"
+    ),
+    "inoffensive posts": Task(
+        "offensiveness_votes", "inoffensive", 0.4, "Write one friendly and respectful social media post.",
+        "Write one offensive and insulting social media post.",
+    ),
+    "movie snippets": Task(
+        "movie_snippets", "mean", 1.0, "Write one sentence of a very positive film review.",
+        "Write one sentence of a very negative film review.",
+    ),
+    "e-mails": Task(
+        "email_rewrites", "", 0.5, "Write one very polite short e-mail to a colleague.",
+        "Write one very rude short e-mail to a colleague.",
+    ),
+}  # fmt: skip
+
+
+# The model: once ------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """SmolLM2 as a writer, and as a reader of texts."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        layers = self.model.config.num_hidden_layers
+        self.layers = [[max(1, round(depth * layers)) for depth in depths] for depths in DEPTHS]
+        self.device, self.at_once = device, 256 if device == "cuda" else 16
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+        self.ends = [token for token in ends if token is not None]
+        self.front = next(t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if t is not None)
+
+    def ids(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [self.front, *tokens]
+
+    def asked(self, text: str) -> list[int]:
+        found = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        ids: list[int] = found["input_ids"]
+        return ids
+
+    def _batch(self, rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, rows))
+        fill = [[self.ends[0]] * (width - len(row)) for row in rows]
+        ids = [f + r if left else r + f for f, r in zip(fill, rows, strict=True)]
+        mask = [
+            [0] * len(f) + [1] * len(r) if left else [1] * len(r) + [0] * len(f)
+            for f, r in zip(fill, rows, strict=True)
+        ]
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    @torch.no_grad()
+    def write(self, prompts: list[list[int]], tokens: int, seed: int) -> list[str]:
+        """What the model writes behind each prompt, at temperature 1."""
+        torch.manual_seed(seed)
+        texts: list[str] = []
+        for start in range(0, len(prompts), self.at_once):
+            ids, mask = self._batch(prompts[start : start + self.at_once], left=True)
+            found = self.model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=tokens,
+                pad_token_id=self.ends[0], eos_token_id=self.ends,
+            )  # fmt: skip
+            texts += self.tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
+        return texts
+
+    @torch.no_grad()
+    def features(self, texts: list[str]) -> np.ndarray:
+        """`(texts, maps, width)` float32: means over the tokens, and last tokens, in several layers."""
+        parts = []
+        for start in range(0, len(texts), self.at_once):
+            ids, mask = self._batch(
+                [self.ids(t)[: MOST_TOKENS + 1] for t in texts[start : start + self.at_once]], left=False
+            )
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            inner = mask.clone()
+            inner[:, 0] = 0
+            share = (inner / inner.sum(1, keepdim=True).clamp(min=1)).unsqueeze(2)
+            rows, last = torch.arange(len(ids)), mask.sum(1) - 1
+            maps = [(hidden[n] * share).sum(1) for n in self.layers[0]] + [
+                hidden[n][rows, last] for n in self.layers[1]
+            ]
+            parts.append(torch.stack(maps, 1).cpu().numpy())
+        return np.concatenate(parts)
+
+
+def judged(file: Path, task: Task, texts: int) -> tuple[list[str], list[float], list[tuple[str, float]], list[str]]:
+    """Texts with people's scores, scores, the rest for the judge, and the beginnings of some of the rest."""
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    np.random.default_rng(7).shuffle(rows)  # type: ignore[arg-type]
+    if task.column:
+        pairs = [(row["text"], float(row[task.column])) for row in rows]
+        used, rest = pairs[:texts], pairs[texts:]
+    else:
+        half = texts // 2
+        used = [(r["original"], 0.0) for r in rows[:half]] + [(r["revised"], 1.0) for r in rows[:half]]
+        rest = [(r[side], value) for r in rows[half:] for side, value in (("original", 0.0), ("revised", 1.0))]
+    starts = [" ".join(text.split()[:4]) for text, _ in rest if len(text.split()) >= 8]
+    return [t for t, _ in used], [s for _, s in used], rest, starts
+
+
+def collect(name: str, args: argparse.Namespace, reader: list[Reader]) -> dict[str, Any]:
+    """Texts and features of a task, from the cache or into it. Features are kept in 8 bits a number."""
+    task, place = TASKS[name], args.cache / TASKS[name].file
+    used, scores, rest, starts = judged(args.data / f"{task.file}.jsonl.gz", task, args.texts)
+    if not place.with_suffix(".npz").exists():
+        if not reader:
+            reader.append(Reader(args.model or str(smollm2.fetch()), args.device))
+        model, half = reader[0], args.own_texts // 4
+        own = model.write([[model.front]] * args.own_texts, OWN_TOKENS, 0)
+        good = model.write([model.asked(task.wanted)] * half, OWN_TOKENS, 1)
+        bad = model.write([model.asked(task.unwanted)] * half, OWN_TOKENS, 2)
+        begun = [start for start in starts[: args.prompts] for _ in range(args.best_of)]
+        done = model.write([model.ids(start) for start in begun], NEW_TOKENS, 3)
+        completions = [start + text for start, text in zip(begun, done, strict=True)]
+        texts = {"texts": used, "good": good, "bad": bad, "completions": completions, "own": own}
+        found = model.features([text for part in texts.values() for text in part])
+        scale = np.percentile(np.abs(found), 99.9, axis=0) / 127 + 1e-9
+        args.cache.mkdir(parents=True, exist_ok=True)
+        place.with_suffix(".json").write_text(json.dumps(texts), encoding="utf-8")
+        quantised = np.clip(np.round(found / scale), -127, 127).astype(np.int8)
+        np.savez_compressed(place.with_suffix(".npz"), f=quantised, scale=scale.astype(np.float32))
+    texts = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+    kept = np.load(place.with_suffix(".npz"))
+    parts = ["texts", "good", "bad", "completions", "own"]
+    ends = np.cumsum([len(texts[part]) for part in parts])[:-1]
+    features = dict(zip(parts, np.split(kept["f"] * kept["scale"], ends), strict=True))
+    if texts["texts"] != used:
+        raise SystemExit(f"{place}.json is of other texts: name another --cache.")
+    return {"features": features, "texts": texts, "scores": np.array(scores), "rest": rest}
+
+
+# The free reward, and the axes in which people vote: from self-written text alone ----------------------------------------
+
+
+def over(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Standardised as the reference is; 0 where that is all alike."""
+    spread = reference.std()
+    standard: np.ndarray = (values - reference.mean()) / spread if spread else np.zeros(len(values))
+    return standard
+
+
+def discriminant(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """Fisher's, with a ridge; `(width,)` from `(texts, width)` of two kinds."""
+    apart = (good.mean(0) - bad.mean(0)).astype(float)
+    centred = np.concatenate([good - good.mean(0), bad - bad.mean(0)]).astype(float)
+    covariance = centred.T @ centred / len(centred)
+    ridge = RIDGE * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    weights: np.ndarray = np.linalg.solve(covariance + ridge, apart)
+    return weights
+
+
+def leading(texts: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Variances and `(width, count)` principal axes of `(texts, width)`, the largest first; and all variances' mean."""
+    covariance = np.cov(texts.astype(float).T)
+    values, axes = np.linalg.eigh(covariance)
+    return values[::-1][:count] + SHRINKAGE * values.mean(), axes[:, ::-1][:, :count]
+
+
+OWN = ("own", "good", "bad")
+
+
+def free_scores(features: dict[str, np.ndarray], texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """`(texts, 2)`: VADER and contrast."""
+    words = SentimentIntensityAnalyzer()
+    vader = {n: np.array([words.polarity_scores(t)["compound"] for t in texts[n]]) for n in features}
+    total = {n: np.zeros(len(features[n])) for n in features}
+    for number in range(features["own"].shape[1]):
+        weights = discriminant(features["good"][:, number], features["bad"][:, number])
+        along = {n: features[n][:, number] @ weights for n in features}
+        reference = np.concatenate([along[n] for n in OWN])
+        total = {n: total[n] + over(reference, along[n]) for n in features}
+    both = []
+    for score in (vader, total):
+        reference = np.concatenate([score[n] for n in OWN])
+        both.append({n: over(reference, score[n]) for n in features})
+    return {n: np.stack([score[n] for score in both], 1) for n in features}
+
+
+def axes(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Texts in the joint principal axes of all maps' whitened directions, the leading one first."""
+    maps: list[dict[str, np.ndarray]] = []
+    for number in range(features["own"].shape[1]):
+        own = np.concatenate([features[n][:, number] for n in OWN])
+        count = min(DIRECTIONS, own.shape[1])
+        variances, vectors = leading(own, count)
+        scale = vectors / np.sqrt(variances) / np.sqrt(2 * count * features["own"].shape[1])
+        maps.append({n: (features[n][:, number] - own.mean(0)) @ scale for n in features})
+    joined = {n: np.concatenate([part[n] for part in maps], 1) for n in features}
+    _, turn = np.linalg.eigh(np.cov(np.concatenate([joined[n] for n in OWN]).T))
+    return {n: joined[n] @ turn[:, ::-1] for n in features}
+
+
+# The query --------------------------------------------------------------------------------------------------------------
+
+
+def query(votes: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Sum of `(pairs, coordinates)` votes of norm 1, plus noise; plus the free mean's prior."""
+    norms = np.linalg.norm(votes, axis=1, keepdims=True)
+    total: np.ndarray = (votes / np.maximum(norms, 1e-12)).sum(0) + sigma * rng.standard_normal(votes.shape[1])
+    total[-2:] += PRIOR * sigma * np.sqrt(votes.shape[1] / 2)
+    return total
+
+
+def disjoint_pairs(scores: np.ndarray, of: np.ndarray, gap: float, rng: np.random.Generator) -> np.ndarray:
+    """`(pairs, 2)`, the better text first; no text is in two."""
+    pool, found = list(rng.permutation(of)), []
+    for _ in range(20):
+        rng.shuffle(pool)
+        left = pool[len(pool) // 2 * 2 :]
+        for a, b in zip(pool[::2], pool[1::2], strict=False):
+            if abs(scores[a] - scores[b]) >= gap:
+                found.append((a, b) if scores[a] > scores[b] else (b, a))
+            else:
+                left += [a, b]
+        pool = left
+    return np.array(found)
+
+
+def agreement(rewards: np.ndarray, scores: np.ndarray, of: np.ndarray, gap: float, seed: int) -> float:
+    """Share of random pairs with a gap that are ordered as people have them; equal ones count half."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.choice(of, 6000), rng.choice(of, 6000)
+    far = np.abs(scores[a] - scores[b]) >= gap
+    same = np.sign(rewards[a] - rewards[b])[far] * np.sign(scores[a] - scores[b])[far]
+    return float(((same > 0) + 0.5 * (same == 0)).mean())
+
+
+def judge(rest: Sequence[tuple[str, float]], texts: list[str]) -> np.ndarray:
+    """Scores of texts by a ridge on TF-IDF words and word pairs, learned on texts that nothing else reads."""
+
+    def grams(text: str) -> list[str]:
+        words = re.findall(r"[a-z']+|[?!.,:]", text.lower())
+        return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
+
+    documents = [grams(text) for text, _ in rest]
+    frequency: dict[str, int] = {}
+    for document in documents:
+        for gram in set(document):
+            frequency[gram] = frequency.get(gram, 0) + 1
+    known = {gram: i for i, gram in enumerate(g for g, n in frequency.items() if n > 1)}
+    weight = {gram: np.log(len(documents) / frequency[gram]) for gram in known}
+
+    def matrix(documents: list[list[str]]) -> Any:
+        place, columns, values = [], [], []
+        for number, document in enumerate(documents):
+            for gram in sorted(set(document) & known.keys()):
+                place.append(number)
+                columns.append(known[gram])
+                values.append((1 + np.log(document.count(gram))) * weight[gram])
+        found = sparse.csr_matrix((values, (place, columns)), shape=(len(documents), len(known)))
+        norms = np.sqrt(np.asarray(found.multiply(found).sum(1)).ravel()) + 1e-9
+        return sparse.diags(1 / norms) @ found
+
+    seen, target = matrix(documents), np.array([score for _, score in rest])
+    kernel = (seen @ seen.T).toarray() + np.eye(len(target))
+    learned = seen.T @ np.linalg.solve(kernel, target - target.mean())
+    return np.asarray(matrix([grams(text) for text in texts]) @ learned)
+
+
+# One split --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Set:
+    """A task, ready for splits. gains: the judge's standardised scores of completions, `(prompts, best_of)`."""
+
+    free: dict[str, np.ndarray]
+    axes: dict[str, np.ndarray]
+    scores: np.ndarray
+    gap: float
+    judged: np.ndarray
+
+    def gain(self, rewards: np.ndarray) -> np.ndarray:
+        """`(prompts,)`: the judge's score of the best completion by a reward."""
+        best = rewards.reshape(self.judged.shape).argmax(1)
+        return self.judged[np.arange(len(best)), best]
+
+
+def prepare(name: str, args: argparse.Namespace, reader: list[Reader]) -> Set:
+    found = collect(name, args, reader)
+    by_judge = judge(found["rest"], found["texts"]["completions"])
+    standard = (by_judge - by_judge.mean()) / max(1e-9, by_judge.std())
+    free = free_scores(found["features"], found["texts"])
+    return Set(free, axes(found["features"]), found["scores"], TASKS[name].gap, standard.reshape(-1, args.best_of))
+
+
+def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[str, Any]:
+    """Four fifths of the texts become pairs, agreement is measured on the rest; means over draws of the noise."""
+    rng = np.random.default_rng(100 + seed)
+    order = rng.permutation(len(data.scores))
+    cut = len(order) * 4 // 5
+    pairs, held = disjoint_pairs(data.scores, order[:cut], data.gap, rng)[:most], order[cut:]
+    sigma = accountant.noise_multiplier(epsilon, DELTA, sampling_rate=1.0, steps=1)
+    row: dict[str, Any] = {"pairs": len(pairs), "sigma": sigma}
+    free = {"vader": [1, 0], "contrast": [0, 1], "free": [1, 1]}
+    for name, weights in free.items():
+        row[name] = agreement(data.free["texts"] @ weights, data.scores, held, data.gap, seed)
+        row[f"best_{name}"] = data.gain(data.free["completions"] @ weights).round(2).tolist()
+    for name, noise, times in (("private", sigma, draws), ("nonprivate", 0.0, 1)):
+        count = data.axes["own"].shape[1]
+        if noise:
+            count = int(max(8, min(count, AXES_PER_PAIR * len(pairs) / noise)))
+        joined = {
+            n: np.concatenate([data.axes[n][:, :count], FREE_WEIGHT / 2 * data.free[n]], 1)
+            for n in ("texts", "completions")
+        }
+        right, gains = [], []
+        for draw in range(times):
+            votes = joined["texts"][pairs[:, 0]] - joined["texts"][pairs[:, 1]]
+            weights = query(votes, noise, np.random.default_rng([seed, draw]))
+            right.append(agreement(joined["texts"] @ weights, data.scores, held, data.gap, seed))
+            gains.append(data.gain(joined["completions"] @ weights))
+        row[name], row[f"best_{name}"] = float(np.mean(right)), np.mean(gains, 0).round(2).tolist()
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each task, number of pairs and epsilon: means over splits, 95% intervals of differences."""
+    found = []
+    for key in dict.fromkeys((row["task"], row["most"], row["epsilon"]) for row in rows):
+        these = [row for row in rows if (row["task"], row["most"], row["epsilon"]) == key]
+
+        def mean(name: str, these: list[dict[str, Any]] = these) -> float:
+            return round(float(np.mean([row[name] for row in these])), 4)
+
+        def interval(values: np.ndarray) -> float:
+            return (
+                round(float(1.96 * values.std(ddof=1) / np.sqrt(len(values))), 4) if len(values) > 1 else float("nan")
+            )
+
+        best = max(("vader", "contrast", "free"), key=lambda n: mean(f"best_{n}"))
+        over_best = np.mean([np.subtract(r["best_private"], r[f"best_{best}"]) for r in these], 0)  # for each prompt
+        found.append(
+            {
+                "task": key[0],
+                "pairs": round(mean("pairs")),
+                "epsilon": key[2],
+                **{n: mean(n) for n in ("vader", "contrast", "free", "private", "nonprivate")},
+                "ci95": interval(np.array([row["private"] - row["free"] for row in these])),
+                **{f"best_of_16_{n}": mean(f"best_{n}") for n in ("free", "private", "nonprivate")},
+                "best_of_16_best_free": mean(f"best_{best}"),
+                "best_of_16_over_best_free": round(float(over_best.mean()), 4),
+                "best_of_16_ci95": interval(over_best),
+                "splits": len(these),
+            }
+        )
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines, one for each split")
+    parser.add_argument("--cache", type=Path, default=Path("runs/free_and_private_reward"))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.5, 1.0])
+    parser.add_argument("--pairs", nargs="+", type=int, default=[100, 100_000], help="at most so many")
+    parser.add_argument("--splits", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=4, help="of the noise, in each split")
+    parser.add_argument("--texts", type=int, default=2300, help="with people's scores, for pairs and for measuring")
+    parser.add_argument("--own_texts", type=int, default=512)
+    parser.add_argument("--prompts", type=int, default=128, help="whose best of --best_of the judge scores")
+    parser.add_argument("--best_of", type=int, default=16)
+    parser.add_argument("--model", help="a chat model's folder or name; default SmolLM2-135M-Instruct")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args(argv)
+    lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {(row["task"], row["most"], row["epsilon"], row["split"]) for row in rows}
+    cells = [(most, epsilon, s) for most in args.pairs for epsilon in args.epsilons for s in range(args.splits)]
+    reader: list[Reader] = []
+    for task in args.tasks:
+        wanted = [cell for cell in cells if (task, *cell) not in done]
+        if not wanted:
+            continue
+        data = prepare(task, args, reader)
+        for most, epsilon, seed in wanted:
+            row = {"task": task, "most": most, "epsilon": epsilon, "split": seed}
+            row |= split(data, seed, most, epsilon, args.draws)
+            rows.append(row)
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    found = table(rows)
+    for row in found:
+        print(
+            f"{row['task']:17} {row['pairs']:5} pairs, epsilon {row['epsilon']:3}: free {row['free']:.3f}, private "
+            f"{row['private']:.3f} (+-{row['ci95']:.3f} over free), without noise {row['nonprivate']:.3f}; best of "
+            f"{args.best_of}: free {row['best_of_16_free']:.2f}, private {row['best_of_16_private']:.2f} "
+            f"({row['best_of_16_over_best_free']:+.3f} +-{row['best_of_16_ci95']:.3f} over the best free one)"
+        )
+    if args.json:
+        print(json.dumps({"rows": found}))
+
+
+if __name__ == "__main__":
+    main()
