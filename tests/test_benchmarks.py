@@ -117,7 +117,7 @@ def argued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def emails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty e-mails of ten people, and a small chat model."""
     monkeypatch.setenv("DPALIGN_LEDGER", str(folder / "ledger.sqlite"))
-    model_folder(folder / "chatty", "smol", positions=320, width=40)
+    model_folder(folder / "chatty", "smol", positions=448, width=40)
     rows = [{"original": f"Send {i}.", "revised": f"Please send {i}.", "person": f"p{i % 10}"} for i in range(40)]
     write_gzip(folder / "email_rewrites.jsonl.gz", rows)
 
@@ -240,7 +240,7 @@ def check_chat_emails(out: str, folder: Path) -> None:
     assert found == json.loads((folder / "runs.jsonl").read_text())
     data = folder / "runs" / "chat_emails-data"
     asked = {name: (data / f"{name}.jsonl").read_text().splitlines() for name in ("private", "prompts", "public")}
-    assert [len(rows) for rows in asked.values()] == [30, 4, 6]
+    assert [len(rows) for rows in asked.values()] == [29, 5, 6]
     assert len({json.dumps(json.loads(row)["prompt"]) for rows in asked.values() for row in rows}) == 40
 
 
