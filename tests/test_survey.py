@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
 from chats import byte_tokenizer
-from dpalign.algorithms.base import Reading
+from dpalign.algorithms.base import Reading, check_records
 from dpalign.algorithms.completions import encode_prompt
 from dpalign.algorithms.dpo import DPO, DPOConfig
 from dpalign.algorithms.ppo import PPO, PPOConfig
@@ -37,6 +38,40 @@ def test_a_survey_counts_records_and_units():
     assert nested is not None and (nested.units, nested.idle_units) == (3, 1)
     assert survey([Reading(3, 8, 2)], [{}], None).sentences() == []
     assert survey([None], [{}], None) is None
+
+
+@pytest.mark.parametrize(
+    ("longest", "limit", "enough"), [(33, 64, None), (32, 64, 32), (17, 64, 32), (6, 64, 8), (6, 48, 6), (0, 64, None)]
+)
+def test_a_limit_that_only_costs_time_is_told(longest, limit, enough):
+    """A half, a quarter, ... of the limit, so that it is not the length of a record."""
+    readings = [Reading(length, limit, 1) for length in (0, longest)]
+    found = survey(readings, [{}, {}], None, padded=True)
+    assert found is not None
+    assert found.sentences() == (
+        []
+        if enough is None
+        else [
+            f"prompts are padded to max_prompt_length {limit}, and none has more than {enough} tokens: that limit would "
+            "do, in less time"
+        ]
+    )
+    assert survey(readings, [{}, {}], None).sentences() == []  # of texts, which are not
+
+
+def test_records_that_are_too_long_are_counted():
+    config, tokenizer = PPOConfig(max_prompt_length=4), byte_tokenizer()
+    check = partial(PPO.check, config, tokenizer)
+    records = [{"prompt": "a" * length} for length in (3, 6, 4, 9)]
+    with pytest.raises(DPAlignError) as said:
+        check_records(records, "x.jsonl", PPO.columns, check)
+    assert str(said.value) == (
+        "record 2 of x.jsonl: the prompt has 6 tokens, more than max_prompt_length 4: raise the limit or set "
+        "truncate_prompts; 2 of 4 records are too long, and 9 tokens would hold all."
+    )
+    with pytest.raises(DPAlignError, match=r"^record 5 of x\.jsonl") as said:
+        check_records([*records, {"prompt": 3}], "x.jsonl", PPO.columns, check)
+    assert "too long" not in str(said.value)
 
 
 def test_what_each_stage_reads():

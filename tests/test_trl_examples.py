@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import re
@@ -40,6 +41,35 @@ def test_a_port_changes_few_lines(name):
     new, gone = (sum(line.startswith(sign) for line in lines) for sign in "+-")
     assert 0 < max(new, gone) <= MOST[name]
     compile("\n".join(scripts(name)[0]), name, "exec")
+
+
+# What the trainers of TRL 0.11.4 (loop) and 1.9 (the others) take: what has to be there, and what may.
+ASKED = {
+    "sft": ("SFTTrainer", {"model", "train_dataset"}, {"args", "eval_dataset", "processing_class", "peft_config"}),
+    "reward": (
+        "RewardTrainer",
+        {"model", "train_dataset"},
+        {"args", "eval_dataset", "processing_class", "peft_config"},
+    ),
+    "ppo": (
+        "PPOTrainer",
+        {"args", "processing_class", "model", "ref_model", "reward_model", "train_dataset", "value_model"},
+        {"data_collator", "eval_dataset", "peft_config"},
+    ),
+    "loop": ("PPOTrainer", set(), {"dataset", "data_collator", "ref_model"}),
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_an_original_gives_its_trainer_what_trl_takes(name):
+    trainer, needed, allowed = ASKED[name]
+    calls = [node for node in ast.walk(ast.parse("\n".join(scripts(name)[0]))) if isinstance(node, ast.Call)]
+    by_name = {
+        call.func.id: {k.arg: k.value for k in call.keywords} for call in calls if isinstance(call.func, ast.Name)
+    }
+    assert needed <= by_name[trainer].keys() <= needed | allowed
+    if name == "ppo" and "eval_dataset" not in by_name[trainer]:  # TRL would look for completions to show in it
+        assert by_name["PPOConfig"]["num_sample_generations"].value == 0
 
 
 def test_the_document_shows_these_lines():

@@ -1,4 +1,4 @@
-"""PPO by a trainer, TRL 0.12 to 1.9: python SCRIPT POLICY REWARD_MODEL PROMPTS OUTPUT."""
+"""PPO by a trainer, as TRL 0.26 to 1.9 had it: python SCRIPT POLICY REWARD_MODEL PROMPTS OUTPUT."""
 
 import sys
 
@@ -27,6 +27,7 @@ trainer = PPOTrainer(
         response_length=8,
         stop_token="eos",
         kl_coef=0.05,
+        num_sample_generations=0,
         max_prompt_length=16,
     ),
     processing_class=tokenizer,

@@ -11,5 +11,13 @@ class DPAlignError(Exception):
     """
 
 
+class TooLongError(DPAlignError):
+    """A record has more tokens than its stage takes. tokens: it has."""
+
+    def __init__(self, message: str, tokens: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+
+
 RECORDS_READ = threading.Event()
 """Set as soon as this process reads records: from then on a library's message may quote one, and is not shown."""

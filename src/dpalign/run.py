@@ -69,7 +69,7 @@ from .rewards.learned import Learned, own_texts
 from .rewards.load import RELEASED, is_reward_model
 from .settings.base import TrainingConfig
 from .settings.reward_model import RewardModelConfig
-from .settings.rollouts import RolloutConfig
+from .settings.rollouts import RolloutConfig, SamplingConfig
 from .stages import kind
 from .survey import Survey, survey
 from .training import OwnTextStage, Stage
@@ -245,7 +245,7 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
         check = partial(read_record, stage, model)
         if name in records:
             readings = check_records(records[name], source.path or source.name, stage.kind.columns, check)
-            found = survey(readings, records[name], source.unit)
+            found = survey(readings, records[name], source.unit, padded=isinstance(stage.config, SamplingConfig))
             surveys |= {} if found is None else {name: found}
         if name in public:
             check_public(stage.kind, check_records(*public[name], stage.kind.columns, check), *public[name])

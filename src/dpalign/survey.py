@@ -22,7 +22,8 @@ class Survey:
 
     limit: tokens that are read of a record. cut: records that have more. longest: tokens of the longest record, the
     limit that cuts none; nine_in_ten: the limit that cuts one in ten. empty: records of which no token is learned.
-    idle_units: units that have no other records, out of `units`: they add nothing and are sampled all the same.
+    idle_units: units that have no other records, out of `units`: they add nothing and are sampled all the same. padded:
+    whether every record is padded to the limit.
     """
 
     records: int
@@ -33,6 +34,7 @@ class Survey:
     empty: int
     units: int
     idle_units: int
+    padded: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,6 +47,14 @@ class Survey:
                 f"{self.cut:,} of {self.records:,} records are cut at {self.limit} tokens; {self.nine_in_ten} would "
                 f"hold nine in ten, {self.longest} all"
             )
+        enough = self.limit
+        while self.padded and 0 < self.longest <= enough // 2:
+            enough //= 2  # not the length of any record
+        if enough < self.limit:
+            said.append(
+                f"prompts are padded to max_prompt_length {self.limit}, and none has more than {enough} tokens: that "
+                "limit would do, in less time"
+            )
         if self.empty:
             said.append(
                 f"of {self.empty:,} records no token is learned; {self.idle_units:,} of {self.units:,} units have no "
@@ -53,11 +63,14 @@ class Survey:
         return said
 
 
-def survey(readings: Sequence[Reading | None], records: Sequence[Record], unit: str | None) -> Survey | None:
+def survey(
+    readings: Sequence[Reading | None], records: Sequence[Record], unit: str | None, *, padded: bool = False
+) -> Survey | None:
     """None of a stage that cannot say what it reads.
 
     Args:
-        readings, records: of one stage, in the same order. unit: the column that names the privacy unit.
+        readings, records: of one stage, in the same order. unit: the column that names the privacy unit. padded: as
+            `Survey` has it.
     """
     read = [reading for reading in readings if reading is not None]
     if len(read) < len(records) or not read:
@@ -76,4 +89,5 @@ def survey(readings: Sequence[Reading | None], records: Sequence[Record], unit: 
         empty=sum(reading.learned == 0 for reading in read),
         units=len(learned),
         idle_units=sum(count == 0 for count in learned.values()),
+        padded=padded,
     )

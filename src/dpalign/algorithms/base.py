@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.load import Record, require_columns
 from ..data.text import Text
-from ..errors import DPAlignError
+from ..errors import DPAlignError, TooLongError
 from ..models import AdapterStack, ModelConfig
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
@@ -242,17 +242,26 @@ def check_records(
     """What `check` says of each record.
 
     Raises:
-        DPAlignError: a missing column, or the first record that cannot be used; names it, never quotes it.
+        DPAlignError: a missing column, or the first record that cannot be used; names it, never quotes it. If it is
+            only too long, also how many are.
     """
     require_columns(records, list(columns), path)
-    found = []
+    found, too_long = [], []
     for number, record in enumerate(records, 1):
         try:
             found.append(check(record))
+        except TooLongError as error:
+            too_long.append((number, error))
         except DPAlignError as error:
             raise DPAlignError(f"record {number} of {path}: {error}.") from None
         except Exception as error:  # of the tokenizer, say
             raise DPAlignError(f"record {number} of {path} cannot be read: {type(error).__name__}.") from None
+    if too_long:
+        number, first = too_long[0]
+        raise DPAlignError(
+            f"record {number} of {path}: {first}; {len(too_long):,} of {len(records):,} records are too long, and "
+            f"{max(error.tokens for _, error in too_long)} tokens would hold all."
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.load import Record
 from ..data.text import Text, cut_length, encode_prompt_text, encode_text, joined, read_text, template_options
-from ..errors import DPAlignError
+from ..errors import DPAlignError, TooLongError
 from ..models import Policy
 from ..models.generation import Prompt
 from ..models.policy import Rollouts
@@ -120,8 +120,9 @@ def check_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -
     ids = encode_prompt(tokenizer, record, replace(config, truncate_prompts=False)) or []
     length = len(ids)
     if not config.truncate_prompts and length > config.max_prompt_length:
-        raise DPAlignError(
+        raise TooLongError(
             f"the prompt has {length} tokens, more than max_prompt_length {config.max_prompt_length}: raise the limit "
-            "or set truncate_prompts"
+            "or set truncate_prompts",
+            length,
         )
     return Reading(length, config.max_prompt_length, min(length, config.max_prompt_length), max(ids, default=0))
