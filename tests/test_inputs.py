@@ -58,6 +58,7 @@ WORK: dict[str, tuple[str, bytes, str, str]] = {
     "text of messages": ("d.jsonl", jsonl({"text": [ASK, YES]}), "sft", "qwen"),
     "sharegpt": ("d.jsonl", jsonl({"conversations": SHARE}), "sft", "smol"),
     "sharegpt as messages": ("d.jsonl", jsonl({"messages": SHARE}), "sft", "llama"),
+    "sharegpt's system": ("d.jsonl", jsonl({"system": "Be short.", "conversations": SHARE}), "sft", "smol"),
     "content parts": ("d.jsonl", jsonl({"messages": [ASK | {"content": PARTS}, YES]}), "sft", "llama"),
     "tools": ("d.jsonl", jsonl({"messages": [ASK, CALL, TOOL, YES], "tools": TOOLS}), "sft", "qwen"),
     "tools as json": ("d.jsonl", jsonl({"messages": [ASK, CALL, TOOL, YES], "tools": json.dumps(TOOLS)}), "sft", "qwen"),
@@ -102,6 +103,13 @@ WORK: dict[str, tuple[str, bytes, str, str]] = {
     "texts as prompts": ("d.jsonl", jsonl({"text": "A film that is good."}), "rloo", "smol"),
 }  # fmt: skip
 REFUSED: dict[str, tuple[str, bytes, str, str, str]] = {
+    "two systems": (
+        "d.jsonl", jsonl({"system": "Be long.", "conversations": [{"from": "system", "value": "Be short."}, *SHARE]}),
+        "sft", "smol", "record 1 of .*another system message in its chat",
+    ),
+    "a system that is no text": (
+        "d.jsonl", jsonl({"system": ["Be short."], "conversations": SHARE}), "sft", "smol", "'system' that is no text",
+    ),
     "tools that are dropped": (
         "d.jsonl", jsonl({"messages": [ASK, CALL, TOOL, YES], "tools": TOOLS}), "sft", "smol",
         "record 1 of .*: the chat template does not write tool calls",

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from dpalign import DPAlignError, DPPPOTrainer, DPRLOOTrainer, PPOConfig, Privacy, RLOOConfig
-from dpalign.rewards import Reward
+from dpalign.algorithms.rloo import RLOOConfig as RLOOSettings
+from dpalign.models import ModelConfig, Normalization, RewardModel
+from dpalign.provenance import check_provenance
+from dpalign.recipe import Recipe
+from dpalign.rewards import Reward, load_reward
 from dpalign.rewards.foreign import signature_of
-from dpalign.rewards.weighted import Weighted
+from dpalign.rewards.weighted import Weighted, sum_of, terms_of
+from dpalign.settings.data import DataConfig
 from dpalign.settings.rewards import RewardConfig
 from dpalign.trainers.rewards import read_reward_funcs, reward_function
+from reader import ROOT
+from test_reward_model import reward_model
 from tiny import VOCABULARY, tiny_folder, tiny_tokenizer, words
 
 ROWS = [{"prompt": words(3, seed), "answer": "w1", "style": "short"} for seed in range(32)]
@@ -174,8 +184,80 @@ def test_a_model_by_its_name(tmp_path):
     release.mkdir()
     (release / "reward.json").write_text("{}")
     assert read(str(release))[0].source == f"reward_model:{release}"
-    with pytest.raises(DPAlignError, match="give it alone"):
-        read([str(release), of_completions])
+
+
+# A released reward model among them --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """A reward model on the scale 2 * score + 0.5, that was trained with privacy on 'texts' and 'pairs'."""
+    folder = tmp_path_factory.mktemp("released")
+    base = reward_model()
+    base.save(folder / "release", str(tiny_folder("gpt2", folder / "base")), Normalization(2.0, 0.5))
+    shutil.copy(ROOT / "tests" / "formats" / "privacy_reward_model.json", folder / "release" / "privacy.json")
+    return folder / "release"
+
+
+@pytest.mark.parametrize("weights", [None, [2.0, 3.0]])
+def test_a_release_in_a_list_scores_as_it_does_alone(release, weights):
+    config, parts = read([str(release), of_completions], weights)
+    assert config.source == sum_of(weights or [1, 1], [f"reward_model:{release}", "test_reward_funcs:of_completions"])
+    first, second = weights or [1.0, 1.0]
+    alone = load_reward(RewardConfig(source=f"reward_model:{release}", low=-99, high=99))
+    function = reward_function(parts, weights, config, "cpu")
+    reward = load_reward(replace(config, is_public=True, low=-99, high=99), function=function)
+    prompts, completions = ["w1 w2", "w3"], [" w4", " w5 w6"]
+    expected = first * alone(prompts, completions) + second * torch.tensor([3.0, 6.0])
+    assert torch.allclose(reward(prompts, completions), expected, atol=1e-4) and reward.rows_at_once == 1
+    raw = RewardModel.load(ModelConfig(str(release))).score(["w1 w2 w4"])
+    assert alone(prompts[:1], completions[:1]).tolist() == pytest.approx([2 * float(raw) + 0.5], abs=1e-4)
+
+
+def test_a_list_of_releases_needs_no_word_of_anybody_and_is_called_with_all_rows(release):
+    config, parts = read([str(release)], [2.0])
+    function = reward_function(parts, [2.0], config, "cpu")
+    assert load_reward(replace(config, low=-9, high=9), function=function).rows_at_once is None
+    with pytest.raises(DPAlignError, match="must be declared public"):  # what is not ours is not believed
+        load_reward(replace(config, low=-9, high=9), function=of_completions)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("declared", [False, True])
+def test_the_past_of_a_release_in_a_list_is_checked_as_if_it_were_alone(parts, declared, release):
+    def origin(source):
+        reward = RewardConfig(source=source, is_public=True, low=-1, high=1)
+        rloo = RLOOSettings(reward=reward, noise_multiplier=2.0, max_steps=1)
+        data = DataConfig(name="toy", declared_units=9)
+        disjoint = "declared" if declared else None
+        recipe = Recipe(output_dir="out", model=ModelConfig(), data=data, rloo=rloo, units_disjoint=disjoint)
+        return check_provenance(recipe)["rloo.reward"]
+
+    alone, listed = f"reward_model:{release}", sum_of([2.0, 1.0][:parts], [f"reward_model:{release}", "m:f"][:parts])
+    if not declared:  # other datasets, of which nobody says that they are other people's
+        for source in (alone, listed):
+            with pytest.raises(DPAlignError, match="declare units_disjoint: declared"):
+                origin(source)
+        return
+    assert origin(listed).stages == origin(alone).stages and len(origin(alone).stages) == 2
+    more = {text for text in origin(listed).assumptions if "1 m:f'" in text}
+    assert set(origin(listed).assumptions) - more == set(origin(alone).assumptions) and len(more) == parts - 1
+
+
+def test_a_path_that_reads_like_a_sum_is_refused_among_several():
+    with pytest.raises(DPAlignError, match=r"must not hold ' \+ '"):
+        read(["a + 2 b", of_completions])
+    assert terms_of("classifier:a + 2 b") == [] and terms_of("0.5 m:f + -1e-05 m:g (partial)") == [
+        "m:f",
+        "m:g (partial)",
+    ]
+
+
+def test_a_trainer_asks_for_the_range_of_a_sum_of_releases_and_for_no_declaration(release):
+    args = RLOOConfig(output_dir="x", reward_weights=[2.0])
+    with pytest.raises(DPAlignError) as told:
+        DPRLOOTrainer("tiny-review-lm", args, ROWS, reward_funcs=[str(release)], privacy=Privacy(target_epsilon=8))
+    assert "reward_range" in str(told.value) and "reward_is_public" not in str(told.value)
 
 
 def short_and_right(prompts, completions, answer, **kwargs):

@@ -17,9 +17,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from chats import byte_tokenizer
 from dpalign.errors import DPAlignError
 from dpalign.rewards import Reward, RewardConfig, check_reward, load_reward
 from dpalign.rewards.base import BATCH
+from helpers import call, write_jsonl, write_recipe
+from test_chats import model_folder
 from tiny import VOCABULARY, tiny_tokenizer, words
 
 
@@ -278,6 +281,59 @@ def test_classifier_may_read_the_prompt_and_cuts_long_texts(classifier):
     joined = loaded(classifier[0])
     assert reward(["w3 w4"], [" w5"]) == joined([""], ["w3 w4 w5"]) != joined([""], ["w5"])
     assert torch.isfinite(joined([""], [words(50, 0)])).all()
+
+
+CHAT = [{"role": "user", "content": "Good?"}]
+
+
+def chat_classifier(folder, template):
+    """A tiny random classifier of two labels that reads bytes, and chats by `template`."""
+    tokenizer = byte_tokenizer(template, adds="bos")
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, initializer_range=0.5, pad_token_id=0,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, model.eval()
+
+
+@pytest.mark.parametrize("template", ["smol", "llama"])
+def test_a_classifier_reads_chats_by_its_own_template(template, tmp_path):
+    tokenizer, model = chat_classifier(tmp_path, template)
+    whole = [*CHAT, {"role": "assistant", "content": "Yes, it is."}]
+    ids = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits.softmax(1)[0, 1]
+    reward = loaded(tmp_path, text="prompt+completion")
+    mixed = reward([CHAT, "Good?"], ["Yes, it is."] * 2)
+    assert torch.allclose(mixed[0], expected, atol=1e-5) and abs(mixed[1] - expected) > 1e-4
+    assert torch.equal(mixed[1:], loaded(tmp_path)([""], ["Good?Yes, it is."]))  # a string as ever
+    assert torch.equal(loaded(tmp_path)([CHAT], ["Yes"]), loaded(tmp_path)([""], ["Yes"]))  # a completion alone
+
+
+def test_a_classifier_without_a_template_reads_a_line_for_each_message(classifier):
+    reward = loaded(classifier[0], text="prompt+completion")
+    assert reward([[{"role": "w3", "content": "w4"}]], ["w5"]) == loaded(classifier[0])([""], ["w3: w4\nw5"])
+
+
+def test_a_chat_that_the_classifiers_template_refuses_is_named_before_a_draw(tmp_path, capsys):
+    """All its completions would score nothing, and be paid for."""
+    chat_classifier(tmp_path / "classifier", "gemma")
+    model_folder(tmp_path / "base", "smol")
+    rows = [{"prompt": CHAT}] * 5 + [{"prompt": [{"role": "system", "content": "Be short."}, *CHAT]}]
+    reward = {"source": f"classifier:{tmp_path / 'classifier'}", "is_public": True, "text": "prompt+completion"}
+    recipe = write_recipe(
+        tmp_path, sft=None, split=None, model={"name_or_path": str(tmp_path / "base"), "is_public": True},
+        data={"path": str(write_jsonl(tmp_path / "d.jsonl", rows))},
+        ppo={"reward": reward, "max_prompt_length": 96, "max_completion_length": 2, "noise_multiplier": 2, "expected_batch_size": 2},
+    )  # fmt: skip
+    refused = call(capsys, "ppo", recipe, "--output_dir", tmp_path / "run")
+    assert refused.status == 1 and "record 6 of" in refused.error and "System role is not known here" in refused.error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_what_a_classifier_is_refused_for(classifier):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -33,6 +34,7 @@ from dpalign.trl import (
 )
 from dpalign.trl.config import HONOURED, TOLD
 from dpalign.trl.loop import LoopTrainer
+from dpalign.trl.models import ValueHead
 from dpalign.trl.translate import read_rows, settings
 from dpalign.trl.update import Coefficient, RunningMoments, collected, losses, masked_variance, whitened
 from tiny import tiny_folder, tiny_object, tiny_policy, tiny_tokenizer, words
@@ -349,8 +351,39 @@ def test_a_copy_is_a_reference_and_another_model_is_none(base):
         loop(base, steps=0, ref=other)
     with pytest.raises(DPAlignError, match="num_shared_layers cannot be honoured"):
         create_reference_model(model, num_shared_layers=1)
-    with pytest.raises(DPAlignError, match="v_head_init_strategy cannot be honoured"):
-        AutoModelForCausalLMWithValueHead.from_pretrained(str(base / "base"), v_head_init_strategy="normal")
+
+
+def test_the_value_head_is_made_as_trl_makes_it(base):
+    """Random as nn.Linear's own, with dropout before it; or normal, or none of either, by TRL's names."""
+
+    def head(**options):
+        torch.manual_seed(0)
+        made = nn.Linear(1024, 1)
+        ValueHead(**options).prepare(made)
+        return made
+
+    ones = torch.ones(1, 1024)
+    random = head()
+    assert 0 < random.weight.abs().max() <= 1024**-0.5 and random.bias != 0
+    assert random(ones) != random(ones)
+    plain = head(summary_dropout_prob=0.0)
+    assert torch.allclose(plain(ones), plain.weight.sum() + plain.bias, atol=1e-5)
+    normal = head(v_head_init_strategy="normal", v_head_initializer_range=3.0)
+    assert abs(float(normal.weight.detach().std()) - 3) < 0.3 and normal.bias == 0
+    for wrong in ({"v_head_init_strategy": "zeros"}, {"summary_dropout_prob": 1.0}, {"v_head_initializer_range": -1.0}):
+        with pytest.raises(DPAlignError, match=next(iter(wrong))):
+            AutoModelForCausalLMWithValueHead.from_pretrained(str(base / "base"), **wrong)
+    with pytest.raises(DPAlignError, match="reward_adapter cannot be honoured"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(str(base / "base"), reward_adapter="x")
+
+
+@pytest.mark.parametrize("deviation", [0.0, 2.0])
+def test_a_loops_values_begin_with_what_the_script_says(deviation, base):
+    options = {"v_head_init_strategy": "normal", "v_head_initializer_range": deviation, "summary_dropout_prob": 0.0}
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(base / "base"), **options)
+    trainer = PPOTrainer(PPOConfig(batch_size=2, mini_batch_size=2), model, None, tiny_tokenizer(), quiet=True)
+    assert (trainer.policy.value_head.weight.std() > 1) == (deviation > 1)
+    assert (trainer.policy.value_head.weight == 0).all() == (deviation == 0)
 
 
 def test_wrong_rows_of_a_step_are_refused(base, plain):

@@ -13,7 +13,7 @@ from .models import ModelConfig, RewardModel, embedded
 from .privacy.statement import StageStatement, merge_stages, read_statement
 from .recipe import Recipe
 from .rewards import RewardConfig, is_reward_model
-from .rewards.load import RELEASED
+from .rewards.load import RELEASED, needs_declaring, single_rewards
 from .settings.models import TINY_REVIEW_LM
 from .stages import STAGES, kind
 
@@ -70,6 +70,12 @@ def _origin(recipe: Recipe, entering: ModelConfig | RewardConfig) -> Origin | No
     if isinstance(entering, ModelConfig):
         return _past(recipe, entering.name_or_path, entering.is_public)
     source = entering.source
+    declared = f"reward {source!r} was made without the private data, and scores each row by itself (declared)"
+    if (parts := single_rewards(entering)) != [entering]:
+        found = [o for part in parts if not needs_declaring(part) and (o := _origin(recipe, part)) is not None]
+        assumptions = {text for origin in found for text in origin.assumptions}
+        assumptions |= {declared} if any(needs_declaring(part) for part in parts) else set()
+        return Origin(source, tuple(merge_stages([s for o in found for s in o.stages])), tuple(sorted(assumptions)))
     if source == RELEASED:
         makers = [name for name in STAGES if kind(name).model_kind is RewardModel]
         if not set(makers) & set(recipe.stages):
@@ -81,7 +87,6 @@ def _origin(recipe: Recipe, entering: ModelConfig | RewardConfig) -> Origin | No
         return _past(recipe, source.removeprefix(f"{RELEASED}:"), entering.is_public)
     if source == "vader":
         return None
-    declared = f"reward {source!r} was made without the private data, and scores each row by itself (declared)"
     return Origin(source, (), (declared,))
 
 

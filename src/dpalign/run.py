@@ -65,8 +65,8 @@ from .reporting.progress import Reporter
 from .reporting.trackers import check_installed
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
-from .rewards.learned import Learned, own_texts
-from .rewards.load import RELEASED, is_reward_model
+from .rewards.learned import own_texts
+from .rewards.load import RELEASED, chat_writers
 from .settings.base import TrainingConfig
 from .settings.reward_model import RewardModelConfig
 from .settings.rollouts import RolloutConfig, SamplingConfig
@@ -375,12 +375,15 @@ class Run:
             source = self.plan.recipe.data_of(name)
             rows, path = self.prompts.get(name) or (records.get(name, []), source.path or source.name)
             for config in stage.kind.entering(stage.config).values():
-                if not isinstance(config, RewardConfig) or not is_reward_model(config) or self.reward_function:
+                if not isinstance(config, RewardConfig) or not rows:
                     continue
-                function = None if config.source == RELEASED else self.reward(config).function
-                model = function.model if isinstance(function, Learned) else self.models.reader(RewardModel)
-                if config.text != "completion" and rows:
-                    check_records(rows, path, stage.kind.columns, partial(check_asked, model.tokenizer))
+                if config.source == RELEASED and self.reward_function is None:
+                    reader = self.models.reader(RewardModel).tokenizer
+                    writers = [] if config.text == "completion" else [reader]
+                else:
+                    writers = chat_writers(self.reward(config).function)
+                for tokenizer in writers:
+                    check_records(rows, path, stage.kind.columns, partial(check_asked, tokenizer))
 
     def self_check(self, records: Records) -> None:
         """Tries every private stage that is still to come on text that the run writes itself, of the kind of its data.

@@ -14,6 +14,7 @@ from .readers import ENDINGS, READERS, ending, read_folder, read_hub
 
 Record = dict[str, Any]
 HUB_NAME = r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::(\w[\w.+-]*))?"  # and perhaps one of its configurations
+CHATS = ("conversations", "messages")  # columns that a column `system` may stand beside
 UNPAIRED = "holds unpaired preferences (prompt, completion and label)"
 JOIN = "join a true and a false answer to one prompt into a record with prompt, chosen and rejected"
 
@@ -58,7 +59,33 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
         raise DPAlignError(f"data file {path} cannot be read: {type(error).__name__}.") from None
     if not records:
         raise DPAlignError(f"data file {path} is empty: there is nothing to train on.")
-    return records
+    return with_system(records, path)
+
+
+def with_system(records: list[Record], path: str) -> list[Record]:
+    """The records, with a `system` beside their `conversations` or `messages` as the first message of those.
+
+    Raises:
+        DPAlignError: it is no text, or the chat has another system message.
+    """
+    return [_with_system(record, f"record {number} of {path}") for number, record in enumerate(records, 1)]
+
+
+def _with_system(record: Record, where: str) -> Record:
+    system = record.get("system") if isinstance(record, dict) else None
+    chats = [name for name in CHATS if isinstance(record.get(name), list)] if system else []
+    if not chats:
+        return record
+    if not isinstance(system, str):
+        raise DPAlignError(f"{where} has a column 'system' that is no text beside its chat.")
+    said = {"role": "system", "content": system}
+    chat = record[chats[0]]
+    own = [m for m in chat if isinstance(m, dict) and (m.get("role") or m.get("from")) == "system"]
+    if not own:
+        return record | {chats[0]: [said, *chat]}
+    if [m.get("content") or m.get("value") for m in own] != [system] or own[0] is not chat[0]:
+        raise DPAlignError(f"{where} has a column 'system' and another system message in its chat: keep one of them.")
+    return record
 
 
 def require_columns(records: list[Record], alternatives: list[tuple[str, ...]], path: str) -> tuple[str, ...]:

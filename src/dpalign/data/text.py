@@ -182,6 +182,15 @@ def encode_text(
     return _begin(tokenizer, front, ids, prepend_bos) + _end(tokenizer, ids, back, append_eos)
 
 
+def written(tokenizer: PreTrainedTokenizerBase, text: Text, options: Mapping[str, Any] | None = None) -> str:
+    """A string as it is; a chat as the tokenizer's template writes it, special tokens included.
+
+    Raises:
+        DPAlignError: there is no template, or it refuses the chat.
+    """
+    return text if isinstance(text, str) else _write(tokenizer, text, options or {})
+
+
 def encode_prompt_text(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Text,

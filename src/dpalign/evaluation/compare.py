@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..algorithms.completions import PROMPT_COLUMNS, check_prompts
-from ..data.load import Record, read_records, require_columns
+from ..data.load import Record, read_records, require_columns, with_system
 from ..data.overlap import DECLARED, check_contents, hash_texts
 from ..errors import DPAlignError
 from ..files import check_is_there
@@ -225,7 +225,7 @@ class _Inputs:
     ) -> _Inputs:
         """Raises DPAlignError for what cannot be read, or loaded."""
         data = GIVEN if isinstance(given, list) else str(given)
-        records = given if isinstance(given, list) else read_records(data)
+        records = with_system(given, data) if isinstance(given, list) else read_records(data)
         if not records:
             raise DPAlignError(f"{data} is empty: there is nothing to measure on.")
         require_columns(records, list(PROMPT_COLUMNS), data)

@@ -7,30 +7,30 @@ from typing import Any
 
 import torch
 
-from ..data.text import TEMPLATE_COLUMNS, Text, joined, template_options
+from ..data.text import Text, joined
 from ..errors import DPAlignError
 from ..models import Normalization, Policy, RewardModel
 from ..models.generation import answers, padded, write_prompts
+from .own import OwnReward, options_of, words
 
 
-class Learned:
-    """Scores of prompt and completion (or of the completion alone), each text by itself.
+class Learned(OwnReward):
+    """Scores of prompt and completion (or of the completion alone), each text by itself, on the scale of `constants`.
 
     The model reads exactly the tokens of a pair with that prompt and answer: a chat by its own tokenizer's template.
     """
 
-    def __init__(self, model: RewardModel, text: str | None = None) -> None:
-        self.model, self.text = model, text
+    def __init__(self, model: RewardModel, text: str | None = None, constants: Normalization | None = None) -> None:
+        self.model, self.text, self.constants = model, text, constants or Normalization()
+        self.writes_with = None if text == "completion" else model.tokenizer
 
-    def __call__(self, prompts: Sequence[Text], completions: list[str], **columns: list[Any]) -> list[float]:
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: list[Any]) -> list[float]:
         if self.text == "completion":
-            return self.model.score(completions).tolist()
-        options = [
-            template_options({name: columns[name][i] for name in TEMPLATE_COLUMNS if name in columns})
-            for i in range(len(completions))
-        ]
-        texts = [joined(p, c) for p, c in zip(prompts, completions, strict=True)]
-        return self.model.score(texts, options).tolist()
+            scores = self.model.score([words(completion) for completion in completions])
+        else:
+            texts = [joined(p, c) for p, c in zip(prompts, completions, strict=True)]
+            scores = self.model.score(texts, options_of(columns, len(texts)))
+        return (scores * self.constants.scale + self.constants.shift).tolist()
 
 
 def own_texts(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..data.text import TEMPLATE_COLUMNS
 from ..errors import DPAlignError
@@ -20,6 +23,8 @@ from .foreign import import_function
 from .learned import Learned
 from .lexicon import vader
 from .memory import Memory
+from .own import OwnReward
+from .weighted import Weighted, terms_of
 
 RELEASED = "reward_model"
 
@@ -41,7 +46,7 @@ def load_reward(
         DPAlignError: unknown source, not declared public, no range, or `check_reward` refuses it.
     """
     low, high, scale, shift = config.low, config.high, config.scale, config.shift
-    is_own = function is None  # a person's function is called with care
+    is_own = function is None or is_made_of_own(function)  # a person's function is called with care
     if is_reward_model(config) and function is None:
         if config.source == RELEASED:
             if trained is None:
@@ -50,18 +55,15 @@ def load_reward(
                 )
             model, normalization = trained
         else:
-            path = config.source.removeprefix(f"{RELEASED}:")
-            normalization = normalization_of(Path(path))
-            model = RewardModel.load(ModelConfig(name_or_path=path), device)
-        check_ids(model.tokenizer.get_vocab().values(), embedding_rows(model.model))  # a policy may write any of them
-        function = Learned(model, config.text)
+            model, normalization = _released(config, device)
+        function = _learned(model, config)
         scale, shift = scale * normalization.scale, scale * normalization.shift + shift
         low, high = (-4.0 if low is None else low), (4.0 if high is None else high)
     elif config.source == "vader" and function is None:
         function = vader(config.text)
         low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
     else:
-        if not config.is_public:
+        if not config.is_public and not (is_own and is_stated(config)):
             raise DPAlignError(
                 f"reward {config.source!r} must be declared public (reward.is_public: true): a reward made from "
                 "private data without a guarantee would void the one printed here."
@@ -84,10 +86,61 @@ def is_reward_model(config: RewardConfig) -> bool:
     return config.source == RELEASED or config.source.startswith(f"{RELEASED}:")
 
 
+def single_rewards(config: RewardConfig) -> list[RewardConfig]:
+    """Those that a weighted sum is made of, or the reward itself."""
+    return [replace(config, source=name) for name in terms_of(config.source)] or [config]
+
+
+def needs_declaring(config: RewardConfig) -> bool:
+    """Whether nobody but its user can say that a single reward was made without the private data."""
+    return config.source != "vader" and not is_reward_model(config)
+
+
+def is_stated(config: RewardConfig) -> bool:
+    """Whether all of a weighted sum are releases, each of which says itself what it was made from."""
+    return bool(terms_of(config.source)) and not any(needs_declaring(one) for one in single_rewards(config))
+
+
+def is_made_of_own(function: Callable[..., Any]) -> bool:
+    """Whether all of it is dpalign's, and no row can touch another."""
+    functions = function.functions if isinstance(function, Weighted) else [function]
+    return all(isinstance(one, OwnReward) for one in functions)
+
+
+def chat_writers(function: Callable[..., Any]) -> list[PreTrainedTokenizerBase]:
+    """The tokenizers whose templates write the chats that a reward reads."""
+    functions = function.functions if isinstance(function, Weighted) else [function]
+    return [one.writes_with for one in functions if isinstance(one, OwnReward) and one.writes_with is not None]
+
+
+def released(config: RewardConfig, device: str | torch.device = "cpu") -> Learned:
+    """The released reward model that a source names, on the scale that it carries."""
+    model, normalization = _released(config, device)
+    return _learned(model, config, normalization)
+
+
 def given_columns(config: RewardConfig) -> list[str]:
-    """Columns that a reward is handed: those asked for, and a reward model those that its chat template takes."""
-    more = TEMPLATE_COLUMNS if is_reward_model(config) and config.text != "completion" else ()
+    """Columns that a reward is handed: those asked for; and where a model reads prompts, what its template takes."""
+    more = TEMPLATE_COLUMNS if any(_reads_prompts(one) for one in single_rewards(config)) else ()
     return [*config.columns, *(name for name in more if name not in config.columns)]
+
+
+def _reads_prompts(config: RewardConfig) -> bool:
+    """Whether a model reads prompt and completion."""
+    if is_reward_model(config):
+        return config.text != "completion"
+    return config.source.startswith("classifier:") and config.text == "prompt+completion"
+
+
+def _released(config: RewardConfig, device: str | torch.device) -> tuple[RewardModel, Normalization]:
+    path = config.source.removeprefix(f"{RELEASED}:")
+    normalization = normalization_of(Path(path))
+    return RewardModel.load(ModelConfig(name_or_path=path), device), normalization
+
+
+def _learned(model: RewardModel, config: RewardConfig, constants: Normalization | None = None) -> Learned:
+    check_ids(model.tokenizer.get_vocab().values(), embedding_rows(model.model))  # a policy may write any of them
+    return Learned(model, config.text, constants)
 
 
 def _import_function(source: str) -> RewardFunction:

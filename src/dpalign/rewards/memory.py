@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .own import OwnReward
 from .weighted import Weighted
 
 LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -77,8 +78,8 @@ class Memory:
                     yield from self._note_class(item)
             case np.ndarray() | torch.Tensor() | bytearray():
                 self._note_array(item)
-            case logging.Logger():
-                pass  # what was logged is not read back
+            case logging.Logger() | OwnReward():
+                pass  # what was logged is not read back, and our own remember nothing
             case types.GeneratorType() | random.Random() | np.random.Generator() | np.random.RandomState():
                 self.unknown.add(type(item).__name__)
             case torch.Generator():

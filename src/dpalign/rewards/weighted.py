@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .foreign import call_rows, signature_of
+
+PLUS = " + "
+TERM = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)? (.+)")
+
+
+def sum_of(weights: Sequence[float], names: Sequence[str]) -> str:
+    """The source that stands for a weighted sum; a name that holds ` + ` must be kept out of it."""
+    return PLUS.join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
+
+
+def terms_of(source: str) -> list[str]:
+    """The names in what `sum_of` wrote; none of a source that it did not write."""
+    terms = [TERM.fullmatch(term) for term in source.split(PLUS)]
+    return [term[1] for term in terms if term] if all(terms) else []
 
 
 class Weighted:

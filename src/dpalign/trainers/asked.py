@@ -11,6 +11,7 @@ from ..errors import DPAlignError
 from ..models import embedded
 from ..privacy.statement import read_statement
 from ..rewards import is_reward_model
+from ..rewards.load import needs_declaring, single_rewards
 from ..settings.models import TINY_REVIEW_LM
 from ..settings.privacy import Privacy
 from ..settings.prompts import PromptedConfig
@@ -82,12 +83,13 @@ def ask_what_is_public(
             f"Privacy(model_is_public=True), if it is: model {model!r} is no dpalign release, and weights made from "
             "the private data would void the guarantee"
         )
-    if reward is not None and reward.source != "vader" and not is_reward_model(reward):
-        if not reward.is_public:
+    if reward is not None:
+        if not reward.is_public and any(needs_declaring(one) for one in single_rewards(reward)):
             asked.say(
                 "Privacy(reward_is_public=True), if it is: a reward made from private data would void the guarantee"
             )
-        has_range = reward.source.startswith("classifier:") and not reward.use_logit
+        is_probability = reward.source.startswith("classifier:") and not reward.use_logit
+        has_range = reward.source == "vader" or is_reward_model(reward) or is_probability
         if not has_range and (reward.low is None or reward.high is None):
             asked.say("Privacy(reward_range=(low, high)): the reward is clipped to it, and its metric needs it")
     if has_eval and not privacy.eval_is_public:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ..algorithms import Algorithm, TrainingConfig
-from ..data.load import Record
+from ..data.load import Record, with_system
 from ..data.readers import from_arrow
 from ..domains import check_settings
 from ..errors import DPAlignError
@@ -355,4 +355,4 @@ def _records(dataset: Iterable[Any], name: str) -> list[Record]:
     records = from_arrow(dataset.to_list()) if hasattr(dataset, "to_list") else list(dataset)
     if not records or not all(isinstance(r, dict) for r in records):
         raise DPAlignError(f"{name} must be a datasets.Dataset or a non-empty list of dicts")
-    return records
+    return with_system(records, name)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..data.load import Record
-from ..data.text import Text
 from ..errors import DPAlignError
 from ..models.reward_model import FORMAT_FILE
 from ..rewards.classifier import classifier
 from ..rewards.foreign import signature_of
-from ..rewards.load import RELEASED
-from ..rewards.weighted import Weighted
+from ..rewards.load import RELEASED, released
+from ..rewards.weighted import PLUS, Weighted, sum_of
 from ..settings.rewards import RewardConfig
 
 Function: TypeAlias = Callable[..., Any]
@@ -43,7 +42,7 @@ def read_reward_funcs(
     if weights is not None and len(weights) != len(parts):
         raise DPAlignError(f"reward_weights has {len(weights)} numbers for {len(parts)} reward functions")
     for part in parts:
-        _check(part, len(parts) > 1)
+        _check(part)
     if any(isinstance(part, str) for part in parts):
         config = replace(config, text=config.text or "prompt+completion", use_logit=True)
     needed = [name for part in parts if not isinstance(part, str) for name in signature_of(part).needs]
@@ -54,11 +53,12 @@ def read_reward_funcs(
             raise DPAlignError(f"a reward function takes {name!r}: {why}")
     names = [_name(part) for part in parts]
     if len(parts) > 1 or weights is not None:
-        names = [f"{weight:g} {name}" for weight, name in zip(weights or [1.0] * len(parts), names, strict=True)]
-    released = isinstance(parts[0], str) and names[0].startswith(f"{RELEASED}:")
+        if any(PLUS in name for name in names):
+            raise DPAlignError(f"reward_funcs: the path of a model that is one of several must not hold {PLUS!r}")
+        names = [sum_of(weights or [1.0] * len(parts), names)]
     if isinstance(parts[0], str) and len(parts) == 1 and weights is None:
-        return replace(config, source=names[0], columns=columns, use_logit=not released), []
-    return replace(config, source=" + ".join(names), columns=columns), parts
+        return replace(config, source=names[0], columns=columns, use_logit=not _is_release(parts[0])), []
+    return replace(config, source=names[0], columns=columns), parts
 
 
 def reward_function(
@@ -71,18 +71,14 @@ def reward_function(
     return Weighted(functions, weights or [1.0] * len(functions)) if functions else None
 
 
-def _check(part: Any, is_one_of_several: bool) -> None:
+def _check(part: Any) -> None:
     if isinstance(part, str):
-        if is_one_of_several and _is_release(part):
-            raise DPAlignError(
-                f"reward_funcs: {part} is the release of a reward model, whose guarantee is stated where it is the "
-                "only reward: give it alone"
-            )
-    elif not callable(part) or hasattr(part, "from_pretrained"):
+        return
+    if not callable(part) or hasattr(part, "from_pretrained"):
         raise DPAlignError(
             f"reward_funcs: a {type(part).__name__} is no function: give a function, or a model's name or folder"
         )
-    elif inspect.iscoroutinefunction(part) or inspect.iscoroutinefunction(type(part).__call__):
+    if inspect.iscoroutinefunction(part) or inspect.iscoroutinefunction(type(part).__call__):
         raise DPAlignError(f"reward_funcs: {_name(part)} is a coroutine: rows are scored one after the other")
 
 
@@ -100,9 +96,6 @@ def _name(part: Any) -> str:
 
 
 def _of_model(name: str, config: RewardConfig, device: str) -> Function:
-    score = classifier(name, config, device)
-
-    def read(prompts: list[Text], completions: list[Text]) -> list[float]:
-        return score(prompts, [c if isinstance(c, str) else c[0]["content"] for c in completions])
-
-    return read
+    if _is_release(name):
+        return released(replace(config, source=_name(name)), device)
+    return classifier(name, config, device)

@@ -445,6 +445,7 @@ def _policy_of(
         reporter.note("no peft_config: the weights stay frozen, and an adapter of rank 4 is trained on the attention.")
     policy.add_adapter(PPO.name, _adapter(model.peft_config))
     policy.add_value_head()
+    model.value_head.prepare(policy.heads()[0])
     if config.gradient_checkpointing:
         policy.checkpoint_activations(True)
     return policy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,41 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import DPAlignError
 from ..models import Policy, embedded
 
-HEAD_OPTIONS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+
+@dataclass(frozen=True)
+class ValueHead:
+    """How TRL 0.11 makes a value head, under its names: random weights, or normal ones; dropout before it.
+
+    Dropout is on in every pass, as in TRL, where a model stays in training mode.
+
+    Raises:
+        DPAlignError: a strategy that TRL does not know, or no probability.
+    """
+
+    summary_dropout_prob: float = 0.1
+    v_head_initializer_range: float = 0.2
+    v_head_init_strategy: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.v_head_init_strategy not in (None, "normal"):
+            raise DPAlignError(f"v_head_init_strategy={self.v_head_init_strategy!r}: TRL knows 'normal' and None.")
+        if not 0 <= self.summary_dropout_prob < 1 or not 0 <= self.v_head_initializer_range < float("inf"):
+            raise DPAlignError("summary_dropout_prob must be in [0, 1), and v_head_initializer_range a deviation.")
+
+    def prepare(self, head: nn.Linear) -> None:
+        """Gives a fresh head its weights and its dropout."""
+        head.reset_parameters()
+        if self.v_head_init_strategy == "normal":
+            nn.init.normal_(head.weight, std=self.v_head_initializer_range)
+            nn.init.zeros_(head.bias)
+        if self.summary_dropout_prob:
+            head.register_forward_pre_hook(
+                lambda head, inputs: nn.functional.dropout(inputs[0], self.summary_dropout_prob)
+            )
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
-    """A causal LM that `PPOTrainer` trains: a LoRA adapter and a value head, which is zero at first.
+    """A causal LM that `PPOTrainer` trains: a LoRA adapter and a value head, made as in TRL.
 
     pretrained_model: the model as it was loaded; it is never changed. policy: what the trainer trains; `generate`
     samples from it once there is one.
@@ -27,14 +58,19 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
     policy: Policy | None
 
-    def __init__(self, pretrained_model: PreTrainedModel, peft_config: LoraConfig | None = None) -> None:
+    def __init__(
+        self,
+        pretrained_model: PreTrainedModel,
+        peft_config: LoraConfig | None = None,
+        value_head: ValueHead = ValueHead(),
+    ) -> None:
         super().__init__()
         if isinstance(pretrained_model, PeftModel) or getattr(pretrained_model, "_hf_peft_config_loaded", False):
             raise DPAlignError(
                 "the model has peft adapters already: merge them (`dpalign export`, or peft's merge_and_unload and "
                 "save_pretrained), and load that folder."
             )
-        self.pretrained_model, self.peft_config = pretrained_model, peft_config
+        self.pretrained_model, self.peft_config, self.value_head = pretrained_model, peft_config, value_head
         self.is_peft_model = peft_config is not None
         self.follow(None)
 
@@ -48,15 +84,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             DPAlignError: an option of TRL's that has no counterpart.
         """
         peft_config = options.pop("peft_config", None)
-        for name in (*HEAD_OPTIONS, "reward_adapter", "reward_adapter_name", "is_trainable"):
+        for name in ("reward_adapter", "reward_adapter_name", "is_trainable"):
             if options.pop(name, None) is not None:
-                raise DPAlignError(f"{name} cannot be honoured: the value head is one linear layer, zero at first.")
+                raise DPAlignError(f"{name} cannot be honoured: one adapter is trained, and nothing else.")
+        value_head = ValueHead(**{f.name: options.pop(f.name) for f in fields(ValueHead) if f.name in options})
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
-            return cls(pretrained_model_name_or_path, peft_config)
+            return cls(pretrained_model_name_or_path, peft_config, value_head)
         if "torch_dtype" not in options:
             options.setdefault("dtype", torch.float32)  # as transformers loaded it in TRL 0.11's time
         folder = embedded.resolve(pretrained_model_name_or_path)
-        return cls(AutoModelForCausalLM.from_pretrained(folder, *args, **options), peft_config)
+        return cls(AutoModelForCausalLM.from_pretrained(folder, *args, **options), peft_config, value_head)
 
     def follow(self, policy: Policy | None) -> None:
         """What `generate` samples from; not a part of this module, whose parameters stay those of the loaded model."""
