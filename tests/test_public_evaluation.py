@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dpalign import (
@@ -27,6 +29,7 @@ from dpalign.algorithms import SFTConfig as SFTSettings
 from dpalign.evaluation.during import Evaluations, check_public, undisturbed
 from dpalign.evaluation.texts import per_token, text_loss
 from dpalign.reporting.html import FoundRun, evaluated_of
+from dpalign.reporting.tables import about_texts, evaluation_table
 from dpalign.training.loop import hash_of, is_due
 from helpers import call, ledger_rows, reviews, write_jsonl, write_recipe
 from tiny import tiny_folder, tiny_policy, tiny_tokenizer, words
@@ -336,3 +339,18 @@ def test_pairs_are_measured_while_a_model_learns_them(base, tmp_path):
         assert after == {key: pytest.approx(value) for key, value in summary[name].items()}
         if trainer is DPDPOTrainer:  # the policy is its own reference before the first step
             assert before["nll"] == pytest.approx(math.log(2)) and before["accuracy"] == 0.5
+
+
+# A table -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_brief_table_with_losses_on_texts_fits_a_terminal():
+    row = {"reward": 0.069, "reward_ci95": 0.024, "kl": 2.03, "perplexity": 71.14, "distinct_2": 0.809}
+    row |= {"completion_length": 15.08, "text_loss": 4.186, "text_loss_ci95": 0.035, "text_records": 1000}
+    rows = dict.fromkeys(("pretrained", "sft", "private"), row)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(evaluation_table(rows))
+    lines = console.export_text().splitlines()
+    assert len(lines) == 5 + len(rows)  # title, head and three rules: nothing is broken into two lines
+    assert "text loss" in lines[2] and all("4.186" in line for line in lines[-4:-1])
+    assert about_texts(rows) == "text loss: nats per token of 1,000 held-out public texts; lower is better."

@@ -118,10 +118,12 @@ def flat_summary(evaluation: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _print(summary: dict[str, Any], evaluation: dict[str, Any], samples: list[dict[str, str]], folder: Path) -> None:
-    from ..reporting.tables import evaluation_table, guarantee
+    from ..reporting.tables import about_texts, evaluation_table, guarantee
 
     console = Terminal()
     console.print(evaluation_table(evaluation, title=f"{evaluation['private']['prompts']:,} public prompts"))
+    if line := about_texts(evaluation):
+        console.say(line)
     table = Table(title="The same public prompts", show_lines=True)
     for name in samples[0]:
         table.add_column(plain(name))

@@ -123,6 +123,8 @@ def evaluation_table(
         transposed: one column per model.
     """
     columns = {c: v for c, v in (FULL if full else BRIEF).items() if any(c in row for row in rows.values())}
+    if not full and "text_loss" in columns:
+        columns.pop("completion_length", None)  # both are too wide for 80 columns
     headers: list[Cell]
     headers = [f"{header}\n({OUTSIDE})" if c in outside else header for c, (header, _) in columns.items()]
     names: list[Cell] = [plain(labelled(name, row)) for name, row in rows.items()]
