@@ -108,8 +108,12 @@ def test_a_long_prompt_keeps_its_end_where_that_is_asked():
 def test_plan_says_it_and_checks_what_a_run_checks(tmp_path, capsys):
     recipe = chat_recipe(tmp_path)
     assert "The data: nothing is cut" in call(capsys, "plan", recipe).out
-    short = call(capsys, "plan", recipe, "--sft.max_length", 60).out
-    assert "sft, for the data holder alone: 64 of 64 records are cut at 60 tokens" in short.replace("\n", " ")
+    short = call(capsys, "plan", recipe, "--sft.max_length", 60, "--rloo.max_prompt_length", 224).out.replace("\n", " ")
+    assert "sft, for the data holder alone: 64 of 64 records are cut at 60 tokens" in short
+    assert (
+        "rloo, for the data holder alone: prompts are padded to max_prompt_length 224, and none has more than 112"
+        in short
+    )
     as_json = call(capsys, "plan", recipe, "--sft.max_length", 60, "--json").out
     assert "cut" not in as_json and "idle" not in as_json
     with open(tmp_path / "pairs.jsonl", "a") as file:
