@@ -133,6 +133,9 @@ RUN = {
     "dpalign ppo recipe.yaml --output_dir runs/after --model.name_or_path runs/free/release": Small(
         leaves="runs/after/release/privacy.json"
     ),
+    "dpalign run recipes/quickstart_preferences.yaml --eval_prompts 500 --reference_reward.source vader": Small(
+        "--output_dir runs/judged", leaves="runs/judged/reward_model/privacy.json"
+    ),
     "dpalign run recipes/quickstart_preferences.yaml": Small(
         leaves="runs/quickstart_preferences/reward_model/privacy.json"
     ),
