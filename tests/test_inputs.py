@@ -216,5 +216,18 @@ def test_is_refused(case, models, tmp_path, capsys):
     assert "internal" not in said and not (tmp_path / "run").exists()
 
 
+def test_a_system_beside_a_chat_is_its_first_message(tmp_path):
+    said = {"from": "system", "value": "Be short."}
+    records = [
+        {"system": "Be short.", "conversations": SHARE}, {"system": "Be short.", "messages": [ASK, YES]},
+        {"system": "Be short.", "conversations": [said, *SHARE]}, {"system": "", "conversations": SHARE},
+    ]  # fmt: skip
+    (tmp_path / "d.jsonl").write_bytes(b"".join(json.dumps(r).encode() + b"\n" for r in records))
+    found = [
+        next(r[c] for c in ("conversations", "messages") if c in r) for r in read_records(str(tmp_path / "d.jsonl"))
+    ]
+    assert found == [[SYSTEM, *SHARE], [SYSTEM, ASK, YES], [said, *SHARE], SHARE]
+
+
 def test_there_are_sixty():
     assert len(WORK) + len(REFUSED) >= 60
