@@ -101,7 +101,17 @@ def test_a_hub_name_is_honoured(monkeypatch, tmp_path):
     asked = hub(monkeypatch)
     assert read_records("someone/reviews", "test") == read_records("imdb", "test") == ROWS
     assert asked == [("someone/reviews", None, "test"), ("imdb", None, "test")]
-    for path in ("./chats/all", "./chats:all", "chats:", ":all", "a:b:c", "data/chats:all/x", "data/chats/all", "/nowhere/chats", "~/chats"):
+    for path in (
+        "./chats/all",
+        "./chats:all",
+        "chats:",
+        ":all",
+        "a:b:c",
+        "data/chats:all/x",
+        "data/chats/all",
+        "/nowhere/chats",
+        "~/chats",
+    ):
         with pytest.raises(DPAlignError, match=f"{path} does not exist"):
             read_records(path)
     assert len(asked) == 2
@@ -151,7 +161,9 @@ def test_what_the_library_says_of_configurations_is_understood(monkeypatch, tmp_
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda name, *more, **options: real(str(folder), *more, **options))
     assert read_records("me/chats:axis", cache_dir=tmp_path / "cache") == [{"text": "axis"}]
-    with pytest.raises(DPAlignError, match=r"several configurations \('axis', 'comparisons'\): say which one, as me/chats:"):
+    with pytest.raises(
+        DPAlignError, match=r"several configurations \('axis', 'comparisons'\): say which one, as me/chats:"
+    ):
         read_records("me/chats", cache_dir=tmp_path / "cache")
     with pytest.raises(DPAlignError, match="it has no configuration other, but 'axis', 'comparisons'"):
         read_records("me/chats:other", cache_dir=tmp_path / "cache")
