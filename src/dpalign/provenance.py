@@ -13,7 +13,8 @@ from .models import ModelConfig, RewardModel, embedded
 from .privacy.statement import StageStatement, merge_stages, read_statement
 from .recipe import Recipe
 from .rewards import RewardConfig, is_reward_model
-from .rewards.load import RELEASED, needs_declaring, single_rewards
+from .rewards.load import RELEASED, models_named, needs_declaring, singles
+from .rewards.weighted import terms_of
 from .settings.models import TINY_REVIEW_LM
 from .stages import STAGES, kind
 
@@ -59,19 +60,31 @@ def check_provenance(recipe: Recipe) -> dict[str, Origin]:
     for name, config in recipe.stages.items():
         stage = kind(name)
         for setting, entering in stage.entering(stage.completed(config, recipe.stages.values())).items():
-            origin = _origin(recipe, entering)
-            if origin is not None:
-                origins[f"{name}.{setting}"] = origin
+            if isinstance(entering, ModelConfig):
+                origins[f"{name}.{setting}"] = _past(recipe, entering.name_or_path, entering.is_public)
+            else:
+                origins |= _origins_of_reward(recipe, entering, f"{name}.{setting}")
     return origins
 
 
-def _origin(recipe: Recipe, entering: ModelConfig | RewardConfig) -> Origin | None:
-    """None of what is public by itself, or made by a stage of the recipe."""
-    if isinstance(entering, ModelConfig):
-        return _past(recipe, entering.name_or_path, entering.is_public)
+def _origins_of_reward(recipe: Recipe, reward: RewardConfig, name: str) -> dict[str, Origin]:
+    """Of the rewards that it is made of, each by itself, and of the models that they ask or have texts from."""
+    parts = [reward] if terms_of(reward.source) else list(singles(reward))
+    origins = {}
+    for number, part in enumerate(parts, 1):
+        origin = _origin(recipe, part)
+        if origin is not None:
+            origins[name if parts == [reward] else f"{name}.of.{number}"] = origin
+    for number, model in enumerate(models_named(reward), 1):
+        origins[f"{name}.model.{number}"] = _past(recipe, model, reward.is_public, "reward.is_public")
+    return origins
+
+
+def _origin(recipe: Recipe, entering: RewardConfig) -> Origin | None:
+    """Of a single reward; None of what is public by itself, made by a stage of the recipe, or by models it names."""
     source = entering.source
     declared = f"reward {source!r} was made without the private data, and scores each row by itself (declared)"
-    if (parts := single_rewards(entering)) != [entering]:
+    if (parts := list(singles(entering))) != [entering]:
         found = [o for part in parts if not needs_declaring(part) and (o := _origin(recipe, part)) is not None]
         assumptions = {text for origin in found for text in origin.assumptions}
         assumptions |= {declared} if any(needs_declaring(part) for part in parts) else set()
@@ -85,19 +98,19 @@ def _origin(recipe: Recipe, entering: ModelConfig | RewardConfig) -> Origin | No
         return None
     if is_reward_model(entering):
         return _past(recipe, source.removeprefix(f"{RELEASED}:"), entering.is_public)
-    if source == "vader":
+    if source == "vader" or entering.is_written:
         return None
     return Origin(source, (), (declared,))
 
 
-def _past(recipe: Recipe, name: str, is_public: bool) -> Origin:
+def _past(recipe: Recipe, name: str, is_public: bool, declaration: str = "model.is_public") -> Origin:
     stated = read_statement(embedded.resolve(name))
     if stated is None:
         if name == TINY_REVIEW_LM:
             return Origin(name, (), ())
         if not is_public:
             raise DPAlignError(
-                f"model {name!r} must be declared public (model.is_public: true), or be a dpalign release: weights "
+                f"model {name!r} must be declared public ({declaration}: true), or be a dpalign release: weights "
                 "made from the private data would void the guarantee."
             )
         return Origin(name, (), (f"model {name!r} was made without the private data (declared)",))

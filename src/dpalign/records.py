@@ -14,6 +14,7 @@ from .plan import Units, split_parts
 from .privacy.ledger import Ledger
 from .recipe import Recipe
 from .rewards import RewardConfig
+from .rewards.load import asked_columns
 from .settings.prompts import PromptedConfig
 from .stages import kind
 
@@ -72,7 +73,7 @@ def kept_by(recipe: Recipe, name: str) -> set[str]:
     stage = kind(name)
     entering = stage.entering(stage.completed(recipe.stages[name], recipe.stages.values()))
     rewards = [entry for entry in entering.values() if isinstance(entry, RewardConfig)]
-    return {recipe.data_of(name).unit or "", *(column for reward in rewards for column in reward.columns)}
+    return {recipe.data_of(name).unit or "", *(column for reward in rewards for column in asked_columns(reward))}
 
 
 def count_undeclared(recipe: Recipe) -> dict[str, int]:

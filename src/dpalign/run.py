@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -66,7 +67,8 @@ from .reporting.trackers import check_installed
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
 from .rewards.learned import own_texts
-from .rewards.load import RELEASED, chat_writers
+from .rewards.load import RELEASED, chat_writers, try_reward
+from .rewards.written import PublicModel, PublicModels
 from .settings.base import TrainingConfig
 from .settings.reward_model import RewardModelConfig
 from .settings.rollouts import RolloutConfig, SamplingConfig
@@ -77,6 +79,7 @@ from .training.self_check import check_stage
 from .workspace import Workspace
 
 SURVEY = "data.json"  # in the private folder
+REWARDS = "rewards"  # of the run: what was found for rewards that need nobody's data
 SAMPLES = 20  # public completions that are kept for people to read
 NORMALIZATION_ROWS = 512  # self-written texts that fix the scale of a reward model
 M = TypeVar("M", bound=AdapterStack)
@@ -161,7 +164,7 @@ def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
     for stage in plan.order.values():
         for entering in stage.kind.entering(stage.config).values():
             if isinstance(entering, RewardConfig) and entering.source != RELEASED:
-                load_reward(entering, models.reader(stage.kind.model_kind).device)
+                try_reward(entering, models.reader(stage.kind.model_kind).device)
     return surveys
 
 
@@ -367,7 +370,7 @@ class Run:
                     self.reward(entering)
         given = self.plan.recipe.reference_reward
         if given is not None and self.plan.recipe.rollouts is not None:  # else nothing is sampled that it could score
-            self.reference = load_reward(given, self.models.of(Policy).device)
+            self.reference = load_reward(given, self.models.of(Policy).device, public=self.public_models())
 
     def check_prompts_of_rewards(self, records: Records) -> None:
         """Refuses prompts that a reward model cannot read: their completions would have no reward."""
@@ -419,9 +422,14 @@ class Run:
         trained = None
         if config.source == RELEASED and self.reward_function is None:
             trained = (self.models.of(RewardModel), normalization_of(self.workspace.folder / REWARD_MODEL))
-        reward = load_reward(config, self.models.of(Policy).device, self.reward_function, trained)
+        public = None if self.reward_function else self.public_models()
+        reward = load_reward(config, self.models.of(Policy).device, self.reward_function, trained, public=public)
         self.rewards.append((config, reward))
         return reward
+
+    def public_models(self) -> PublicModels:
+        """What rewards are made with that need nobody's data; their constants are kept in the run's folder."""
+        return public_models(self.plan.recipe, self.models.of(Policy), self.workspace.folder / REWARDS)
 
     def stage(self, stage: RecipeStage) -> None:
         """Trains or measures; leaves a release of a reward model, and what public pairs say of the stage."""
@@ -619,9 +627,7 @@ class Run:
 
     def base_of(self, model: AdapterStack, config: ModelConfig) -> str:
         """The model that a release's adapter is for."""
-        if "earlier" in model.adapters:
-            return str(model.model.peft_config["earlier"].base_model_name_or_path)
-        return embedded.resolve(config.name_or_path)
+        return base_name(model, embedded.resolve(config.name_or_path))
 
     def measure_on_public_prompts(self, texts: Mapping[str, TextEvaluation]) -> None:
         """The base model, and the policy after each stage; completions to read in completions.json."""
@@ -656,7 +662,7 @@ class Run:
         results.evaluation = dict(rows)
         if given is None:
             return
-        outside = is_outside_the_guarantee(given.source, given.is_public)
+        outside = is_outside_the_guarantee(given)
         written = {"outside_the_guarantee": outside, "evaluation": {name: row.as_dict() for name, row in rows.items()}}
         write_json(self.workspace.private / "reference_evaluation.json", written)
         if not outside:
@@ -699,6 +705,24 @@ def still_beside(planned: PlannedStage, plan: Plan, workspace: Workspace) -> tup
         if left > 0 and not is_done(stage, workspace):
             others.append(stage.at(replace(stage.plan, steps=left)))
     return beside(planned, others)
+
+
+def public_models(recipe: Recipe, policy: Policy, folder: Path | None = None) -> PublicModels:
+    """The recipe's model as it came, for rewards that need nobody's data.
+
+    folder: where their constants are kept, if anywhere.
+    """
+    base = PublicModel(policy, base_name(policy, recipe.model.name_or_path), has_run=True)
+    lengths = recipe.rollouts or SamplingConfig()
+    rows = lengths.prompt_tokens, lengths.max_completion_length, policy.asks_in_chats
+    return PublicModels(base, policy.device, *rows, folder)
+
+
+def base_name(model: AdapterStack, loaded: str) -> str:
+    """The model under all adapters: the one that was `loaded`, or that an earlier release was trained on."""
+    if "earlier" in model.adapters:
+        return str(model.model.peft_config["earlier"].base_model_name_or_path)
+    return loaded
 
 
 def peak_memory_mb() -> float:

@@ -35,7 +35,7 @@ from .reporting.sweep import plot_sweep, spent_sentence, summarize_sweep, write_
 from .reporting.sweep_page import write_sweep_report
 from .results import FREE, PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
-from .run import measure_texts, read_by
+from .run import are_chats, measure_texts, public_models, read_by
 from .stages import STAGES, kind
 
 Epsilon: TypeAlias = str | float  # text is kept as it is written
@@ -189,9 +189,11 @@ class _Sweep:
     def pretrained(self, trial: Trial, asked: Recipe, reporter: Reporter) -> Finished:
         """The model as it comes, measured like the runs."""
         name, config = _sampling(asked)
-        data, policy, reward = asked.data_of(name), Policy.load(asked.model), load_reward(_reward_of_pretrained(asked))
+        data, policy = asked.data_of(name), Policy.load(asked.model)
         path = data.eval_path or ""
         records = read_records(path, data.eval_split)
+        policy.asks_in_chats = are_chats(records, kind(name).columns)
+        reward = load_reward(_reward_of_pretrained(asked), policy.device, public=public_models(asked, policy))
         check_prompts(policy.tokenizer, records, config, path)
         prompts = public_prompts(policy, records, config, asked.eval_prompts)
         with reporter.status("measuring the pretrained model"):
@@ -388,7 +390,7 @@ def _check(trial: Trial, recipe: Recipe) -> None:
     if not is_reward_model(_sampling(recipe)[1].reward):
         return
     is_demo = all(recipe.data_of(name).is_demo for name in recipe.drawing)
-    if is_outside_the_guarantee(reference.source, reference.is_public) and not is_demo:
+    if is_outside_the_guarantee(reference) and not is_demo:
         raise DPAlignError(
             f"the reference reward {reference.source!r} has no guarantee, so its numbers on epsilon 0 are not shown: "
             "leave 0 out, or give a reference_reward that is public or a private release."

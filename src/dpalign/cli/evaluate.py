@@ -12,6 +12,7 @@ from ..files import write_json
 from ..settings.rewards import RewardConfig
 from ..settings.rollouts import SamplingConfig
 from .arguments import LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
+from .rewards import SECTION, reward_section
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
@@ -98,8 +99,8 @@ def _compare(given: argparse.Namespace, reporter: Reporter) -> Comparison:
 
 
 def _reward(given: argparse.Namespace, name: str) -> RewardConfig:
-    return RewardConfig(
-        source=getattr(given, name),
+    return reward_section(
+        getattr(given, name),
         is_public=getattr(given, f"{name}_is_public"),
         low=getattr(given, f"{name}_low"),
         high=getattr(given, f"{name}_high"),
@@ -158,7 +159,9 @@ def _parser() -> Parser:
 def _add_rewards(parser: Parser) -> None:
     rewards = parser.add_argument_group("rewards")
     rewards.add_argument(
-        "--reward", default="vader", help="vader (default), classifier:PATH, reward_model:PATH or module:function"
+        "--reward",
+        default="vader",
+        help=f"vader (default), classifier:PATH, reward_model:PATH, module:function, {SECTION}",
     )
     rewards.add_argument("--reward_is_public", action="store_true", help="declare a classifier or function public")
     rewards.add_argument(

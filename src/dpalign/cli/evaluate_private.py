@@ -16,9 +16,9 @@ from ..reporting.terminal import Terminal
 from ..settings.data import DataConfig
 from ..settings.measurement import MeasurementConfig
 from ..settings.models import ModelConfig
-from ..settings.rewards import RewardConfig
 from ..settings.rollouts import SamplingConfig
 from .arguments import LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
+from .rewards import SECTION, reward_section
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
 model and of its base, and how often the model wins, as one Gaussian release. It is journaled in the ledger under the
@@ -69,8 +69,8 @@ def recipe_of(given: argparse.Namespace) -> Recipe:
         max_completion_length=given.max_completion_length,
         prompt_max_tokens=given.prompt_tokens,
         prepend_bos=as_trained([given.model], given.prepend_bos),
-        reward=RewardConfig(
-            source=given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high
+        reward=reward_section(
+            given.reward, is_public=given.reward_is_public, low=given.reward_low, high=given.reward_high
         ),
     )
     return Recipe(
@@ -132,7 +132,9 @@ def _parser() -> Parser:
     parser.add_argument("--noise_multiplier", type=number(float, "[0, 100000]"), help="sigma instead of epsilon")
     parser.add_argument("--delta", type=number(float, "(0, 1)"), help="default: min(1e-5, 1/(10 units))")
     parser.add_argument(
-        "--reward", default="vader", help="vader, classifier:PATH, reward_model:PATH or module:function"
+        "--reward",
+        default="vader",
+        help=f"vader, classifier:PATH, reward_model:PATH, module:function, {SECTION}",
     )
     parser.add_argument("--reward_is_public", action="store_true", help="declare any reward but vader public")
     parser.add_argument(

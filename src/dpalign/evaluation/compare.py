@@ -18,6 +18,7 @@ from ..models import ModelConfig, Policy
 from ..models.loading import device_of, positions_of
 from ..privacy.ledger import Ledger
 from ..rewards import Reward, load_reward
+from ..rewards.written import PublicModels
 from ..settings.rewards import RewardConfig
 from ..settings.rollouts import SamplingConfig
 from .guarantee import is_outside_the_guarantee, stated_epsilon
@@ -231,11 +232,13 @@ class _Inputs:
         require_columns(records, list(PROMPT_COLUMNS), data)
         column, no_rouge = _reference_column(reference_column, records, data)
         device = device_of(device)
-        reward = load_reward(sampling.reward, device)
+        public = PublicModels(None, device, sampling.prompt_tokens, sampling.max_completion_length)
+        reward = load_reward(sampling.reward, device, public=public)
         source = reference = None
         if reference_reward is not None:
             # Declared or not: it decides nothing here, and its numbers are labelled by `_columns_outside`.
-            source, reference = reference_reward.source, load_reward(replace(reference_reward, is_public=True), device)
+            source, declared = reference_reward.source, replace(reference_reward, is_public=True)
+            reference = load_reward(declared, device, public=public)
         return _Inputs(records, data, sampling, num_prompts, reward, reference, source, column, no_rouge, seed, device)
 
     def comparison(
@@ -372,9 +375,9 @@ def _columns_outside(
 ) -> tuple[str, ...]:
     """Columns whose numbers rest on private data without a guarantee, or on something undeclared."""
     outside = []
-    if is_outside_the_guarantee(reward.source, reward.is_public):
+    if is_outside_the_guarantee(reward):
         outside.append("reward")
-    if reference_reward and is_outside_the_guarantee(reference_reward.source, reference_reward.is_public):
+    if reference_reward and is_outside_the_guarantee(reference_reward):
         outside.append("reference_reward")
     if baseline and (not judge_is_public if judge else "reward" in outside):
         outside.append("win_rate")

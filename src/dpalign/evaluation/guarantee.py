@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from ..models import embedded
 from ..privacy.statement import read_statement
 from ..rewards import RewardConfig, is_reward_model
-from ..rewards.load import RELEASED
+from ..rewards.load import RELEASED, models_named, needs_declaring, singles
+from ..settings.models import TINY_REVIEW_LM
 
 
 def stated_epsilon(name_or_path: str) -> float | None:
@@ -25,12 +27,20 @@ def stated_epsilon(name_or_path: str) -> float | None:
     return epsilon if value["private"] and not math.isnan(epsilon) else math.inf
 
 
-def is_outside_the_guarantee(source: str, is_public: bool) -> bool:
+def is_outside_the_guarantee(reward: RewardConfig) -> bool:
     """Whether a reward's numbers rest on private data without a guarantee, or on something that nobody declares public.
 
-    A reward model's own statement decides, whatever is declared.
+    The statement of a reward model, or of a model that a reward asks, decides, whatever is declared.
     """
-    if is_reward_model(RewardConfig(source=source)):
-        epsilon = stated_epsilon(source.removeprefix(f"{RELEASED}:"))
-        return not is_public if epsilon is None else epsilon == math.inf
-    return source != "vader" and not is_public
+    named = [(name, name == TINY_REVIEW_LM or reward.is_public) for name in models_named(reward)]
+    for part in singles(reward):
+        if is_reward_model(part):
+            named.append((part.source.removeprefix(f"{RELEASED}:"), part.is_public))
+        elif needs_declaring(part) and not part.is_public:
+            return True
+    return any(_is_outside(name, is_public) for name, is_public in named)
+
+
+def _is_outside(model: str, is_public: bool) -> bool:
+    epsilon = stated_epsilon(embedded.resolve(model))
+    return not is_public if epsilon is None else epsilon == math.inf

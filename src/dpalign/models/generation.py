@@ -100,3 +100,14 @@ def write_texts(
         mask = torch.ones_like(ids)
         completion_tokens = min(prompt_tokens + completion_tokens, positions - ids.shape[1])
     return policy.sample(ids, mask, completion_tokens, temperature=temperature, rows_at_once=rows_at_once)
+
+
+def write_rows(policy: Policy, count: int, prompt_tokens: int, max_new_tokens: int) -> tuple[list[Text], list[str]]:
+    """Prompts and completions that the policy writes itself: what a reward is given. Reads no record.
+
+    Raises:
+        DPAlignError: the tokenizer has neither BOS nor EOS.
+    """
+    prompts = write_prompts(policy, count, prompt_tokens, 256)
+    completions = answers(policy, prompts, policy.sample(*padded(policy, prompts), max_new_tokens))
+    return [prompt.text for prompt in prompts], completions

@@ -10,7 +10,7 @@ import torch
 from ..data.text import Text, joined
 from ..errors import DPAlignError
 from ..models import Normalization, Policy, RewardModel
-from ..models.generation import answers, padded, write_prompts
+from ..models.generation import write_rows
 from .own import OwnReward, options_of, words
 
 
@@ -41,12 +41,10 @@ def own_texts(
     The policy writes prompts and completions: it is public or a DP release, and no record is read.
     """
     torch.manual_seed(seed)
-    prompts = write_prompts(policy, rows, prompt_tokens, 256)
-    rollouts = policy.sample(*padded(policy, prompts), max_new_tokens)
-    completions = answers(policy, prompts, rollouts)
+    prompts, completions = write_rows(policy, rows, prompt_tokens, max_new_tokens)
     if text == "completion":
         return list(completions)
-    return [joined(prompt.text, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    return [joined(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def normalize(model: RewardModel, texts: Sequence[Text]) -> Normalization:

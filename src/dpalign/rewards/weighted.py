@@ -24,21 +24,27 @@ def terms_of(source: str) -> list[str]:
 
 
 class Weighted:
-    """Sum of weight x score over functions; one that returns None for a row has nothing to say of it, as in TRL.
+    """Sum of weight x (score - centre) over functions; one that returns None for a row has nothing to say of it.
 
-    A row of which none has anything to say, or that one of them cannot score, cannot be scored.
+    That is as in TRL. A row of which none has anything to say, or that one of them cannot score, cannot be scored.
+
+    Args:
+        centres: of the functions' scores; default: 0.
     """
 
-    def __init__(self, functions: Sequence[Callable[..., Any]], weights: Sequence[float]) -> None:
+    def __init__(
+        self, functions: Sequence[Callable[..., Any]], weights: Sequence[float], centres: Sequence[float] | None = None
+    ) -> None:
         self.functions, self.weights = list(functions), list(weights)
+        self.centres = list(centres or [0.0] * len(self.functions))
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]:
         totals: list[float | None] = [None] * len(completions)
-        for function, weight in zip(self.functions, self.weights, strict=True):
+        for function, weight, centre in zip(self.functions, self.weights, self.centres, strict=True):
             takes = signature_of(function).takes
             given = {name: values for name, values in columns.items() if takes is None or name in takes}
             scores = list(call_rows(function, prompts, completions, given))
             for row, (score, total) in enumerate(zip(scores, totals, strict=True)):
                 if score is not None:
-                    totals[row] = (total or 0.0) + weight * float(score)
+                    totals[row] = (total or 0.0) + weight * (float(score) - centre)
         return totals

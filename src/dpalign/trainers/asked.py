@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from ..errors import DPAlignError
 from ..models import embedded
 from ..privacy.statement import read_statement
-from ..rewards import is_reward_model
-from ..rewards.load import needs_declaring, single_rewards
+from ..rewards.load import models_named, needs_declaring, singles
 from ..settings.models import TINY_REVIEW_LM
 from ..settings.privacy import Privacy
 from ..settings.prompts import PromptedConfig
@@ -84,19 +83,25 @@ def ask_what_is_public(
             "the private data would void the guarantee"
         )
     if reward is not None:
-        if not reward.is_public and any(needs_declaring(one) for one in single_rewards(reward)):
-            asked.say(
-                "Privacy(reward_is_public=True), if it is: a reward made from private data would void the guarantee"
-            )
-        is_probability = reward.source.startswith("classifier:") and not reward.use_logit
-        has_range = reward.source == "vader" or is_reward_model(reward) or is_probability
-        if not has_range and (reward.low is None or reward.high is None):
-            asked.say("Privacy(reward_range=(low, high)): the reward is clipped to it, and its metric needs it")
+        ask_for_reward(asked, reward)
     if has_eval and not privacy.eval_is_public:
         asked.say(
             "Privacy(eval_is_public=True), if it is: eval_dataset is measured without noise (a held-out part of "
             "private data is private: leave it out)"
         )
+
+
+def ask_for_reward(asked: Asked, reward: RewardConfig) -> None:
+    """What nobody can check of it, or of what it is made of."""
+    parts = asked.attempt(lambda: (list(singles(reward)), models_named(reward)))
+    unknown = [part for part in (parts[0] if parts else []) if needs_declaring(part)]
+    named = [name for name in (parts[1] if parts else []) if not _says_itself(asked, name)]
+    if (named and not reward.is_public) or any(not part.is_public for part in unknown):
+        asked.say("Privacy(reward_is_public=True), if it is: a reward made from private data would void the guarantee")
+    for part in unknown:
+        has_range = part.source.startswith("classifier:") and not part.use_logit
+        if part is reward and not has_range and (part.low is None or part.high is None):
+            asked.say("Privacy(reward_range=(low, high)): the reward is clipped to it, and its metric needs it")
 
 
 def ask_for_units(asked: Asked, args: TrainerArguments, privacy: Privacy) -> None:

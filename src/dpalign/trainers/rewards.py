@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..data.load import Record
+from ..domains import check_settings
 from ..errors import DPAlignError
 from ..models.reward_model import FORMAT_FILE
 from ..rewards.classifier import classifier
 from ..rewards.foreign import signature_of
-from ..rewards.load import RELEASED, released
+from ..rewards.load import FITTED, RELEASED, asked_columns, released
 from ..rewards.weighted import PLUS, Weighted, sum_of
-from ..settings.rewards import RewardConfig
+from ..settings.rewards import JUDGE, RewardConfig
 
 Function: TypeAlias = Callable[..., Any]
-RewardFuncs: TypeAlias = Function | str | Sequence[Function | str]
+RewardFuncs: TypeAlias = Function | str | RewardConfig | Sequence[Function | str]
 NOT_GIVEN = {
     "completion_ids": "a reward reads text",
     "trainer_state": "a reward may depend on its row alone",
@@ -36,6 +37,8 @@ def read_reward_funcs(
     Raises:
         DPAlignError: not a function or name; a number of weights; a column that no record has.
     """
+    if isinstance(given, RewardConfig):
+        return _section(given, weights, config, records), []
     parts: list[Function | str] = [given] if isinstance(given, str) or callable(given) else list(given)
     if not parts:
         raise DPAlignError("reward_funcs is empty: give a function, or leave it out and say args.reward")
@@ -47,10 +50,7 @@ def read_reward_funcs(
         config = replace(config, text=config.text or "prompt+completion", use_logit=True)
     needed = [name for part in parts if not isinstance(part, str) for name in signature_of(part).needs]
     columns = list(dict.fromkeys([*config.columns, *needed]))
-    for name in columns:
-        if records and not any(name in record for record in records):
-            why = NOT_GIVEN.get(name, "no record of train_dataset has such a column")
-            raise DPAlignError(f"a reward function takes {name!r}: {why}")
+    _check_columns(columns, records)
     names = [_name(part) for part in parts]
     if len(parts) > 1 or weights is not None:
         if any(PLUS in name for name in names):
@@ -59,6 +59,26 @@ def read_reward_funcs(
     if isinstance(parts[0], str) and len(parts) == 1 and weights is None:
         return replace(config, source=names[0], columns=columns, use_logit=not _is_release(parts[0])), []
     return replace(config, source=names[0], columns=columns), parts
+
+
+def _section(
+    given: RewardConfig, weights: list[float] | None, config: RewardConfig, records: list[Record]
+) -> RewardConfig:
+    """A section `reward` in the place of functions."""
+    check_settings(given, "reward_funcs")
+    if weights is not None:
+        raise DPAlignError("reward_weights is for functions: give RewardConfig(source='mean', of=[...], weights=[...])")
+    if config != RewardConfig():
+        raise DPAlignError("reward_funcs is a RewardConfig and args.reward is another one: give one of them")
+    _check_columns(asked_columns(given), records)
+    return given
+
+
+def _check_columns(columns: list[str], records: list[Record]) -> None:
+    for name in columns:
+        if records and not any(name in record for record in records):
+            why = NOT_GIVEN.get(name, "no record of train_dataset has such a column")
+            raise DPAlignError(f"a reward function takes {name!r}: {why}")
 
 
 def reward_function(
@@ -72,6 +92,10 @@ def reward_function(
 
 
 def _check(part: Any) -> None:
+    if isinstance(part, RewardConfig):
+        raise DPAlignError(
+            "reward_funcs: a RewardConfig stands alone: of several make RewardConfig(source='mean', of=[...])"
+        )
     if isinstance(part, str):
         return
     if not callable(part) or hasattr(part, "from_pretrained"):
@@ -92,7 +116,8 @@ def _name(part: Any) -> str:
     if isinstance(part, partial):
         return f"{_name(part.func)} (partial)"
     named = part if hasattr(part, "__qualname__") else type(part)
-    return f"{named.__module__}:{named.__qualname__}"
+    module = named.__module__ + (".py" if named.__module__ in (JUDGE, FITTED) else "")  # it is none of ours
+    return f"{module}:{named.__qualname__}"
 
 
 def _of_model(name: str, config: RewardConfig, device: str) -> Function:

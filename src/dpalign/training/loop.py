@@ -44,7 +44,7 @@ from .plan import StagePlan, plan_stage
 MACHINE_SETTINGS = frozenset(
     {"micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "eval_steps"}
 )
-LATER_SETTINGS = {
+LATER_SETTINGS: dict[str, Any] = {
     "batched": False,
     "completion_only_loss": None,
     "assistant_only_loss": False,
@@ -54,6 +54,15 @@ LATER_SETTINGS = {
     "sft_coefficient": 0.0,
     "quantization": "none",
     "prompts": "private",
+    "questions": [],
+    "wanted": None,
+    "unwanted": None,
+    "written_tokens": 40,
+    "of": [],
+    "weights": None,
+    "base": None,
+    "written_texts": 128,
+    "written_seed": 0,
 }  # that version 0.1.0 did not have, and what they are for a run of that version
 # That older runs had and that changed nothing at these values.
 GONE_SETTINGS = {"synthetic_steps": 0, "synthetic_batch_size": 256, "synthetic_learning_rate": 4e-3}

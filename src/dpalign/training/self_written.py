@@ -15,6 +15,7 @@ from ..data.load import Record
 from ..errors import DPAlignError
 from ..models import AdapterStack
 from ..rewards import RewardConfig
+from ..rewards.load import asked_columns
 
 
 @contextmanager
@@ -43,7 +44,10 @@ def self_written(
     kind, config, writer = type(algorithm), algorithm.config, Writer(model.tokenizer)
     forms = [(columns, chats) for columns in kind.columns]
     asked = [
-        c for entering in kind.entering(config).values() if isinstance(entering, RewardConfig) for c in entering.columns
+        column
+        for entering in kind.entering(config).values()
+        if isinstance(entering, RewardConfig)
+        for column in asked_columns(entering)
     ]
 
     def write(columns: tuple[str, ...], is_chat: bool, length: int) -> Record | None:

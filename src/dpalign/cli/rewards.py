@@ -1,0 +1,47 @@
+"""A reward by its source alone, or by all the fields of a recipe's section `reward` in a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..domains import check_settings, shown
+from ..errors import DPAlignError
+from ..parsing import LARGEST_RECIPE, load_yaml
+from ..settings.rewards import RewardConfig
+
+SECTION = "FILE.yaml (all fields of a recipe's section `reward`: judge, contrast, mean), fitted:FOLDER"
+
+
+def reward_section(given: str, **options: Any) -> RewardConfig:
+    """What `--reward` names; options that were given win over the file.
+
+    Raises:
+        DPAlignError: a file that is no such section.
+    """
+    named = RewardConfig(source=given)
+    if given.endswith((".yaml", ".yml")):
+        named = RewardConfig(**_read(Path(given)))
+    named = replace(named, **{name: value for name, value in options.items() if value not in (None, False, [])})
+    check_settings(named, "reward")
+    return named
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LARGEST_RECIPE:
+            raise DPAlignError(f"reward {path} has more than {LARGEST_RECIPE} bytes.")
+        section = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DPAlignError(f"reward {path} cannot be read as YAML: {type(error).__name__}.") from None
+    if isinstance(section, dict) and set(section) == {"reward"}:
+        section = section["reward"]
+    if not isinstance(section, dict):
+        raise DPAlignError(f"reward {path}: expected the fields of a section `reward`, got {shown(section)}.")
+    unknown = sorted(map(str, section.keys() - {f.name for f in fields(RewardConfig)}))
+    if unknown:
+        raise DPAlignError(f"reward {path} has an unknown field {shown(unknown[0])}.")
+    return section
