@@ -98,7 +98,7 @@ NAMES = {"sft", "reward_model", "reward_query", "dpo", "ppo", "rloo", "measureme
 # Where a stage may be called by its name: the list, the recipe's fields, and each stage's own file.
 OWN = {"stages.py", "recipe.py", "evaluation/private.py"}
 # Not the stage: the folder of a released reward model, the source of a reward, and the field of an old sweep's line.
-ALSO = {("release.py", "reward_model"), ("rewards/load.py", "reward_model"), ("results.py", "reward_model")}
+ALSO = {("release.py", "reward_model"), ("settings/rewards.py", "reward_model"), ("results.py", "reward_model")}
 
 
 def named_stages(file: Path, source: Path) -> list[str]:

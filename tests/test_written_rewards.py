@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from chats import chat_tokenizer
+from chats import byte_tokenizer
 from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Policy, embedded
@@ -31,7 +31,7 @@ def policy() -> Policy:
     return Policy.load(ModelConfig(name_or_path=small_model(), is_public=True))
 
 
-def public(policy: Policy, folder=None, **more) -> Public:
+def public(policy: Policy, folder=None, **more) -> PublicModels:
     return PublicModels(PublicModel(policy, "small", has_run=True), completion_tokens=12, folder=folder, **more)
 
 
@@ -87,7 +87,7 @@ def test_a_row_is_scored_by_itself_to_the_last_bit(section, policy):
 @pytest.mark.parametrize("kind", ["smol", "llama"])
 def test_a_judge_is_asked_through_the_chat_template_and_a_long_text_is_cut_inside_it(kind):
     class Asked:
-        tokenizer = chat_tokenizer(kind)
+        tokenizer = byte_tokenizer(kind)
 
     question = Question.__new__(Question)
     question.tokenizer, question.question, question.max_length = Asked.tokenizer, "Is this kind?", 200
@@ -110,7 +110,7 @@ def test_a_question_leaves_room_and_yes_is_a_token(policy):
     with pytest.raises(DPAlignError, match="needs 600 positions and the model small has 512"):
         load_reward(RewardConfig(**ASK, max_length=600), public=public(policy))
     with pytest.raises(DPAlignError, match="no single token for 'Yes'"):
-        single_tokens(chat_tokenizer("smol"), YES)
+        single_tokens(byte_tokenizer("smol"), YES)
 
 
 def test_a_run_s_adapters_take_no_part():
@@ -173,23 +173,28 @@ def test_features_are_means_over_the_tokens_that_count(policy):
     assert torch.allclose(found[1, 1], last, atol=1e-5)
 
 
-def test_a_contrast_tells_praise_from_blame():
-    praise = [
-        "A wonderful, moving film that I loved from start to finish.",
-        "Great fun, beautifully acted.",
-        "A joy, funny and warm.",
-    ]
-    blame = [
-        "A terrible, boring film that I hated from start to finish.",
-        "Awful, badly acted trash.",
-        "A dull and stupid mess.",
-    ]
+def test_a_contrast_tells_one_kind_of_text_from_the_other(monkeypatch):
+    """The model's part is played: what it writes for each side is drawn from words of praise and of blame."""
+    words = {
+        "praise": ["wonderful", "warm", "funny", "lovely", "great"],
+        "blame": ["awful", "dull", "boring", "stupid", "bad"],
+    }
+
+    def written(model, asked, count, tokens, seed):
+        rng = np.random.default_rng(seed)
+        return [f" a {rng.choice(words[asked])} and {rng.choice(words[asked])} film" for _ in range(count)]
+
+    monkeypatch.setattr(PublicModel, "answers_to", written)
     config = RewardConfig(
-        source="contrast", base=embedded.TINY_REVIEW_LM, written_texts=48, written_tokens=24, max_length=32,
-        wanted="This is one of the best films I have ever seen. I loved it,", unwanted="This is one of the worst films I have ever seen. I hated it,",
-    )  # fmt: skip
+        source="contrast",
+        base=embedded.TINY_REVIEW_LM,
+        written_texts=64,
+        max_length=32,
+        wanted="praise",
+        unwanted="blame",
+    )
     reward = load_reward(config)
-    good, bad = reward([""] * 3, praise), reward([""] * 3, blame)
+    good, bad = (reward([""] * 20, [f"It is {word}." for word in words[side]] * 4) for side in words)
     assert good.min() > bad.max() and good.mean() - bad.mean() > 1
 
 

@@ -13,9 +13,10 @@ from .models import ModelConfig, RewardModel, embedded
 from .privacy.statement import StageStatement, merge_stages, read_statement
 from .recipe import Recipe
 from .rewards import RewardConfig, is_reward_model
-from .rewards.load import RELEASED, models_named, needs_declaring, singles
+from .rewards.load import models_named, needs_declaring, singles
 from .rewards.weighted import terms_of
 from .settings.models import TINY_REVIEW_LM
+from .settings.rewards import RELEASED
 from .stages import STAGES, kind
 
 

@@ -67,10 +67,11 @@ from .reporting.trackers import check_installed
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
 from .rewards.learned import own_texts
-from .rewards.load import RELEASED, chat_writers, try_reward
+from .rewards.load import chat_writers, try_reward
 from .rewards.written import PublicModel, PublicModels
 from .settings.base import TrainingConfig
 from .settings.reward_model import RewardModelConfig
+from .settings.rewards import RELEASED
 from .settings.rollouts import RolloutConfig, SamplingConfig
 from .stages import kind
 from .survey import Survey, survey

@@ -7,8 +7,9 @@ import math
 from ..models import embedded
 from ..privacy.statement import read_statement
 from ..rewards import RewardConfig, is_reward_model
-from ..rewards.load import RELEASED, models_named, needs_declaring, singles
+from ..rewards.load import models_named, needs_declaring, singles
 from ..settings.models import TINY_REVIEW_LM
+from ..settings.rewards import RELEASED
 
 
 def stated_epsilon(name_or_path: str) -> float | None:

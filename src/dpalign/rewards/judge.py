@@ -76,11 +76,11 @@ class Question:
     def encode(self, text: str) -> list[int]:
         """Token ids of the question about a text; of a text that is too long, about its beginning."""
         ids = self._written(text)
-        room = self.max_length
+        own: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        room = len(own)
         while len(ids) > self.max_length:
-            own: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-            room = min(room, len(own)) - (len(ids) - self.max_length)
-            ids = self._written(str(self.tokenizer.decode(own[: max(0, room)])))
+            room = max(0, room - (len(ids) - self.max_length))
+            ids = self._written(str(self.tokenizer.decode(own[:room])))
         return ids
 
     def _written(self, text: str) -> list[int]:

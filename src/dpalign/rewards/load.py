@@ -16,7 +16,7 @@ from ..errors import DPAlignError
 from ..models import ModelConfig, Normalization, RewardModel
 from ..models.loading import check_ids, embedding_rows
 from ..models.reward_model import normalization_of
-from ..settings.rewards import BASE, CONTRAST, JUDGE, MEAN, RewardConfig
+from ..settings.rewards import BASE, CONTRAST, FITTED, JUDGE, MEAN, RELEASED, RewardConfig
 from .base import BATCH, PROBES, Reward, RewardFunction, check_reward
 from .classifier import classifier
 from .contrast import contrast
@@ -30,7 +30,6 @@ from .own import OwnReward
 from .weighted import Weighted, terms_of
 from .written import Fitted, PublicModels
 
-RELEASED, FITTED = "reward_model", "fitted"
 Trained = tuple[RewardModel, Normalization]
 
 

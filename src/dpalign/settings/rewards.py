@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ..domains import LENGTH, SCALE, SEEDS, check_settings, within
 from ..errors import DPAlignError
 
+RELEASED, FITTED = "reward_model", "fitted"
 JUDGE, CONTRAST, MEAN = "judge", "contrast", "mean"  # sources that need nobody's data
 BASE = "base"  # the model behind `judge:base`
 MEANINGS = {
@@ -133,7 +134,7 @@ class RewardConfig:
             raise DPAlignError(f"weights has {len(self.weights)} numbers for {len(self.of)} rewards in `of`.")
         for number, part in enumerate(self.parts, 1):
             check_settings(part, f"of {number}")
-            if part.source in (MEAN, "reward_model") or part.kind == "fitted":
+            if part.source in (MEAN, RELEASED) or part.kind == FITTED:
                 raise DPAlignError(
                     f"of {number}: {part.source} cannot be part of a mean: list single rewards (of a trained reward "
                     "model its release: reward_model:PATH)."

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ..errors import DPAlignError
 from ..models import embedded
 from ..privacy.statement import read_statement
+from ..rewards import is_reward_model
 from ..rewards.load import models_named, needs_declaring, singles
 from ..settings.models import TINY_REVIEW_LM
 from ..settings.privacy import Privacy
@@ -98,10 +99,10 @@ def ask_for_reward(asked: Asked, reward: RewardConfig) -> None:
     named = [name for name in (parts[1] if parts else []) if not _says_itself(asked, name)]
     if (named and not reward.is_public) or any(not part.is_public for part in unknown):
         asked.say("Privacy(reward_is_public=True), if it is: a reward made from private data would void the guarantee")
-    for part in unknown:
-        has_range = part.source.startswith("classifier:") and not part.use_logit
-        if part is reward and not has_range and (part.low is None or part.high is None):
-            asked.say("Privacy(reward_range=(low, high)): the reward is clipped to it, and its metric needs it")
+    is_probability = reward.source.startswith("classifier:") and not reward.use_logit
+    has_range = reward.source == "vader" or is_reward_model(reward) or reward.is_written or is_probability
+    if not has_range and (reward.low is None or reward.high is None):
+        asked.say("Privacy(reward_range=(low, high)): the reward is clipped to it, and its metric needs it")
 
 
 def ask_for_units(asked: Asked, args: TrainerArguments, privacy: Privacy) -> None:

@@ -15,9 +15,9 @@ from ..errors import DPAlignError
 from ..models.reward_model import FORMAT_FILE
 from ..rewards.classifier import classifier
 from ..rewards.foreign import signature_of
-from ..rewards.load import FITTED, RELEASED, asked_columns, released
+from ..rewards.load import asked_columns, released
 from ..rewards.weighted import PLUS, Weighted, sum_of
-from ..settings.rewards import JUDGE, RewardConfig
+from ..settings.rewards import FITTED, JUDGE, RELEASED, RewardConfig
 
 Function: TypeAlias = Callable[..., Any]
 RewardFuncs: TypeAlias = Function | str | RewardConfig | Sequence[Function | str]

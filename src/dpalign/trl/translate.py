@@ -17,8 +17,7 @@ from ..errors import DPAlignError
 from ..models import embedded
 from ..models.objects import folder_of
 from ..models.reward_model import FORMAT_FILE
-from ..rewards.load import RELEASED
-from ..settings.rewards import RewardConfig
+from ..settings.rewards import RELEASED, RewardConfig
 from ..settings.trainers import PPOConfig as Settings
 from ..settings.trainers import one_tracker
 from .config import PPOConfig
