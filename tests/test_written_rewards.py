@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from chats import byte_tokenizer
 from dpalign.domains import check_settings
@@ -20,6 +22,7 @@ from dpalign.rewards.judge import FORM, NO, YES, Question, single_tokens
 from dpalign.rewards.load import asked_columns, models_named, singles
 from dpalign.rewards.written import PublicModel, PublicModels
 from helpers import small_model
+from reader import ROOT
 
 TEXTS = [" was a delight, warm and funny.", " little.", " dull", "", " " + "very " * 300 + "long"]
 PROMPTS = ["The film", "I expected", "It is", "Two hours", "A"]
@@ -312,3 +315,11 @@ def test_without_a_run_a_model_has_to_be_named():
     section = {**ASK, "source": f"judge:{small_model()}"}
     alone = load_reward(RewardConfig(**section))  # a judge can write the text itself
     assert isinstance(alone, Reward) and alone(PROMPTS, TEXTS).isfinite().all()
+
+
+def test_the_guide_s_section_is_one():
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if b.startswith("reward:")]
+    config = RewardConfig(**yaml.safe_load(block)["reward"])
+    check_settings(config, "reward")
+    assert [part.kind for part in config.parts] == ["vader", "contrast", "judge"] and not models_named(config)

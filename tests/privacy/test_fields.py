@@ -106,7 +106,8 @@ def sections(folder: Path, kind: str) -> dict[str, Any]:
             "reference_reward": {"source": "vader"}, "target_epsilon": 20,
         },
         "rloo": {"ppo": None, "data": data | shown, "rloo": pair | {
-            "prompt_max_tokens": 4, "max_prompt_length": 5, "max_completion_length": 6, "num_generations": 2}},
+            "prompt_max_tokens": 4, "max_prompt_length": 5, "max_completion_length": 6, "num_generations": 2, "reward": {"source": "mean", "written_texts": 16, "of": [
+                {"source": "vader"}, {"source": "contrast", "wanted": "A fine", "unwanted": "A dull", "max_length": 16}]}}},
         "dpo": {"ppo": None, "dpo": pair, "dpo_data": judges},
     }[kind]  # fmt: skip
 
@@ -127,6 +128,7 @@ def test_every_field_outside_private_is_listed(kind, tmp_path, capsys, monkeypat
     train(tmp_path / "a", kind, capsys, monkeypatch)
     assert unknown(tmp_path / "a" / "run") == []
     files = {file for file, _ in outside(tmp_path / "a" / "run")}
+    assert any(file.endswith("constants.safetensors") for file in files) == (kind == "rloo")
     assert "metrics.jsonl" in files and ("evaluations.jsonl" in files) == (kind == "ppo")
 
 

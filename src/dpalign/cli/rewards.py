@@ -16,16 +16,17 @@ from ..settings.rewards import RewardConfig
 SECTION = "FILE.yaml (all fields of a recipe's section `reward`: judge, contrast, mean), fitted:FOLDER"
 
 
-def reward_section(given: str, **options: Any) -> RewardConfig:
+def reward_section(asked: str, **options: Any) -> RewardConfig:
     """What `--reward` names; options that were given win over the file.
 
     Raises:
         DPAlignError: a file that is no such section.
     """
-    named = RewardConfig(source=given)
-    if given.endswith((".yaml", ".yml")):
-        named = RewardConfig(**_read(Path(given)))
-    named = replace(named, **{name: value for name, value in options.items() if value not in (None, False, [])})
+    named = RewardConfig(source=asked)
+    if asked.endswith((".yaml", ".yml")):
+        named = RewardConfig(**_read(Path(asked)))
+    given = {name: value for name, value in options.items() if not (value is None or value is False or value == [])}
+    named = replace(named, **given)
     check_settings(named, "reward")
     return named
 
