@@ -155,7 +155,11 @@ def test_dpalign_dpo(tmp_path, capsys):
     assert "stage dpo is already done" in again.err
     release = tmp_path / "run" / "release"
     base = json.loads((release / "adapter_config.json").read_text())["base_model_name_or_path"]
-    policy = Policy.load(type("Named", (), {"name_or_path": base, "dtype": "float32", "trust_remote_code": False})())
+    policy = Policy.load(
+        type(
+            "Named", (), {"name_or_path": base, "dtype": "float32", "trust_remote_code": False, "quantization": "none"}
+        )()
+    )
     assert PeftModel.from_pretrained(policy.model, release).peft_config["default"].r == 4
     alone = call(capsys, "dpo", recipe, "--output_dir", tmp_path / "alone", "--json").json
     assert [s["stage"] for s in alone["stages"]] == ["dpo"]

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from huggingface_hub import ModelCard
@@ -194,6 +195,8 @@ def test_progress(capsys):
 
 
 class NoPolicy:
+    quantization: ClassVar[dict[str, str]] = {}
+
     def save_adapter(self, folder: Path, base_model: str) -> None:
         (folder / "adapter_config.json").write_text("{}")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DPAlignError
+from ..files import is_missing
 from . import embedded
 
 SAVE_IT = "save it and its tokenizer with save_pretrained, and pass that folder as the model"
@@ -59,6 +60,8 @@ def folder_of(model: Any) -> str:
             f"the model object ({type(model).__name__}) was not loaded from a folder, so that its release could not "
             f"name its base: {SAVE_IT}."
         )
+    if is_missing(str(name)):
+        raise DPAlignError(f"the model object was loaded from {name!r}, which is not there any more: {SAVE_IT}.")
     return str(name)
 
 
