@@ -199,7 +199,7 @@ REWARD = {
     "failing reward": (reward("failing"), "raised KeyError on the public probe texts"),
     "no such reward": (reward("missing"), "cannot be imported"),
     "no function": (reward("not_a_function"), "is not a function"),
-    "no module": (reward("", source="sentiment"), "use vader, classifier:PATH, reward_model"),
+    "no module": (reward("", source="sentiment"), "use vader, classifier:PATH, judge:MODEL"),
     "no range": (reward("constant", low=None), "declared range"),
     "empty range": (reward("constant", low=1.0), "must be finite and not empty"),
     "private reward": (reward("constant", is_public=False), "declared public"),

@@ -319,7 +319,7 @@ def test_without_a_run_a_model_has_to_be_named():
 
 def test_the_guide_s_section_is_one():
     text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if b.startswith("reward:")]
-    config = RewardConfig(**yaml.safe_load(block)["reward"])
+    (block,) = [b for b in re.findall(r"```text\n(.*?)```", text, re.DOTALL) if "source: mean" in b]
+    config = RewardConfig(**yaml.safe_load(block)["ppo"]["reward"])
     check_settings(config, "reward")
     assert [part.kind for part in config.parts] == ["vader", "contrast", "judge"] and not models_named(config)
