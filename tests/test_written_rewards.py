@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from chats import byte_tokenizer
 from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Policy, embedded
 from dpalign.models.features import pooled_layers
+from dpalign.parsing import recipe_from
+from dpalign.provenance import check_provenance
 from dpalign.rewards import Reward, RewardConfig, load_reward
-from dpalign.rewards.contrast import RIDGE, discriminants, upper_layers
+from dpalign.rewards.contrast import RIDGE, Reader, discriminants, upper_layers
 from dpalign.rewards.judge import FORM, NO, YES, Question, single_tokens
 from dpalign.rewards.load import asked_columns, models_named, singles
 from dpalign.rewards.written import PublicModel, PublicModels
-from helpers import small_model
-from reader import ROOT
+from dpalign.run import run_recipe
+from dpalign.trainers.rewards import read_reward_funcs
+from helpers import call, reviews, small_model, write_jsonl, write_recipe
 
 TEXTS = [" was a delight, warm and funny.", " little.", " dull", "", " " + "very " * 300 + "long"]
 PROMPTS = ["The film", "I expected", "It is", "Two hours", "A"]
@@ -176,6 +177,14 @@ def test_features_are_means_over_the_tokens_that_count(policy):
     assert torch.allclose(found[1, 1], last, atol=1e-5)
 
 
+def test_a_contrast_reads_behind_a_bos_that_does_not_count(policy):
+    """Mutant: BOS counts, which makes a text's length its feature."""
+    found, is_read = Reader(PublicModel(policy, "small"), [1], 8)(["a film", ""])
+    ids = [policy.tokenizer.bos_token_id, *policy.tokenizer("a film").input_ids]
+    alone = policy.model.model(torch.tensor([ids])).last_hidden_state[0]
+    assert torch.allclose(found[0, 0], alone[1:].mean(0), atol=1e-5) and is_read.tolist() == [True, False]
+
+
 def test_a_contrast_tells_one_kind_of_text_from_the_other(monkeypatch):
     """The model's part is played: what it writes for each side is drawn from words of praise and of blame."""
     words = {
@@ -317,9 +326,133 @@ def test_without_a_run_a_model_has_to_be_named():
     assert isinstance(alone, Reward) and alone(PROMPTS, TEXTS).isfinite().all()
 
 
-def test_the_guide_s_section_is_one():
-    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    (block,) = [b for b in re.findall(r"```text\n(.*?)```", text, re.DOTALL) if "source: mean" in b]
-    config = RewardConfig(**yaml.safe_load(block)["ppo"]["reward"])
-    check_settings(config, "reward")
-    assert [part.kind for part in config.parts] == ["vader", "contrast", "judge"] and not models_named(config)
+# In a run --------------------------------------------------------------------------------------------------------
+
+FREE = {
+    "source": "mean", "written_texts": 8,
+    "of": [
+        {"source": "vader"},
+        {"source": "contrast", "wanted": "A lovely", "unwanted": "A dull", "written_texts": 8, "written_tokens": 8, "max_length": 24},
+        {**ASK, "questions": ["Is this kind?"], "written_texts": 8, "max_length": 64},
+    ],
+}  # fmt: skip
+
+
+def run_free(folder, records):
+    """A run on the mean of three, and its folder."""
+    folder.mkdir()
+    write_jsonl(folder / "data.jsonl", records)
+    shown = {"eval_path": str(write_jsonl(folder / "public.jsonl", reviews(4, "public"))), "eval_is_public": True}
+    short = {"max_steps": 1, "expected_batch_size": 4}
+    path = write_recipe(folder, sft=short, ppo=short | {"reward": FREE}, data=shown)
+    run_recipe(recipe_from("run", [str(path)]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run_free(tmp_path_factory.mktemp("free") / "a", reviews(64))
+
+
+def test_a_run_spends_nothing_on_a_free_reward_and_keeps_its_constants(finished):
+    summary = json.loads((finished / "run" / "summary.json").read_text())
+    assert [stage["stage"] for stage in summary["stages"]] == ["sft", "ppo"]
+    assert not any("reward" in line for line in summary["assumptions"])  # nothing was declared of it
+    kept = sorted(path.name.split("-")[0] for path in (finished / "run" / "rewards").iterdir())
+    assert kept == ["contrast", "judge", "mean"]
+    assert -4 <= summary["evaluation"]["ppo"]["reward"] <= 4
+
+
+def test_an_evaluation_scores_by_what_the_run_has_fitted(finished, capsys):
+    (folder,) = (finished / "run" / "rewards").glob("mean-*")
+    common = [
+        "--data",
+        finished / "public.jsonl",
+        "--eval_is_public",
+        "--prompt_tokens",
+        4,
+        "--max_completion_length",
+        6,
+    ]
+    out = finished / "out.json"
+    called = call(capsys, "evaluate", small_model(), *common, "--reward", f"fitted:{folder}", "--output", out)
+    assert called.status == 0, called.err
+    value = json.loads(out.read_text())
+    assert "reward" in value["outside_the_guarantee"]["columns"]  # nobody has declared the model behind it public
+    called = call(
+        capsys,
+        "evaluate",
+        small_model(),
+        *common,
+        "--reward",
+        f"fitted:{folder}",
+        "--reward_is_public",
+        "--output",
+        out,
+    )
+    assert json.loads(out.read_text())["outside_the_guarantee"]["columns"] == []
+    section = finished / "judge.yaml"
+    section.write_text(f"reward: {{source: 'judge:{small_model()}', questions: ['Is this kind?'], written_texts: 8}}")
+    called = call(
+        capsys, "evaluate", small_model(), *common, "--reward", section, "--reward_is_public", "--output", out
+    )
+    assert called.status == 0 and json.loads(out.read_text())["reward"].startswith("judge:"), called.err
+    section.write_text("reward: {sauce: vader}")
+    assert "unknown field 'sauce'" in call(capsys, "evaluate", small_model(), *common, "--reward", section).error
+
+
+def test_fields_of_a_free_reward_are_public_and_no_function_of_the_records(finished, tmp_path):
+    """Mutant: constants found on the run's prompts, or on text of its SFT model."""
+    from privacy.test_fields import origin_of, outside, unknown
+
+    assert unknown(finished / "run") == []
+    files = [key for key in outside(finished / "run") if key[0].startswith("rewards/")]
+    assert {origin_of(*key) for key in files} == {"public", "declared"}
+    other = run_free(tmp_path / "b", reviews(64, "morning"))
+    kept, same = (
+        {p.relative_to(at): p.read_bytes() for p in sorted(at.rglob("*.*"))}
+        for at in (finished / "run" / "rewards", other / "run" / "rewards")
+    )
+    assert len(kept) == 6 and kept == same
+
+
+def test_where_a_reward_comes_from(tmp_path, finished):
+    """Mutants: a judge's model, a mean's part or a fitted reward whose past nobody asks for."""
+
+    def origin(reward):
+        path = write_recipe(tmp_path, ppo={"reward": reward}, units_disjoint="declared")
+        found = [o for name, o in check_provenance(recipe_from("run", [str(path)])).items() if name.startswith("ppo.")]
+        return [s.stage for o in found for s in o.stages], "".join(text for o in found for text in o.assumptions)
+
+    release = f"reward_model:{finished / 'run' / 'release'}"
+    for free in (
+        {"source": "contrast", "wanted": "a", "unwanted": "b"},
+        {"source": "judge:base", "questions": ["?"]},
+        FREE,
+    ):
+        assert origin(free) == ([], "")
+    stages, _ = origin({"source": "mean", "of": [{"source": "vader"}, {"source": release}]})
+    assert sorted(stages) == ["ppo", "sft"]
+    (folder,) = (finished / "run" / "rewards").glob("mean-*")
+    for named in (
+        {"source": "judge:some/model", "questions": ["?"]},
+        {"source": "mean", "of": [{"source": "judge:some/model", "questions": ["?"]}]},
+        {"source": "mean", "of": [{"source": "vader"}], "base": "some/model"},
+        {"source": f"fitted:{folder}"},
+    ):
+        with pytest.raises(DPAlignError, match=r"must be declared public \(reward.is_public: true\)"):
+            origin(named)
+        assert "was made without the private data (declared)" in origin(named | {"is_public": True})[1]
+
+
+def test_reward_funcs_takes_a_section_alone():
+    section = RewardConfig(**FREE)
+    assert read_reward_funcs(section, None, RewardConfig(), []) == (section, [])
+    for given, weights, config, says in (
+        ([section, len], None, RewardConfig(), "a RewardConfig stands alone"),
+        (section, [1.0], RewardConfig(), "reward_weights is for functions"),
+        (section, None, RewardConfig(scale=2.0), "args.reward is another one"),
+        (RewardConfig(source="judge:base"), None, RewardConfig(), "reward_funcs: a judge needs questions"),
+    ):
+        with pytest.raises(DPAlignError, match=says):
+            read_reward_funcs(given, weights, config, [])

@@ -15,7 +15,7 @@ from ..rewards.load import models_named, needs_declaring, singles
 from ..settings.models import TINY_REVIEW_LM
 from ..settings.privacy import Privacy
 from ..settings.prompts import PromptedConfig
-from ..settings.rewards import RewardConfig
+from ..settings.rewards import FITTED, RewardConfig
 from ..settings.trainers import TrainerArguments
 
 T = TypeVar("T")
@@ -100,7 +100,8 @@ def ask_for_reward(asked: Asked, reward: RewardConfig) -> None:
     if (named and not reward.is_public) or any(not part.is_public for part in unknown):
         asked.say("Privacy(reward_is_public=True), if it is: a reward made from private data would void the guarantee")
     is_probability = reward.source.startswith("classifier:") and not reward.use_logit
-    has_range = reward.source == "vader" or is_reward_model(reward) or reward.is_written or is_probability
+    known = is_reward_model(reward) or reward.is_written or reward.kind == FITTED
+    has_range = reward.source == "vader" or known or is_probability
     if not has_range and (reward.low is None or reward.high is None):
         asked.say("Privacy(reward_range=(low, high)): the reward is clipped to it, and its metric needs it")
 
