@@ -543,3 +543,13 @@ def test_the_door_knows_both_calls(base):
         PPOTrainer(PPOConfig(batch_size=8, mini_batch_size=8), model, tokenizer=tiny_tokenizer(), quiet=True),
         LoopTrainer,
     )
+
+
+def test_a_subclass_is_told_whose_it_has_to_be():
+    class Mine(PPOTrainer):
+        pass
+
+    with pytest.raises(
+        DPAlignError, match=r"Mine is a subclass of PPOTrainer.* subclass dpalign\.trl\.trainer\.Trainer"
+    ):
+        Mine(args=PPOConfig())

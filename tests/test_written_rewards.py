@@ -22,6 +22,7 @@ from dpalign.rewards.judge import FORM, NO, YES, Question, single_tokens
 from dpalign.rewards.load import asked_columns, models_named, singles
 from dpalign.rewards.written import PublicModel, PublicModels
 from dpalign.run import run_recipe
+from dpalign.trainers.asked import Asked, ask_for_reward
 from dpalign.trainers.rewards import read_reward_funcs
 from helpers import call, reviews, small_model, write_jsonl, write_recipe
 
@@ -456,3 +457,11 @@ def test_reward_funcs_takes_a_section_alone():
     ):
         with pytest.raises(DPAlignError, match=says):
             read_reward_funcs(given, weights, config, [])
+
+
+def test_a_trainer_asks_a_range_only_of_what_has_none(finished):
+    (folder,) = (finished / "run" / "rewards").glob("mean-*")
+    for reward, is_asked in ((f"fitted:{folder}", False), ("judge:base", False), ("my:function", True)):
+        asked = Asked("X")
+        ask_for_reward(asked, RewardConfig(source=reward, is_public=True))
+        assert any("reward_range" in line for line in asked.lines) == is_asked, reward

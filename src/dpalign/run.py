@@ -471,17 +471,10 @@ class Run:
             report=reporter.step,
             tell=reporter.note,
         )
-        if stage.is_finished:
-            stage.load_final()
-            reporter.note(f"stage {name} is already done.")
-            return
         cost = planned.kind.tokens(planned.config)
         tokens = planned.batch_size * (cost.trained + cost.read)
-        counted = planned.units.count, planned.units.unit
-        before = self.steps_until(name)
-        reporter.start(name, stage.plan, *counted, stage.private, tokens, self.seconds.get(name), before)
-        with reporter.showing(name):
-            stage.train()
+        about = planned.units.count, planned.units.unit, stage.private, tokens, self.seconds.get(name)
+        self.finish_stage(stage, name, lambda: reporter.start(name, stage.plan, *about, self.steps_until(name)))
 
     def train_on_own_text(self, section: RecipeStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack) -> None:
         """One stage that reads no record, from its newest checkpoint if there is one."""
@@ -497,14 +490,18 @@ class Run:
             report=reporter.step,
             tell=reporter.note,
         )
+        cost, count = section.kind.tokens(section.config), algorithm.config.expected_batch_size
+        about = stage.steps, count, stage.config.read_prompts, count * (cost.trained + cost.read)
+        self.finish_stage(stage, name, lambda: reporter.start_own_text(name, *about, self.steps_until(name)))
+
+    def finish_stage(self, stage: Stage | OwnTextStage, name: str, announce: Callable[[], None]) -> None:
+        """Trains a stage to its end; of one that has come there already its adapter is taken."""
         if stage.is_finished:
             stage.load_final()
-            reporter.note(f"stage {name} is already done.")
+            self.reporter.note(f"stage {name} is already done.")
             return
-        cost, count = section.kind.tokens(section.config), algorithm.config.expected_batch_size
-        tokens, before = count * (cost.trained + cost.read), self.steps_until(name)
-        reporter.start_own_text(name, stage.steps, count, stage.config.read_prompts, tokens, before)
-        with reporter.showing(name):
+        announce()
+        with self.reporter.showing(name):
             stage.train()
 
     def has_to_train(self) -> bool:

@@ -69,8 +69,11 @@ class PPOTrainer:
         is_later = later & options.keys() or isinstance(second, PreTrainedTokenizerBase)
         return super().__new__(cls if cls is not PPOTrainer else Trainer if is_later else LoopTrainer)
 
-    def __init__(self, *args: Any, **options: Any) -> None:  # of `Trainer` or `LoopTrainer`
-        raise NotImplementedError
+    def __init__(self, *args: Any, **options: Any) -> None:  # of a subclass; else it is a `Trainer` or a `LoopTrainer`
+        raise DPAlignError(
+            f"{type(self).__name__} is a subclass of PPOTrainer, which is one of two by its arguments: subclass "
+            "dpalign.trl.trainer.Trainer (arguments as from TRL 0.12 on) or dpalign.trl.loop.LoopTrainer instead."
+        )
 
 
 class Trainer(PPOTrainer):
