@@ -434,6 +434,10 @@ def test_where_a_reward_comes_from(tmp_path, finished):
         assert origin(free) == ([], "")
     stages, _ = origin({"source": "mean", "of": [{"source": "vader"}, {"source": release}]})
     assert sorted(stages) == ["ppo", "sft"]
+    mixed = origin(
+        {"source": "mean", "is_public": True, "of": [{"source": "my:scores", "low": 0, "high": 1}, {"source": release}]}
+    )
+    assert sorted(mixed[0]) == ["ppo", "sft"] and "reward 'my:scores' was made without the private data" in mixed[1]
     (folder,) = (finished / "run" / "rewards").glob("mean-*")
     for named in (
         {"source": "judge:some/model", "questions": ["?"]},

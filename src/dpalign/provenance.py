@@ -69,26 +69,24 @@ def check_provenance(recipe: Recipe) -> dict[str, Origin]:
 
 
 def _origins_of_reward(recipe: Recipe, reward: RewardConfig, name: str) -> dict[str, Origin]:
-    """Of the rewards that it is made of, each by itself, and of the models that they ask or have texts from."""
-    parts = [reward] if terms_of(reward.source) else list(singles(reward))
-    origins = {}
-    for number, part in enumerate(parts, 1):
-        origin = _origin(recipe, part)
-        if origin is not None:
-            origins[name if parts == [reward] else f"{name}.of.{number}"] = origin
+    """Of a reward, and of the models that it asks or has texts from."""
+    origin = _origin(recipe, reward)
+    origins = {} if origin is None else {name: origin}
     for number, model in enumerate(models_named(reward), 1):
         origins[f"{name}.model.{number}"] = _past(recipe, model, reward.is_public, "reward.is_public")
     return origins
 
 
 def _origin(recipe: Recipe, entering: RewardConfig) -> Origin | None:
-    """Of a single reward; None of what is public by itself, made by a stage of the recipe, or by models it names."""
+    """None of what is public by itself, made by a stage of the recipe, or by models it names; of a reward that is made
+    of others, all that these have."""
     source = entering.source
     declared = f"reward {source!r} was made without the private data, and scores each row by itself (declared)"
     if (parts := list(singles(entering))) != [entering]:
-        found = [o for part in parts if not needs_declaring(part) and (o := _origin(recipe, part)) is not None]
+        is_sum = bool(terms_of(source))  # which is declared as a whole, with its weights
+        found = [o for part in parts if not (is_sum and needs_declaring(part)) and (o := _origin(recipe, part))]
         assumptions = {text for origin in found for text in origin.assumptions}
-        assumptions |= {declared} if any(needs_declaring(part) for part in parts) else set()
+        assumptions |= {declared} if is_sum and any(needs_declaring(part) for part in parts) else set()
         return Origin(source, tuple(merge_stages([s for o in found for s in o.stages])), tuple(sorted(assumptions)))
     if source == RELEASED:
         makers = [name for name in STAGES if kind(name).model_kind is RewardModel]
@@ -99,9 +97,7 @@ def _origin(recipe: Recipe, entering: RewardConfig) -> Origin | None:
         return None
     if is_reward_model(entering):
         return _past(recipe, source.removeprefix(f"{RELEASED}:"), entering.is_public)
-    if source == "vader" or entering.is_written:
-        return None
-    return Origin(source, (), (declared,))
+    return Origin(source, (), (declared,)) if needs_declaring(entering) else None
 
 
 def _past(recipe: Recipe, name: str, is_public: bool, declaration: str = "model.is_public") -> Origin:
