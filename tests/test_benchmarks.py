@@ -332,8 +332,10 @@ SMOKE = {
     "free_and_private_reward.py --data DATA --output docs/results/free_and_private_reward.runs.jsonl --json": Smoke(
         "", check_rewards_again
     ),
-    "chat_emails.py --emails email_rewrites.jsonl.gz --output_dir runs/chat_emails": Smoke(
-        "--model chatty --steps 1 --completion 4 --own_texts 40 --eval_prompts 4 --record runs.jsonl",
+    "chat_emails.py --emails email_rewrites.jsonl.gz --output_dir runs/chat_emails --longest 160 --max_length 144 "
+    "--completion 40 --batch 64 --steps 6 --prompts 8 --own_texts 128 --eval_prompts 32 --micro_batch_size 8": Smoke(
+        "--model chatty --longest 600 --max_length 448 --batch 256 --steps 1 --prompts 32 --completion 4 --own_texts 40 "
+        "--eval_prompts 4 --record runs.jsonl",
         check_chat_emails, emails,
     ),
     "profile_iteration.py --show docs/results/profile_h200_first.jsonl": Smoke("", check_shown),
