@@ -674,6 +674,7 @@ CALLS: dict[str, list[str]] = {
         for name, values in {
             "--max_completion_length": ["0", "-1", "x", "1000000000", "1.5"], "--num_generations": ["0", "-1", "x", "1000000000"],
             "--temperature": ["0", "-1", "nan", "inf", "x"], "--top_p": ["0", "-1", "2", "nan", "x"], "--seed": ["-1", "x", "9" * 30],
+            "--best_of": ["0", "1", "2", "x", "1000000000"], "--reward": ["vader", ""],
         }.items()
         for v in values
     },

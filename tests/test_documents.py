@@ -191,6 +191,9 @@ RUN = {
     "dpalign report RUN": Small(instead={"RUN": "runs/x"}, says="runs/x/report.html"),
     "dpalign ledger": Small(),
     'dpalign generate runs/x/release --prompt "The film" --prepend_bos': Small(says="The film"),
+    'dpalign generate runs/x/release --prompt "The film" --prepend_bos --best_of 16 --reward vader': Small(
+        "--max_completion_length 4", says="mean of 16"
+    ),
     "dpalign evaluate tiny-review-lm runs/x/release --data public.jsonl --eval_is_public --prompt_tokens 5 "
     "--prepend_bos": Small("--max_completion_length 4", says="perplexity"),
     "dpalign evaluate tiny-review-lm runs/a/release runs/b/release --data public.jsonl --eval_is_public "

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ..domains import COUNT, LENGTH, SCALE, SEEDS
 from ..errors import DPAlignError
 from ..files import write_json
-from ..settings.rewards import RewardConfig
 from ..settings.rollouts import SamplingConfig
 from .arguments import LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
-from .rewards import SECTION, reward_section
+from .rewards import add_reward, reward_of
 
 if TYPE_CHECKING:
     from ..evaluation import Comparison
@@ -81,30 +80,20 @@ def _compare(given: argparse.Namespace, reporter: Reporter) -> Comparison:
             max_completion_length=given.max_completion_length,
             prompt_max_tokens=given.prompt_tokens,
             prepend_bos=as_trained(given.models, given.prepend_bos),
-            reward=_reward(given, "reward"),
+            reward=reward_of(given),
         ),
         prompts_are_public=given.eval_is_public,
         num_prompts=given.num_prompts,
         baseline=given.baseline,
         judge=given.judge,
         judge_is_public=given.judge_is_public,
-        reference_reward=_reward(given, "reference_reward") if given.reference_reward else None,
+        reference_reward=reward_of(given, "reference_reward") if given.reference_reward else None,
         reference_column=given.reference_column,
         seed=given.seed,
         device=given.device,
         shared_texts=given.shared_texts,
         ledger=given.ledger,
         status=lambda doing: reporter.status(doing),
-    )
-
-
-def _reward(given: argparse.Namespace, name: str) -> RewardConfig:
-    return reward_section(
-        getattr(given, name),
-        is_public=getattr(given, f"{name}_is_public"),
-        low=getattr(given, f"{name}_low"),
-        high=getattr(given, f"{name}_high"),
-        columns=given.reward_columns,
     )
 
 
@@ -158,17 +147,7 @@ def _parser() -> Parser:
 
 def _add_rewards(parser: Parser) -> None:
     rewards = parser.add_argument_group("rewards")
-    rewards.add_argument(
-        "--reward",
-        default="vader",
-        help=f"vader (default), classifier:PATH, reward_model:PATH, module:function, {SECTION}",
-    )
-    rewards.add_argument("--reward_is_public", action="store_true", help="declare a classifier or function public")
-    rewards.add_argument(
-        "--reward_low", type=number(float, SCALE), help="declared range of the reward, for module:function"
-    )
-    rewards.add_argument("--reward_high", type=number(float, SCALE))
-    rewards.add_argument("--reward_columns", nargs="*", default=[], help="columns of the data that functions are given")
+    add_reward(rewards, "vader")
     rewards.add_argument("--reference_reward", help="a second reward, in a column of its own; may be non-private")
     rewards.add_argument(
         "--reference_reward_is_public",

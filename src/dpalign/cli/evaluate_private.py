@@ -18,7 +18,7 @@ from ..settings.measurement import MeasurementConfig
 from ..settings.models import ModelConfig
 from ..settings.rollouts import SamplingConfig
 from .arguments import LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
-from .rewards import SECTION, reward_section
+from .rewards import SOURCES, reward_section
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
 model and of its base, and how often the model wins, as one Gaussian release. It is journaled in the ledger under the
@@ -134,7 +134,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--reward",
         default="vader",
-        help=f"vader, classifier:PATH, reward_model:PATH, module:function, {SECTION}",
+        help=f"vader, {SOURCES}",
     )
     parser.add_argument("--reward_is_public", action="store_true", help="declare any reward but vader public")
     parser.add_argument(

@@ -239,10 +239,11 @@ class Policy(AdapterStack):
         *,
         min_new_tokens: int = 0,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         rows_at_once: int = 256,
         coins: SystemEntropy | None = None,
     ) -> Rollouts:
-        """On-policy completions for `(rows, prompt)` ids in chunks of a fixed size, with merged weights."""
+        """Completions for `(rows, prompt)` ids in chunks of a fixed size, with merged weights; as `generate` draws."""
         drawn = None if coins is None else [coins.uniforms(len(ids)) for _ in range(max_new_tokens)]
         parts = []
         with self.merged():
@@ -255,6 +256,7 @@ class Policy(AdapterStack):
                     max_new_tokens,
                     min_new_tokens=min_new_tokens,
                     temperature=temperature,
+                    top_p=top_p,
                     coins=dealt,
                 )
                 parts.append(part[:count])
