@@ -137,7 +137,7 @@ def test_who_shares_a_micro_batch_moves_no_token_and_no_score(kind, dtype):
         scorer.text = TextFormat(max_length=prompt_length + length)
         settings = SamplingConfig(
             max_prompt_length=prompt_length, max_completion_length=length, min_completion_length=length,
-            micro_batch_size=64 if kind == "qwen2_moe" else 8,  # its gate has one number a position: see docs/privacy.md
+            micro_batch_size=8,
         )  # fmt: skip
         seen = []
         for units in COMPANIES.values():

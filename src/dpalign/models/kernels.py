@@ -1,7 +1,8 @@
 """What a model computes with: the same kernels on the same shapes, whatever the rows of a micro-batch hold.
 
 transformers leaves the attention mask out when no row is padded, and groups tokens by the expert they are sent to: then
-who shares a micro-batch chooses a kernel or the shape of a product, and with it everybody's rounding.
+who shares a micro-batch chooses a kernel or the shape of a product, and with it everybody's rounding. torch computes
+the last few numbers of a vector by another function than the rest: then the place in a micro-batch chooses.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -41,6 +42,9 @@ def constant_kernels(model: PreTrainedModel) -> None:
                 "record's gradient would depend on who else is there: align a model without experts."
             )
         model.set_experts_implementation(NAME)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == 1:
+            module.register_forward_hook(_apart)
 
 
 def chunks(rows: int, size: int) -> Iterator[tuple[list[int], int]]:
@@ -51,6 +55,11 @@ def chunks(rows: int, size: int) -> Iterator[tuple[list[int], int]]:
     for start in range(0, rows, size):
         chunk = list(range(start, min(rows, start + size)))
         yield chunk + [chunk[-1]] * (size - len(chunk)), len(chunk)
+
+
+def _apart(gate: nn.Module, inputs: Any, one: Tensor) -> Tensor:
+    """One number a position, with a gap behind each: a sigmoid then takes them one by one, the last like the first."""
+    return torch.cat([one, one], -1)[..., :1]
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
