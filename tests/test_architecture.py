@@ -94,11 +94,17 @@ def test_no_function_is_longer_than_a_page():
     assert not long
 
 
-NAMES = {"sft", "reward_model", "reward_query", "dpo", "ppo", "rloo", "measurement"}
+NAMES = {"sft", "reward_model", "reward_query", "dpo", "ppo", "rloo", "grpo", "measurement"}
 # Where a stage may be called by its name: the list, the recipe's fields, and each stage's own file.
 OWN = {"stages.py", "recipe.py", "evaluation/private.py"}
-# Not the stage: the folder of a released reward model, the source of a reward, and the field of an old sweep's line.
-ALSO = {("release.py", "reward_model"), ("settings/rewards.py", "reward_model"), ("results.py", "reward_model")}
+# Not the stage: the folder of a released reward model, the source of a reward, the field of an old sweep's line, and a
+# loss by its name in TRL.
+ALSO = {
+    ("settings/grpo.py", "grpo"),
+    ("release.py", "reward_model"),
+    ("settings/rewards.py", "reward_model"),
+    ("results.py", "reward_model"),
+}
 
 
 def named_stages(file: Path, source: Path) -> list[str]:

@@ -34,6 +34,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "reward_model": SEEDED | {"learning_rate": 2e-4, "max_length": 20},
     "ppo": SEEDED | ROLLOUTS,
     "rloo": SEEDED | ROLLOUTS,
+    "grpo": SEEDED | ROLLOUTS | {"num_iterations": 2},
 }
 SMALL, RECOMPUTED = {"micro_batch_size": 3}, {"gradient_checkpointing": True}
 # Command, stage and settings that may cost other memory or time, but must not lead anywhere else.
@@ -42,6 +43,7 @@ AGREEING: list[tuple[str, str, dict[str, Any]]] = [
     ("reward_model", "reward_model", {}), ("reward_model", "reward_model", SMALL), ("reward_model", "reward_model", RECOMPUTED),
     ("ppo", "ppo", {}), ("ppo", "ppo", SMALL), ("run", "ppo", {}),
     ("rloo", "rloo", {}), ("rloo", "rloo", SMALL),
+    ("grpo", "grpo", {}), ("grpo", "grpo", SMALL),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from dpalign.models import embedded
 from reader import ROOT, write_jsonl
 
 EXAMPLES = ROOT / "examples" / "trl"
-MOST = {"sft": 5, "reward": 5, "ppo": 3, "loop": 3}
+MOST = {"sft": 5, "reward": 5, "grpo": 4, "ppo": 3, "loop": 3}
 
 
 def scripts(name: str) -> list[list[str]]:
@@ -50,6 +50,11 @@ ASKED = {
         "RewardTrainer",
         {"model", "train_dataset"},
         {"args", "eval_dataset", "processing_class", "peft_config"},
+    ),
+    "grpo": (
+        "GRPOTrainer",
+        {"model", "reward_funcs"},
+        {"args", "train_dataset", "eval_dataset", "processing_class", "peft_config"},
     ),
     "ppo": (
         "PPOTrainer",
@@ -106,7 +111,7 @@ def files(tmp_path_factory) -> Path:
 
 ARGUMENTS = {
     "sft": ("model", "chats.jsonl"), "reward": ("model", "pairs.jsonl"), "ppo": ("model", "scorer", "prompts.jsonl"),
-    "loop": ("model", "prompts.jsonl"),
+    "grpo": ("model", "prompts.jsonl"), "loop": ("model", "prompts.jsonl"),
 }  # fmt: skip
 
 

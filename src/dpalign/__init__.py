@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from .run import run_recipe
     from .settings.models import AdapterConfig, ModelConfig
     from .settings.privacy import Privacy
-    from .settings.trainers import DPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+    from .settings.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
     from .sweep import run_sweep
-    from .trainers import DPDPOTrainer, DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
+    from .trainers import DPDPOTrainer, DPGRPOTrainer, DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
 
 _HOMES = {
     "AdapterConfig": "settings.models",
     "DPDPOTrainer": "trainers",
     "DPOConfig": "settings.trainers",
+    "DPGRPOTrainer": "trainers",
     "DPPPOTrainer": "trainers",
     "DPRLOOTrainer": "trainers",
     "DPRewardTrainer": "trainers",
     "DPSFTTrainer": "trainers",
+    "GRPOConfig": "settings.trainers",
     "ModelConfig": "settings.models",
     "PPOConfig": "settings.trainers",
     "Privacy": "settings.privacy",
@@ -45,11 +47,13 @@ __all__ = [
     "AdapterConfig",
     "DPAlignError",
     "DPDPOTrainer",
+    "DPGRPOTrainer",
     "DPOConfig",
     "DPPPOTrainer",
     "DPRLOOTrainer",
     "DPRewardTrainer",
     "DPSFTTrainer",
+    "GRPOConfig",
     "ModelConfig",
     "PPOConfig",
     "Privacy",

@@ -10,6 +10,7 @@ from .errors import DPAlignError
 from .settings.base import StageConfig
 from .settings.data import DataConfig
 from .settings.dpo import DPOConfig
+from .settings.grpo import GRPOConfig
 from .settings.measurement import MeasurementConfig
 from .settings.models import ModelConfig
 from .settings.ppo import PPOConfig
@@ -24,7 +25,7 @@ from .stages import STAGES
 
 @dataclass(kw_only=True)
 class Recipe:
-    """Private alignment of one model: SFT, a reward model, DPO, then PPO or RLOO, under one (epsilon, delta).
+    """Private alignment of one model: SFT, a reward model, DPO, then PPO, RLOO or GRPO, under one (epsilon, delta).
 
     Stages without a section are skipped. In parallel composition no unit is in two stages, and every stage gets the
     whole budget; in sequential composition units may be in several, which share it.
@@ -45,6 +46,7 @@ class Recipe:
         dpo: settings of DP-DPO, or nothing to skip it.
         ppo: settings of DP-PPO, or nothing to skip it.
         rloo: settings of DP-RLOO, instead of ppo.
+        grpo: settings of DP-GRPO, instead of ppo.
         measurement: one noisy measurement on held-out private units, or nothing to skip it.
         split: what each stage takes of the data's units: a fraction, or a range [low, high] within [0, 1]; ranges may
             overlap in sequential composition. Default: equal parts, or everything in sequential composition.
@@ -54,6 +56,7 @@ class Recipe:
         dpo_data: another dataset for DPO alone.
         ppo_data: another dataset for PPO alone.
         rloo_data: another dataset for RLOO alone.
+        grpo_data: another dataset for GRPO alone.
         measurement_data: another dataset for the measurement alone.
         units_disjoint: `checked` compares the unit columns of separate datasets; `declared` takes your word,
             and the statement says so.
@@ -88,6 +91,7 @@ class Recipe:
     dpo: DPOConfig | None = None
     ppo: PPOConfig | None = None
     rloo: RLOOConfig | None = None
+    grpo: GRPOConfig | None = None
     measurement: MeasurementConfig | None = None
     split: dict[str, float | list[float]] | None = within(None, "[0, 1]")
     sft_data: DataConfig | None = None
@@ -96,6 +100,7 @@ class Recipe:
     dpo_data: DataConfig | None = None
     ppo_data: DataConfig | None = None
     rloo_data: DataConfig | None = None
+    grpo_data: DataConfig | None = None
     measurement_data: DataConfig | None = None
     units_disjoint: Literal["checked", "declared"] = "checked"
     shared_texts: Literal["checked", "declared"] = "checked"

@@ -29,6 +29,7 @@ STAGES: dict[str, Listed] = {
     "dpo": Listed("dpalign.algorithms.dpo:DPO", "private DPO: the policy learns pairwise preferences directly"),
     "ppo": Listed("dpalign.algorithms.ppo:PPO", "private PPO against a public reward or a private reward model"),
     "rloo": Listed("dpalign.algorithms.rloo:RLOO", "private RLOO: PPO's simpler relative without a value head"),
+    "grpo": Listed("dpalign.algorithms.grpo:GRPO", "private GRPO: rewards standardised in each prompt's own group"),
     "measurement": Listed(
         "dpalign.evaluation.private:Measurement", "one noisy measurement on held-out private units", False
     ),

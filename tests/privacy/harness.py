@@ -23,11 +23,13 @@ from torch import Tensor
 
 from dpalign.algorithms import (
     DPO,
+    GRPO,
     PPO,
     RLOO,
     SFT,
     Algorithm,
     DPOConfig,
+    GRPOConfig,
     PPOConfig,
     RewardModelConfig,
     RewardModelling,
@@ -237,6 +239,13 @@ def rloo(algorithm: type[RLOO] = RLOO, **changes) -> RLOO:
     settings: dict = {"expected_batch_size": 8, "max_prompt_length": 8, "max_completion_length": 6, "beta": 0.05}
     settings |= {"num_generations": 2, "reward": RewardConfig(columns=["score"])}
     return algorithm(RLOOConfig(**SMALL | settings | changes), Reward(shared_score, -1e6, 1e6))
+
+
+def grpo(algorithm: type[GRPO] = GRPO, **changes) -> GRPO:
+    """DP-GRPO with the reward of `rloo`."""
+    settings: dict = {"expected_batch_size": 8, "max_prompt_length": 8, "max_completion_length": 6, "beta": 0.05}
+    settings |= {"num_generations": 3, "reward": RewardConfig(columns=["score"])}
+    return algorithm(GRPOConfig(**SMALL | settings | changes), Reward(shared_score, -1e6, 1e6))
 
 
 def shared_score(prompts: list[str], completions: list[str], score: list) -> list[float]:

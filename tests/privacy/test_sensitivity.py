@@ -20,6 +20,7 @@ from harness import (
     TOLERANCE,
     dpo,
     everyone,
+    grpo,
     moved,
     neighbours,
     own_coins,
@@ -36,7 +37,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpalign.algorithms import DPO, PPO, RLOO, SFT, Algorithm, RewardModelling
+from dpalign.algorithms import DPO, GRPO, PPO, RLOO, SFT, Algorithm, RewardModelling
 from dpalign.algorithms.base import Rows, unit_means
 from dpalign.algorithms.rollouts import rollouts_of
 from dpalign.data import DataConfig, build_units
@@ -102,6 +103,30 @@ class FilledUpBaseline(RLOO):
 
     def row_losses(self, policy, rows):
         return super().row_losses(policy, replace(rows, unit=torch.zeros_like(rows.unit)))
+
+
+class BatchDeviation(GRPO):
+    """A rollout's advantage is divided by the deviation over the batch (scale_rewards="batch" of TRL)."""
+
+    def row_losses(self, policy, rows):
+        scores = rows.tensors["scores"]
+        return super().row_losses(policy, with_scores(rows, scores / (scores.std() + 1e-4)))
+
+
+class SharedGroup(GRPO):
+    """Mean and deviation are those of all rollouts of the batch."""
+
+    def row_losses(self, policy, rows):
+        alike = rows.tensors | {"prompt": torch.zeros_like(rows.unit)}
+        return super().row_losses(policy, Rows(torch.zeros_like(rows.unit), alike))
+
+
+class TokensOfTheBatch(GRPO):
+    """The loss is divided by the mean number of tokens of the batch's completions (loss_type="bnpo" of TRL)."""
+
+    def row_losses(self, policy, rows):
+        loss, metrics = super().row_losses(policy, rows)
+        return loss / rows.tensors["completion_mask"].sum(1).mean(), metrics
 
 
 class ReferenceOfTheBatch(DPO):
@@ -250,6 +275,13 @@ INFINITE_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(9, 2),
         (partial(ppo, max_steps=3, noised_baseline=True, adaptive_kl_target=1.0), PPO_CASE, {}),
         (rloo, PPO_CASE, {}),
         (partial(rloo, num_generations=3, max_steps=2, clipping="automatic"), PPO_CASE, {"sampler": own_coins}),
+        (grpo, PPO_CASE, {}),
+        (partial(grpo, loss_type="grpo", num_iterations=2, learning_rate=0.1, clipping="automatic"), PPO_CASE, {}),
+        (
+            partial(grpo, scale_rewards="none", num_mini_batches=2, num_iterations=2, learning_rate=0.1),
+            PPO_CASE,
+            {"sampler": own_coins},
+        ),
         (dpo, PAIR_CASE, {}),
         (partial(dpo, loss="square", clipping="automatic"), LONG_PAIR_CASE, {}),
         (
@@ -287,6 +319,8 @@ def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settin
         (ppo, PPO_CASE, {"mechanism": ValueHeadUnclipped}),
         (partial(ppo, num_mini_batches=2), PPO_CASE, {"sampler": cut_by_position}),
         (partial(rloo, BatchBaseline, micro_batch_size=20), PPO_CASE, {}),
+        (partial(grpo, BatchDeviation, scale_rewards="none", micro_batch_size=20), PPO_CASE, {}),
+        (partial(grpo, SharedGroup, micro_batch_size=20), PPO_CASE, {}),
         (partial(dpo, ReferenceOfTheBatch, max_grad_norm=20.0, micro_batch_size=20), PAIR_CASE, {}),
         (partial(reward, CentredMargins, micro_batch_size=20), PAIR_CASE, {}),
         (partial(rloo, FilledUpBaseline, max_grad_norm=90.0, micro_batch_size=8), GOOD_CASE, {}),
@@ -309,6 +343,7 @@ def change_of_others(algorithm: Algorithms, units: list, mates: tuple[list, list
 
 SHORT_TEXT = [{"id": "x", "text": "w1 w2"}]
 OTHER_SCORE = [{"id": "x", "prompt": "w1", "score": 1e5}]
+LOW_SCORE = [{"id": "x", "prompt": "w1", "score": 1.0}]
 OTHER_PAIR = [{"id": "x", "chosen": "w60 w61", "rejected": "w62 w63 w64", "preference": 0.5}]
 
 
@@ -319,6 +354,7 @@ OTHER_PAIR = [{"id": "x", "chosen": "w60 w61", "rejected": "w62 w63 w64", "prefe
         (partial(ppo, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(ppo, num_ppo_epochs=2), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(rloo, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(grpo, num_iterations=2, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(dpo, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, micro_batch_size=20, ties="skip"), pairs(), (HUGE_PAIR, OTHER_PAIR)),
@@ -336,6 +372,9 @@ def test_a_batch_mate_changes_nobody_else(algorithm, units, mates):
         (partial(ppo, WhitenedAdvantages, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(ppo, WhitenedRewards), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(rloo, BatchBaseline, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(grpo, BatchDeviation, scale_rewards="none", micro_batch_size=20), prompts(), (HUGE_SCORE, LOW_SCORE)),
+        (partial(grpo, SharedGroup, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(grpo, TokensOfTheBatch, max_grad_norm=3.0, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(dpo, ReferenceOfTheBatch, max_grad_norm=20.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, CentredMargins, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, ScaledByMeanScore, max_grad_norm=9.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
@@ -386,6 +425,7 @@ MICRO = [{"micro_batch_size": size} for size in (20, 1, 2, 3)]
         (partial(rloo, num_generations=3), prompts(), PROMPT_WIDTHS),
         (partial(rloo, num_generations=3), prompts(), MICRO),
         (partial(rloo, **CUT), CUT_PROMPTS, MICRO),
+        (partial(grpo, num_iterations=2, learning_rate=0.1), prompts(), MICRO),
         (reward, pairs(), WIDTHS[::2]),
         (partial(reward, pooling="mean", append_eos=True), pairs(), WIDTHS[::2]),
         (partial(reward, center_rewards_coefficient=0.5, expected_batch_size=2), JUDGES, MICRO),
@@ -427,6 +467,7 @@ class RowlessUnitsCount(Stage):
         (partial(ppo, **CUT), CUT_PROMPTS, MICRO, {"stage_class": RowlessUnitsCount}),
         (partial(rloo, BatchBaseline), prompts(), MICRO, {}),
         (partial(rloo, FilledUpBaseline, max_grad_norm=90.0), prompts(), MICRO, {}),
+        (partial(grpo, TokensOfTheBatch, max_grad_norm=3.0), prompts(), MICRO, {}),
         (partial(reward, CentredMargins), [*pairs(), HUGE_PAIR], MICRO, {}),
         (partial(reward, max_grad_norm=5.0), pairs(), MICRO, {"stage_class": MicroBatchMean}),
         (partial(reward, ties="skip"), [*pairs(), OTHER_PAIR, OTHER_PAIR], MICRO, {"stage_class": RowlessUnitsCount}),
@@ -472,6 +513,7 @@ def test_the_divisor_is_the_expected_batch_size():
         (partial(ppo, num_generations=4), *PPO_CASE),
         (rloo, *PPO_CASE),
         (partial(rloo, num_generations=4), *PPO_CASE),
+        (partial(grpo, num_generations=4), *PPO_CASE),
     ],
 )
 def test_a_pair_and_a_group_of_rollouts_are_one_unit(algorithm, units, outlier):
@@ -513,6 +555,7 @@ def person_sensitivity(algorithm: Algorithms, rows: tuple[list, list], unit: str
         (reward, JUDGED, ClipPairs, 3),
         (partial(ppo, num_generations=2), ASKERS, ClipRows, 2),
         (rloo, ASKERS, ClipRows, 2),
+        (grpo, ASKERS, ClipRows, 2),
     ],
 )
 def test_a_person_is_one_unit(algorithm, rows, mutant, often):
@@ -734,6 +777,7 @@ class Overflows(SFT):
         (partial(ppo, num_ppo_epochs=2), prompts(), {"id": "x", "prompt": "w40 w41", "score": None}),
         (rloo, prompts(), {"id": "x", "prompt": "w40 w41", "score": float("nan")}),
         (rloo, prompts(), {"id": "x", "prompt": "w40 w41", "score": "many"}),
+        (partial(grpo, num_iterations=2), prompts(), {"id": "x", "prompt": "w40 w41", "score": float("nan")}),
         (partial(reward, OverflowingPairs), pairs(), {"id": "x", "chosen": "w40 w41", "rejected": "w42", "margin": 7}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from ..settings.base import TrainingConfig
 from ..settings.dpo import DPOConfig
+from ..settings.grpo import GRPOConfig
 from ..settings.ppo import PPOConfig
 from ..settings.reward_model import RewardModelConfig
 from ..settings.reward_query import RewardQueryConfig
@@ -10,6 +11,7 @@ from ..settings.rollouts import RolloutConfig, SamplingConfig
 from ..settings.sft import SFTConfig
 from .base import Algorithm
 from .dpo import DPO
+from .grpo import GRPO
 from .ppo import PPO
 from .reward import RewardModelling
 from .reward_query import RewardQuery
@@ -18,11 +20,13 @@ from .sft import SFT
 
 __all__ = [
     "DPO",
+    "GRPO",
     "PPO",
     "RLOO",
     "SFT",
     "Algorithm",
     "DPOConfig",
+    "GRPOConfig",
     "PPOConfig",
     "RLOOConfig",
     "RewardModelConfig",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models import Policy
 from ..settings.rloo import RLOOConfig
 from .base import Rows
-from .rollouts import RolloutAlgorithm, rollouts_of
+from .rollouts import RolloutAlgorithm, groups_of, rollouts_of
 
 
 class RLOO(RolloutAlgorithm[RLOOConfig]):
@@ -27,8 +27,7 @@ class RLOO(RolloutAlgorithm[RLOOConfig]):
         mask, scores = rollouts.completion_mask, rows.tensors["scores"]
         logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length, config.temperature)
         kl = ((logprobs.detach() - rows.tensors["ref_logprobs"]) * mask).sum(1)
-        group = rows.tensors["prompt"] * (rows.unit.max() + 1) + rows.unit  # rows that fill up are another unit's
-        advantages = leave_one_out(scores - self.beta * kl, group)
+        advantages = leave_one_out(scores - self.beta * kl, groups_of(rows))
         loss = -advantages * (logprobs * mask).sum(1) / config.max_completion_length
         return loss, torch.stack([scores, kl, mask.sum(1)], 1)
 

@@ -1,4 +1,4 @@
-"""What PPO and RLOO share: prompts (of records, or self-written), rollouts and rewards.
+"""What PPO, RLOO and GRPO share: prompts (of records, or self-written), rollouts and rewards.
 
 A unit is a prompt with its rollouts, or all prompts of a person. Nothing here is computed across units.
 """
@@ -157,6 +157,11 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
 def rollouts_of(rows: Rows) -> Rollouts:
     """The rollouts among the tensors of rows."""
     return Rollouts(*(rows.tensors[name] for name in ("input_ids", "attention_mask", "completion_mask")))
+
+
+def groups_of(rows: Rows) -> Tensor:
+    """`(rows,)` int64: the prompt of a unit that each row completes; rows that fill up are another unit's."""
+    return rows.tensors["prompt"] * (rows.unit.max() + 1) + rows.unit
 
 
 def in_micro_batches(policy: Policy, rollouts: Rollouts, config: SamplingConfig) -> tuple[Tensor, Tensor]:

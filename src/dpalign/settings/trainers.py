@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from ..domains import COUNT, SCALE, within
 from ..errors import DPAlignError
 from ..names import instead
-from . import dpo, ppo, reward_model, rloo, sft
+from . import dpo, grpo, ppo, reward_model, rloo, sft
 from .base import TrainingConfig
 
 T = TypeVar("T")
@@ -224,3 +224,11 @@ class RLOOConfig(RolloutArguments, rloo.RLOOConfig):  # type: ignore[misc]
     """Those of `settings.rloo` and of `RolloutArguments`."""
 
     Section = rloo.RLOOConfig
+
+
+@answering
+@dataclass(kw_only=True)
+class GRPOConfig(RolloutArguments, grpo.GRPOConfig):  # type: ignore[misc]
+    """Those of `settings.grpo` and of `RolloutArguments`."""
+
+    Section = grpo.GRPOConfig
