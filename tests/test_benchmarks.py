@@ -257,6 +257,13 @@ def check_rewards_again(out: str, folder: Path) -> None:
     assert last_json(out) == published and len(published["rows"]) == 16
 
 
+def check_dtypes(out: str, folder: Path) -> None:
+    (row,) = last_json(out)["rows"]
+    speeds = {name: row[f"tokens_per_second_{name}"] for name in ("float32", "bfloat16", "auto")}
+    assert all(speed > 0 for speed in speeds.values()) and speeds["auto"] == speeds[row["auto"]]
+    assert row["share"] == round(speeds["auto"] / max(speeds.values()), 3) or abs(row["share"] - 1) < 1e-3
+
+
 def check_shown(out: str, folder: Path) -> None:
     assert "gpt2-medium" in out
 
@@ -302,6 +309,9 @@ SMOKE = {
     "ppo_scale.py --sizes small --prompts 8 --device cpu": Smoke(
         "--sizes tiny --prompts 3 --prompt-tokens 3 --new-tokens 3 --vocab 64 --iterations 1 --micro-batch-size 2",
         check_ppo_scale,
+    ),
+    "dtype_auto.py --json": Smoke(
+        "--models smollm2 --layers 1 --prompts 2 --completion_tokens 2 --rounds 1", check_dtypes
     ),
     "float_attack.py --json": Smoke("--trials 4", check_float_attack),
     "sentiment_bars.py docs/results/quickstart_sentiment.runs.jsonl": Smoke("", check_sentiment_bars),

@@ -95,6 +95,14 @@ def test_a_base_with_dropout_has_none():
     assert torch.equal(policy(ids, mask, 4)[0], policy(ids, mask, 4)[0])
 
 
+def test_the_head_reads_one_block():
+    """`generate` cuts the last states out of the prompt's; a product for each row would copy bfloat16 weights for each."""
+    policy, blocks = tiny_policy("llama"), []
+    policy.model.get_output_embeddings().register_forward_pre_hook(lambda m, x: blocks.append(x[0].is_contiguous()))
+    policy.generate(*prompts(policy), 3)
+    assert len(blocks) == 3 and all(blocks)
+
+
 # What ends a completion -------------------------------------------------------------------------------------------
 
 

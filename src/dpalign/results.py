@@ -68,6 +68,7 @@ class Results:
             "accountant": statement.accountant,
             "versions": statement.versions,
             "not_covered": statement.not_covered,
+            "dtypes": statement.dtypes,
         }
         if self.release is not None:
             value["release"] = str(self.release)

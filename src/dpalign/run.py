@@ -41,6 +41,7 @@ from .evaluation.private import measure_privately
 from .files import write_json
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
 from .models.loading import check_ids, check_targets, device_of, embedding_rows, positions_of
+from .models.precision import faster_dtype
 from .models.reward_model import is_classifier, normalization_of
 from .plan import Plan, PlannedStage, RecipeStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
@@ -125,6 +126,7 @@ def run_recipe(
         records = {name: read_by(recipe, name, rows) for name, rows in records.items()}
         units = units_of(recipe, records, data)
         delta = delta_of(recipe, units, past_stages(origins))
+        recipe = with_dtypes(recipe, workspace, policy, reward_model)
         plan = make_plan(recipe, units, workspace.past(recipe, origins, delta), assumptions)
         with reporter.status("loading the model"):
             models = Models.load(recipe, policy, reward_model)
@@ -170,6 +172,48 @@ def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
 
 
 # The models ----------------------------------------------------------------------------------------------------------
+
+
+def with_dtypes(
+    recipe: Recipe, workspace: Workspace, policy: Policy | None = None, reward_model: RewardModel | None = None
+) -> Recipe:
+    """The recipe with a dtype for each of its models: what the run began with, or, of a new one, what is faster here.
+
+    policy, reward_model: loaded models instead of the recipe's.
+
+    Raises:
+        DPAlignError: a model's configuration cannot be read, or the run was begun in another dtype.
+    """
+    device, given = device_of(recipe.device), policy or reward_model
+
+    def settle(entry: str, config: ModelConfig) -> Any:
+        def choose() -> str:
+            return faster_dtype(config, device) if given is None else str(given.model.dtype).removeprefix("torch.")
+
+        return replace(config, dtype=workspace.dtype_of(entry, config.dtype, choose))  # type: ignore[arg-type]
+
+    changed: dict[str, Any] = {}
+    for name, owned in models_of_stages(recipe).items():
+        named = {setting: settle(f"{name}.{setting}", config) for setting, config in owned.items()}
+        changed[name] = replace(recipe.stages[name], **named)
+    return replace(recipe, model=settle("model", recipe.model), **changed)
+
+
+def dtypes_of(recipe: Recipe) -> dict[str, str]:
+    """Of the frozen weights of each of its models, by the names that `Workspace.dtype_of` knows."""
+    of_stages = models_of_stages(recipe).items()
+    own = {f"{name}.{setting}": config.dtype for name, owned in of_stages for setting, config in owned.items()}
+    return {"model": recipe.model.dtype, **own}
+
+
+def models_of_stages(recipe: Recipe) -> dict[str, dict[str, ModelConfig]]:
+    """Models that stages name for themselves, by stage and setting."""
+    found: dict[str, dict[str, ModelConfig]] = {}
+    for name, config in recipe.stages.items():
+        entering = kind(name).entering(kind(name).completed(config, recipe.stages.values()))
+        owned = {setting: value for setting, value in entering.items() if isinstance(value, ModelConfig)}
+        found |= {name: owned} if owned else {}
+    return found
 
 
 class Models:
@@ -353,7 +397,7 @@ class Run:
         """What has been spent so far."""
         plan, workspace = self.plan, self.workspace
         earlier = past_stages(plan.origins)
-        return state_privacy(
+        stated = state_privacy(
             workspace.identity,
             workspace.ledger,
             plan.delta,
@@ -362,6 +406,7 @@ class Run:
             plan.demo,
             workspace.name_of,
         )
+        return replace(stated, dtypes=dtypes_of(plan.recipe))
 
     def load_rewards(self) -> None:
         """All that no stage of the run has to train first, so that what is wrong with one is said before a draw."""

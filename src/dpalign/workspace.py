@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,6 +85,37 @@ class Workspace:
         value["origins"] = {entry: asdict(origin) for entry, origin in sorted(origins.items())}
         write_json(self.private / "run.json", value)
 
+    def dtype_of(self, entry: str, asked: str, choose: Callable[[], str]) -> str:
+        """Of the frozen weights of a recipe's model; written down, and the same whenever and wherever the run goes on.
+
+        Args:
+            entry: the model's name in the recipe. asked: what the recipe says. choose: what `auto` is here.
+
+        Raises:
+            DPAlignError: another one is asked for than the run has trained with.
+        """
+        value = _read_run(self.private)
+        dtypes = value.setdefault("dtypes", {})
+        known, dtype = dtypes.get(entry), asked
+        has_begun = rests_on_models(self.private, self.ledger.intents(run=self.identity))
+        if asked == "auto" and known is None and has_begun:
+            dtype = "float32"  # begun by a version that had no `auto`: what was not named was that
+        elif asked == "auto":
+            dtype = choose() if known is None else known
+        elif known not in (None, asked) and has_begun:
+            raise DPAlignError(
+                f"{entry}.dtype is {asked}, and the run in {self.folder} was begun in {known}: leave it out, or start "
+                "a run under another output folder."
+            )
+        dtypes[entry] = dtype
+        write_json(self.private / "run.json", value)
+        return dtype
+
+
+def rests_on_models(private: Path, drawn: list[Intent]) -> bool:
+    """Whether a run has drawn, or has saved anything that it learned."""
+    return bool(drawn) or any(private.glob("*/step-*"))
+
 
 class AttemptNames:
     """A random name for every attempt of the run in this folder, durable before the attempt's first draw.
@@ -138,7 +169,7 @@ def _identity(folder: Path, ledger: Ledger) -> str:
 
 
 def _read_run(private: Path) -> dict[str, Any]:
-    """What a run has written down of itself: `run`, `ledger`, the names of attempts, and `origins`.
+    """What a run has written down of itself: `run`, `ledger`, the names of attempts, `origins` and `dtypes`.
 
     Raises:
         DPAlignError: it is damaged.
@@ -146,7 +177,9 @@ def _read_run(private: Path) -> dict[str, Any]:
     value = read_own(private / "run.json")
     sections = [value.get(name, {}) for name in ("attempts", "later_attempts", "origins")]
     sections += [stage for section in sections if isinstance(section, dict) for stage in section.values()]
-    texts = [value.get(name) for name in ("run", "ledger")]
+    dtypes = value.get("dtypes", {})
+    sections.append(dtypes)
+    texts = [value.get("run"), value.get("ledger"), *(dtypes.values() if isinstance(dtypes, dict) else ())]
     if not all(isinstance(section, dict) for section in sections) or not all(isinstance(text, str) for text in texts):
         raise damaged(private / "run.json")
     return value
@@ -159,7 +192,7 @@ def same_origins(private: Path, origins: Mapping[str, Origin], drawn: list[Inten
         DPAlignError: a model is another one than when the run began.
     """
     value = _read_run(private)
-    if not drawn and not any(private.glob("*/step-*")):  # nothing rests on any of them yet
+    if not rests_on_models(private, drawn):
         return dict(origins)
     try:
         known = {name: Origin.from_json(origin) for name, origin in value.get("origins", {}).items()}

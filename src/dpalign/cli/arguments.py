@@ -14,6 +14,8 @@ from ..printable import printable
 
 PREPEND_BOS = "put BOS in front of prompts (default: as the release was trained)"
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE = "of a model's frozen weights (default: auto, float32 or bfloat16 by what this device computes faster)"
 LEDGER = "the ledger file (default: as for `dpalign run`)"
 
 

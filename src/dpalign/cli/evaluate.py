@@ -10,7 +10,7 @@ from ..domains import COUNT, LENGTH, SCALE, SEEDS
 from ..errors import DPAlignError
 from ..files import write_json
 from ..settings.rollouts import SamplingConfig
-from .arguments import LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
+from .arguments import DTYPE, DTYPES, LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
 from .rewards import add_reward, reward_of
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def _compare(given: argparse.Namespace, reporter: Reporter) -> Comparison:
         reference_column=given.reference_column,
         seed=given.seed,
         device=given.device,
+        dtype=given.dtype,
         shared_texts=given.shared_texts,
         ledger=given.ledger,
         status=lambda doing: reporter.status(doing),
@@ -142,6 +143,7 @@ def _parser() -> Parser:
     out.add_argument("--output", help="also write the result to this JSON file")
     out.add_argument("--plot", help="reward against KL with intervals: a file ending in .png, .pdf or .svg")
     out.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    out.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE)
     return parser
 
 

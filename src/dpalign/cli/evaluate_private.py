@@ -17,7 +17,7 @@ from ..settings.data import DataConfig
 from ..settings.measurement import MeasurementConfig
 from ..settings.models import ModelConfig
 from ..settings.rollouts import SamplingConfig
-from .arguments import LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
+from .arguments import DTYPE, DTYPES, LEDGER, PREPEND_BOS, Parser, Switch, add_shared_texts, number
 from .rewards import SOURCES, reward_section
 
 DESCRIPTION = """Measures one model on held-out private prompts without showing any of them: the mean reward of the
@@ -75,7 +75,7 @@ def recipe_of(given: argparse.Namespace) -> Recipe:
     )
     return Recipe(
         output_dir=given.output_dir,
-        model=ModelConfig(name_or_path=given.model, is_public=given.model_is_public),
+        model=ModelConfig(name_or_path=given.model, is_public=given.model_is_public, dtype=given.dtype),
         data=DataConfig(
             name=given.dataset_name,
             path=given.data,
@@ -148,6 +148,7 @@ def _parser() -> Parser:
     parser.add_argument("--max_completion_length", type=number(int, "[1, 100000]"), default=16)
     parser.add_argument("--prepend_bos", action=Switch, help=PREPEND_BOS)
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE)
     parser.add_argument("--ledger", help=LEDGER)
     parser.add_argument("--output_dir", required=True, help="folder of this measurement")
     return parser

@@ -60,9 +60,10 @@ def _write(release: Path, folder: Path, merge: bool) -> None:
         from ..models import Policy  # imports torch
         from ..models.verify import check_merged
 
-        policy = Policy.load(ModelConfig(name_or_path=str(release)))
+        exact = ModelConfig(name_or_path=str(release), dtype="float32")  # a narrower base loses some of the adapter
+        policy = Policy.load(exact)
         policy.model.merge_and_unload().save_pretrained(folder)
-        check_merged(Policy.load(ModelConfig(name_or_path=str(release))), folder)
+        check_merged(Policy.load(exact), folder)
         policy.tokenizer.save_pretrained(folder)
         for name in ("privacy.json", "README.md"):
             shutil.copy(release / name, folder / name)

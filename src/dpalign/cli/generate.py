@@ -15,7 +15,7 @@ from ..files import check_is_there
 from ..reporting.terminal import Terminal, plain
 from ..settings.models import ModelConfig
 from ..settings.rewards import RewardConfig
-from .arguments import PREPEND_BOS, Parser, Switch, number
+from .arguments import DTYPE, DTYPES, PREPEND_BOS, Parser, Switch, number
 from .rewards import add_reward, reward_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     from ..models import Policy
     from ..models.generation import answers, padded
 
-    policy = Policy.load(ModelConfig(name_or_path=given.model))
+    policy = Policy.load(ModelConfig(name_or_path=given.model, dtype=given.dtype))
     prompts = _prompts(policy, asked, given, section)
     reward = None if section is None else _load(section, prompts, given)
     each = given.num_generations * (given.best_of or 1)
@@ -102,6 +102,7 @@ def _parser() -> Parser:
         help="ask a prompt that is a string as a chat's user would (default: as the release was trained)",
     )
     parser.add_argument("--seed", type=number(int, SEEDS), default=0)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=DTYPE)
     best = parser.add_argument_group("best of several")
     best.add_argument(
         "--best_of",

@@ -19,6 +19,7 @@ from ..models.loading import device_of, positions_of
 from ..privacy.ledger import Ledger
 from ..rewards import Reward, load_reward
 from ..rewards.written import PublicModels
+from ..settings.models import Dtype
 from ..settings.rewards import RewardConfig
 from ..settings.rollouts import SamplingConfig
 from .guarantee import is_outside_the_guarantee, stated_epsilon
@@ -124,6 +125,7 @@ def compare(
     reference_column: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    dtype: Dtype = "auto",
     shared_texts: Literal["checked", "declared"] = "checked",
     ledger: str | Path | None = None,
     status: Callable[[str], AbstractContextManager[object]] = nullcontext,
@@ -146,6 +148,7 @@ def compare(
         reference_reward: a second reward, which may be non-private: its numbers are labelled unless it is public.
         reference_column: column of reference texts for ROUGE; default: `completion` if every record has one.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`.
+        dtype: of every model's frozen weights; `auto`: of each by what the device computes faster.
         shared_texts: `checked`: no prompt is in private data that the `ledger` (default: as for a run) knows;
             `declared`: one that is, is public all the same.
         status: called with what is being done; the context that it returns is open for as long.
@@ -157,7 +160,7 @@ def compare(
     asked, against = [str(model) for model in models], str(baseline) if baseline else None
     _check(asked, against, judge, prompts_are_public, num_prompts, sampling)
     names = list(dict.fromkeys([*asked, *filter(None, [against])]))
-    inputs = _Inputs.read(records, sampling, num_prompts, reference_reward, reference_column, seed, device)
+    inputs = _Inputs.read(records, sampling, num_prompts, reference_reward, reference_column, seed, device, dtype)
     assumptions, judging = inputs.check_contents(shared_texts, ledger), load_judge(judge) if judge else None
     epsilons = {name: stated_epsilon(name) for name in names}
     measured = inputs.measure(sorted(names, key=lambda name: name != against), status)  # the baseline first
@@ -213,6 +216,7 @@ class _Inputs:
     no_rouge: str | None
     seed: int
     device: str
+    dtype: Dtype
 
     @staticmethod
     def read(
@@ -223,6 +227,7 @@ class _Inputs:
         reference_column: str | None,
         seed: int,
         device: str,
+        dtype: Dtype,
     ) -> _Inputs:
         """Raises DPAlignError for what cannot be read, or loaded."""
         data = GIVEN if isinstance(given, list) else str(given)
@@ -239,7 +244,8 @@ class _Inputs:
             # Declared or not: it decides nothing here, and its numbers are labelled by `_columns_outside`.
             source, declared = reference_reward.source, replace(reference_reward, is_public=True)
             reference = load_reward(declared, device, public=public)
-        return _Inputs(records, data, sampling, num_prompts, reward, reference, source, column, no_rouge, seed, device)
+        how = seed, device, dtype
+        return _Inputs(records, data, sampling, num_prompts, reward, reference, source, column, no_rouge, *how)
 
     def comparison(
         self,
@@ -289,7 +295,7 @@ class _Inputs:
         first: tuple[PublicPrompts, list[str]] | None = None
         for name in names:
             with status(f"measuring {name}"):
-                policy = Policy.load(ModelConfig(name_or_path=name), self.device)
+                policy = Policy.load(ModelConfig(name_or_path=name, dtype=self.dtype), self.device)
                 prompts = same_prompts(policy, self.records, self.sampling, self.data, first, self.num_prompts)
                 column = self.reference_column
                 measured[name] = measure_policy(

@@ -45,6 +45,15 @@ def constant_kernels(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features == 1:
             module.register_forward_hook(_apart)
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What the head reads, as one block: of every row's last state, which `generate` cuts out of the prompt's, torch
+    makes a batch of products, and copies frozen bfloat16 weights for each of them."""
+    return (arguments[0].contiguous(), *arguments[1:])
 
 
 def chunks(rows: int, size: int) -> Iterator[tuple[list[int], int]]:

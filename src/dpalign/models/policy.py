@@ -25,6 +25,7 @@ from .kernels import chunks
 from .loading import load_adapter, refuse_missing
 from .lora import check_layers
 from .objects import Given
+from .precision import settled
 from .quantized import settings_of
 from .sampling import Dealt, DrawToken
 from .stack import AdapterStack, load_pretrained
@@ -99,6 +100,7 @@ class Policy(AdapterStack):
         Raises:
             DPAlignError: the folder or dtype is wrong.
         """
+        config = settled(config, device)
         base, tokenizer, adapter, missing = load_pretrained(AutoModelForCausalLM, config, device, given)
         refuse_missing(config.name_or_path, missing)
         policy = cls(base, tokenizer)

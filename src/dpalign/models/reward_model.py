@@ -32,6 +32,7 @@ from .loading import check_weights, load_adapter, loaded, refuse_missing
 from .lora import check_layers
 from .objects import Given
 from .policy import Policy
+from .precision import settled
 from .quantized import copied, is_quantized, settings_of
 from .stack import AdapterStack, load_pretrained
 
@@ -87,7 +88,7 @@ class RewardModel(AdapterStack):
         Raises:
             DPAlignError: the folder or dtype is wrong.
         """
-        options = {"num_labels": 1, "ignore_mismatched_sizes": True}
+        config, options = settled(config, device), {"num_labels": 1, "ignore_mismatched_sizes": True}
         base, tokenizer, adapter, missing = load_pretrained(
             AutoModelForSequenceClassification, config, device, given, **options
         )

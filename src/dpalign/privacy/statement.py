@@ -130,7 +130,7 @@ class StageStatement:
 
 @dataclass
 class PrivacyStatement:
-    """What privacy.json holds."""
+    """What privacy.json holds. dtypes: of the frozen weights that the run computed with, by the recipe's models."""
 
     private: bool
     epsilon: float
@@ -142,6 +142,7 @@ class PrivacyStatement:
     assumptions: list[str] = field(default_factory=list)
     ledger: list[dict[str, Any]] = field(default_factory=list)
     not_covered: list[str] = field(default_factory=lambda: list(NOT_COVERED))
+    dtypes: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}

@@ -222,7 +222,8 @@ def _reads_prompts(config: RewardConfig) -> bool:
 def _released(config: RewardConfig, device: str | torch.device) -> tuple[RewardModel, Normalization]:
     path = config.source.removeprefix(f"{RELEASED}:")
     normalization = normalization_of(Path(path))
-    return RewardModel.load(ModelConfig(name_or_path=path), device), normalization
+    # Its scores are the same wherever a run goes on.
+    return RewardModel.load(ModelConfig(name_or_path=path, dtype="float32"), device), normalization
 
 
 def _learned(model: RewardModel, config: RewardConfig, constants: Normalization | None = None) -> Learned:

@@ -111,7 +111,7 @@ class PublicModels:
     def named(self, name: str) -> PublicModel:
         """A public model or a release, loaded once."""
         if name not in self._loaded:
-            policy = Policy.load(ModelConfig(name_or_path=name), self.device)
+            policy = Policy.load(ModelConfig(name_or_path=name, dtype="float32"), self.device)
             policy.asks_in_chats = self.chats
             self._loaded[name] = PublicModel(policy, name)
         return self._loaded[name]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ..domains import LENGTH, within
 
 TINY_REVIEW_LM = "tiny-review-lm"
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass
@@ -19,7 +20,9 @@ class ModelConfig:
             budget), or `tiny-review-lm`, a 5M-parameter review model that ships with dpalign.
         is_public: declares that the weights and tokenizer were made without the private data. Training refuses
             a model for which nobody says so.
-        dtype: dtype of the frozen base: float32, bfloat16 or float16. Adapters and heads are always float32.
+        dtype: dtype of the frozen base: float32, bfloat16 or float16; `auto` is float32 or bfloat16 by what this device
+            computes faster (a small model: float32), and stays what it is when the run goes on elsewhere. Adapters
+            and heads are always float32.
         trust_remote_code: run code that comes with the model.
         quantization: holds the frozen base's linear layers in 4 bits (`nf4`, `nf4_double`, `fp4`, `fp4_double`) or 8
             (`int8`), by bitsandbytes; the adapters on it stay float32.
@@ -27,7 +30,7 @@ class ModelConfig:
 
     name_or_path: str = TINY_REVIEW_LM
     is_public: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "auto"
     trust_remote_code: bool = False
     quantization: Literal["none", "nf4", "nf4_double", "fp4", "fp4_double", "int8"] = "none"
 

@@ -54,7 +54,8 @@ class TrainerArguments:
         per_device_train_batch_size: units per forward and backward pass: `micro_batch_size` by its name in TRL.
         gradient_accumulation_steps: the units that a sample is expected to have are this many times
             per_device_train_batch_size: `expected_batch_size` by its names in TRL. A private update wants hundreds.
-        bf16: loads the frozen base in bfloat16; adapters, clipping and noise stay float32.
+        bf16: loads the frozen base in bfloat16; adapters, clipping and noise stay float32. Without it: float32 or
+            bfloat16, by what this device computes faster (`model_init_kwargs` names one).
         eval_strategy: `steps` asks for eval_steps, `no` for none; eval_steps alone says it, too.
         model_init_kwargs: of a model that is given by name, `dtype`, `trust_remote_code` and `quantization_config` (a
             BitsAndBytesConfig: 4 bits, or 8 with llm_int8_threshold=0.0).

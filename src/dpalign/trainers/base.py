@@ -151,7 +151,8 @@ class Trainer:
         args, is_public = self.args, self._privacy.model_is_public
         options = dict(args.model_init_kwargs or {})
         if isinstance(model, str):
-            dtype = str(options.pop("dtype", "bfloat16" if args.bf16 else "float32")).removeprefix("torch.")
+            plain = "float32" if "quantization_config" in options else "auto"
+            dtype = str(options.pop("dtype", "bfloat16" if args.bf16 else plain)).removeprefix("torch.")
             trust = options.pop("trust_remote_code", False)
             if args.bf16 and dtype != "bfloat16":
                 raise DPAlignError(f"bf16=True contradicts model_init_kwargs dtype {dtype}: give one")
@@ -257,17 +258,22 @@ class Trainer:
             DPAlignError: nothing is trained yet.
         """
         if self._trained is None:
-            release, dtype = self._release(), getattr(torch, self._recipe.model.dtype)
+            release, dtype = self._release(), self._dtype()
             base = str(LoraConfig.from_pretrained(str(release)).base_model_name_or_path)
             scores = self.algorithm.model_kind is RewardModel
             options: dict[str, Any] = {"num_labels": 1} if scores else {}
-            quantized = quantization_config(self._recipe.model.quantization, self._recipe.model.dtype)
+            quantized = quantization_config(self._recipe.model.quantization, dtype)
             options |= {} if quantized is None else {"quantization_config": quantized}
             auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-            plain = auto.from_pretrained(base, dtype=dtype, **options)
+            plain = auto.from_pretrained(base, dtype=getattr(torch, dtype), **options)
             self._trained = PeftModel.from_pretrained(plain, release).eval()
             _TRAINED[self._trained] = [release.resolve()]
         return self._trained
+
+    def _dtype(self) -> str:
+        """Of the frozen weights that the release was trained on."""
+        asked = self._recipe.model.dtype
+        return asked if asked != "auto" else str(self.privacy.get("dtypes", {}).get("model", "float32"))
 
     def save_model(self, output_dir: str) -> None:
         """Copies the release (adapter, tokenizer, card, privacy statement) to `output_dir`."""
