@@ -94,7 +94,7 @@ def test_no_function_is_longer_than_a_page():
     assert not long
 
 
-NAMES = {"sft", "reward_model", "reward_query", "dpo", "ppo", "rloo", "grpo", "measurement"}
+NAMES = {"sft", "reward_model", "reward_query", "dpo", "ppo", "rloo", "grpo", "offline", "measurement"}
 # Where a stage may be called by its name: the list, the recipe's fields, and each stage's own file.
 OWN = {"stages.py", "recipe.py", "evaluation/private.py"}
 # Not the stage: the folder of a released reward model, the source of a reward, the field of an old sweep's line, and a

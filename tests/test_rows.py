@@ -21,7 +21,7 @@ from dpalign.privacy.entropy import SystemEntropy
 from tiny import OTHERS, dataset, tiny_policy, words
 
 sys.path.append(str(Path(__file__).with_name("privacy")))
-from harness import dpo, grpo, ppo, reward, rloo, run_stage, sft
+from harness import dpo, grpo, offline, ppo, reward, rloo, run_stage, sft
 
 ROWS = Rows(torch.tensor([0, 0, 2, 1, 2]), {"a": torch.tensor([10, 11, 12, 13, 14]), "b": torch.arange(10).view(5, 2)})
 
@@ -108,7 +108,7 @@ def test_who_shares_a_micro_batch_moves_no_bit_of_a_gradient(kind, dtype):
             assert torch.equal(gradient, found["alone"]), (algorithm.__name__, changes, name)
 
 
-@pytest.mark.parametrize("algorithm", [rloo, grpo, reward, partial(ppo, num_ppo_epochs=2, num_generations=2)])
+@pytest.mark.parametrize("algorithm", [rloo, grpo, offline, reward, partial(ppo, num_ppo_epochs=2, num_generations=2)])
 def test_the_same_for_groups_pairs_and_kept_numbers(algorithm):
     found = own_gradients(algorithm, "llama", torch.bfloat16)
     assert found["alone"].norm() > 0.1 and all(torch.equal(g, found["alone"]) for g in found.values())

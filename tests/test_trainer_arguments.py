@@ -13,6 +13,7 @@ from dpalign import (
     DPRewardTrainer,
     DPSFTTrainer,
     GRPOConfig,
+    OfflineConfig,
     PPOConfig,
     Privacy,
     Recipe,
@@ -25,7 +26,7 @@ from dpalign.domains import check_settings
 from dpalign.settings.rewards import RewardConfig
 from dpalign.settings.trainers import FOR_A_TRAINER
 
-CONFIGS = [SFTConfig, RewardModelConfig, DPOConfig, PPOConfig, RLOOConfig, GRPOConfig]
+CONFIGS = [SFTConfig, RewardModelConfig, DPOConfig, PPOConfig, RLOOConfig, GRPOConfig, OfflineConfig]
 ROWS = [{"text": "w1 w2"}, {"text": "w3 w4"}]
 GIVEN = {"target_epsilon": 4.0, "dataset_name": "toy"}
 
@@ -176,7 +177,7 @@ def test_an_argument_that_is_not_there_says_what_else_to_do(name, said):
 def test_names_that_are_refused_are_not_there():
     lacking = {name for config in CONFIGS for name in FOR_A_TRAINER if not hasattr(config, name)}
     assert set(FOR_A_TRAINER) - lacking == set()
-    assert all("missing_eos_penalty" in vars(config()) for config in (PPOConfig, RLOOConfig, GRPOConfig))
+    assert all("missing_eos_penalty" in vars(config()) for config in (PPOConfig, RLOOConfig, GRPOConfig, OfflineConfig))
 
 
 def test_how_a_model_is_loaded(tmp_path):

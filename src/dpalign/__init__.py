@@ -17,21 +17,39 @@ if TYPE_CHECKING:
     from .run import run_recipe
     from .settings.models import AdapterConfig, ModelConfig
     from .settings.privacy import Privacy
-    from .settings.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+    from .settings.trainers import (
+        DPOConfig,
+        GRPOConfig,
+        OfflineConfig,
+        PPOConfig,
+        RewardModelConfig,
+        RLOOConfig,
+        SFTConfig,
+    )
     from .sweep import run_sweep
-    from .trainers import DPDPOTrainer, DPGRPOTrainer, DPPPOTrainer, DPRewardTrainer, DPRLOOTrainer, DPSFTTrainer
+    from .trainers import (
+        DPDPOTrainer,
+        DPGRPOTrainer,
+        DPOfflineTrainer,
+        DPPPOTrainer,
+        DPRewardTrainer,
+        DPRLOOTrainer,
+        DPSFTTrainer,
+    )
 
 _HOMES = {
     "AdapterConfig": "settings.models",
     "DPDPOTrainer": "trainers",
     "DPOConfig": "settings.trainers",
     "DPGRPOTrainer": "trainers",
+    "DPOfflineTrainer": "trainers",
     "DPPPOTrainer": "trainers",
     "DPRLOOTrainer": "trainers",
     "DPRewardTrainer": "trainers",
     "DPSFTTrainer": "trainers",
     "GRPOConfig": "settings.trainers",
     "ModelConfig": "settings.models",
+    "OfflineConfig": "settings.trainers",
     "PPOConfig": "settings.trainers",
     "Privacy": "settings.privacy",
     "RLOOConfig": "settings.trainers",
@@ -49,12 +67,14 @@ __all__ = [
     "DPDPOTrainer",
     "DPGRPOTrainer",
     "DPOConfig",
+    "DPOfflineTrainer",
     "DPPPOTrainer",
     "DPRLOOTrainer",
     "DPRewardTrainer",
     "DPSFTTrainer",
     "GRPOConfig",
     "ModelConfig",
+    "OfflineConfig",
     "PPOConfig",
     "Privacy",
     "RLOOConfig",

@@ -13,12 +13,13 @@ from .settings.dpo import DPOConfig
 from .settings.grpo import GRPOConfig
 from .settings.measurement import MeasurementConfig
 from .settings.models import ModelConfig
+from .settings.offline import OfflineConfig
 from .settings.ppo import PPOConfig
 from .settings.reward_model import RewardModelConfig
 from .settings.reward_query import RewardQueryConfig
 from .settings.rewards import RewardConfig
 from .settings.rloo import RLOOConfig
-from .settings.rollouts import RolloutConfig
+from .settings.rollouts import ScoredConfig
 from .settings.sft import SFTConfig
 from .stages import STAGES
 
@@ -47,6 +48,7 @@ class Recipe:
         ppo: settings of DP-PPO, or nothing to skip it.
         rloo: settings of DP-RLOO, instead of ppo.
         grpo: settings of DP-GRPO, instead of ppo.
+        offline: settings of learning from scored completions, instead of ppo.
         measurement: one noisy measurement on held-out private units, or nothing to skip it.
         split: what each stage takes of the data's units: a fraction, or a range [low, high] within [0, 1]; ranges may
             overlap in sequential composition. Default: equal parts, or everything in sequential composition.
@@ -57,6 +59,7 @@ class Recipe:
         ppo_data: another dataset for PPO alone.
         rloo_data: another dataset for RLOO alone.
         grpo_data: another dataset for GRPO alone.
+        offline_data: another dataset for learning from scored completions alone.
         measurement_data: another dataset for the measurement alone.
         units_disjoint: `checked` compares the unit columns of separate datasets; `declared` takes your word,
             and the statement says so.
@@ -92,6 +95,7 @@ class Recipe:
     ppo: PPOConfig | None = None
     rloo: RLOOConfig | None = None
     grpo: GRPOConfig | None = None
+    offline: OfflineConfig | None = None
     measurement: MeasurementConfig | None = None
     split: dict[str, float | list[float]] | None = within(None, "[0, 1]")
     sft_data: DataConfig | None = None
@@ -101,6 +105,7 @@ class Recipe:
     ppo_data: DataConfig | None = None
     rloo_data: DataConfig | None = None
     grpo_data: DataConfig | None = None
+    offline_data: DataConfig | None = None
     measurement_data: DataConfig | None = None
     units_disjoint: Literal["checked", "declared"] = "checked"
     shared_texts: Literal["checked", "declared"] = "checked"
@@ -132,9 +137,9 @@ class Recipe:
         return {name: section for name, section in self.stages.items() if section.draws}
 
     @property
-    def rollouts(self) -> RolloutConfig | None:
+    def rollouts(self) -> ScoredConfig | None:
         """Settings of the stage that samples completions."""
-        return next((c for c in self.stages.values() if isinstance(c, RolloutConfig)), None)
+        return next((c for c in self.stages.values() if isinstance(c, ScoredConfig)), None)
 
     def data_of(self, stage: str) -> DataConfig:
         """The dataset of a stage."""
@@ -148,7 +153,7 @@ class Recipe:
         commands = [name for name, listed in STAGES.items() if listed.is_command]
         if not self.stages:
             raise DPAlignError(f"the recipe has no stage: give it a section {', '.join(commands)}.")
-        sampling = [name for name, config in self.stages.items() if isinstance(config, RolloutConfig)]
+        sampling = [name for name, config in self.stages.items() if isinstance(config, ScoredConfig)]
         if len(sampling) > 1:
             raise DPAlignError(f"the recipe has both {' and '.join(sampling)}: keep one of them.")
         scoring = [name for name, config in self.stages.items() if isinstance(config, RewardModelConfig)]

@@ -73,7 +73,7 @@ from .rewards.written import PublicModel, PublicModels
 from .settings.base import TrainingConfig
 from .settings.reward_model import RewardModelConfig
 from .settings.rewards import RELEASED
-from .settings.rollouts import RolloutConfig, SamplingConfig
+from .settings.rollouts import SamplingConfig, ScoredConfig
 from .stages import kind
 from .survey import Survey, survey
 from .training import OwnTextStage, Stage
@@ -692,10 +692,10 @@ class Run:
         write_json(self.workspace.folder / "completions.json", samples)
         self.show({stage: found.with_text(texts.get(stage)) for stage, (found, _) in measured.items()})
 
-    def sampled_public_prompts(self) -> tuple[RolloutConfig, Reward, list[Record]] | None:
+    def sampled_public_prompts(self) -> tuple[ScoredConfig, Reward, list[Record]] | None:
         """Those of the stage that samples, with its settings and its reward."""
         for name, stage in self.plan.order.items():
-            if isinstance(stage.config, RolloutConfig) and name in self.public:
+            if isinstance(stage.config, ScoredConfig) and name in self.public:
                 return stage.config, self.reward(stage.config.reward), self.public[name][0]
         return None
 

@@ -30,6 +30,7 @@ STAGES: dict[str, Listed] = {
     "ppo": Listed("dpalign.algorithms.ppo:PPO", "private PPO against a public reward or a private reward model"),
     "rloo": Listed("dpalign.algorithms.rloo:RLOO", "private RLOO: PPO's simpler relative without a value head"),
     "grpo": Listed("dpalign.algorithms.grpo:GRPO", "private GRPO: rewards standardised in each prompt's own group"),
+    "offline": Listed("dpalign.algorithms.offline:Offline", "private learning from scored completions, without RL"),
     "measurement": Listed(
         "dpalign.evaluation.private:Measurement", "one noisy measurement on held-out private units", False
     ),

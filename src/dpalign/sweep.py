@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .algorithms import RolloutConfig, TrainingConfig
+from .algorithms import TrainingConfig
 from .algorithms.completions import check_prompts
-from .algorithms.rollouts import RolloutAlgorithm
+from .algorithms.rollouts import ScoredAlgorithm
 from .compared import caveats, free_recipe
 from .data.load import read_records
 from .errors import DPAlignError
@@ -36,6 +36,7 @@ from .reporting.sweep_page import write_sweep_report
 from .results import FREE, PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
 from .run import are_chats, measure_texts, public_models, read_by
+from .settings.rollouts import ScoredConfig
 from .stages import STAGES, kind
 
 Epsilon: TypeAlias = str | float  # text is kept as it is written
@@ -348,12 +349,12 @@ def _check_contents(recipe: Recipe, public_proxy: str | Path | None, reporter: R
             check_shared_texts(recipe, own, read.items(), ledger)
 
 
-def _sampling(recipe: Recipe) -> tuple[str, RolloutConfig]:
+def _sampling(recipe: Recipe) -> tuple[str, ScoredConfig]:
     """The stage that samples completions, and its settings."""
     for name, config in recipe.stages.items():
-        if isinstance(config, RolloutConfig):
+        if isinstance(config, ScoredConfig):
             return name, config
-    names = " or ".join(name for name in STAGES if issubclass(kind(name), RolloutAlgorithm))
+    names = " or ".join(name for name in STAGES if issubclass(kind(name), ScoredAlgorithm))
     raise DPAlignError(f"a sweep measures what a stage that samples has trained: the recipe has none ({names}).")
 
 

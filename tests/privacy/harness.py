@@ -30,6 +30,8 @@ from dpalign.algorithms import (
     Algorithm,
     DPOConfig,
     GRPOConfig,
+    Offline,
+    OfflineConfig,
     PPOConfig,
     RewardModelConfig,
     RewardModelling,
@@ -246,6 +248,13 @@ def grpo(algorithm: type[GRPO] = GRPO, **changes) -> GRPO:
     settings: dict = {"expected_batch_size": 8, "max_prompt_length": 8, "max_completion_length": 6, "beta": 0.05}
     settings |= {"num_generations": 3, "reward": RewardConfig(columns=["score"])}
     return algorithm(GRPOConfig(**SMALL | settings | changes), Reward(shared_score, -1e6, 1e6))
+
+
+def offline(algorithm: type[Offline] = Offline, **changes) -> Offline:
+    """Learning from scored completions, with the reward of `rloo`."""
+    settings: dict = {"expected_batch_size": 8, "max_prompt_length": 8, "max_completion_length": 6}
+    settings |= {"num_generations": 3, "reward": RewardConfig(columns=["score"])}
+    return algorithm(OfflineConfig(**SMALL | settings | changes), Reward(shared_score, -1e6, 1e6))
 
 
 def shared_score(prompts: list[str], completions: list[str], score: list) -> list[float]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import grpo, ppo, prompts, rloo
+from harness import grpo, offline, ppo, prompts, rloo
 from safetensors.torch import load_file
 
 from dpalign import run as running
-from dpalign.algorithms import RLOO, GRPOConfig, PPOConfig, RLOOConfig
+from dpalign.algorithms import RLOO, GRPOConfig, OfflineConfig, PPOConfig, RLOOConfig
 from dpalign.data import DataConfig
 from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
@@ -155,7 +155,7 @@ def test_a_private_record_as_a_prompt_is_found(ran, tmp_path, monkeypatch):
     assert not same(*found)
 
 
-@pytest.mark.parametrize("made", [ppo, rloo, grpo])
+@pytest.mark.parametrize("made", [ppo, rloo, grpo, offline])
 def test_a_text_that_cannot_be_scored_is_left_out(made, tmp_path):
     """A reward that is not a number for some text would make every weight one."""
     algorithm = made(prompts="self_written", expected_batch_size=32, max_prompt_length=9, max_steps=2, learning_rate=1e-2,
@@ -201,6 +201,7 @@ def test_what_adapts_is_told_the_exact_metrics(tmp_path):
 KILLED = {
     "self_written": ("ppo", OWN | {"num_mini_batches": 2, "num_ppo_epochs": 2}),
     "grpo": ("grpo", OWN | {"num_mini_batches": 2, "num_iterations": 2}),
+    "offline": ("offline", OWN | {"num_generations": 2}),
     "public": ("rloo", OWN | {"prompts": "public:public.jsonl", "num_generations": 2}),
 }
 
@@ -236,7 +237,7 @@ def test_a_killed_run_ends_where_it_would_have_ended(source, tmp_path, monkeypat
     assert f"stage {name} is already done" in done.err and same(
         load_file(tmp_path / "whole" / ADAPTER), weights(tmp_path)
     )
-    assert "changed since this run began" in call(capsys, "run", recipe, f"--{name}.beta", 0.5).error
+    assert "changed since this run began" in call(capsys, "run", recipe, f"--{name}.temperature", 0.5).error
     assert ledger_rows(tmp_path) == 0 and "no private record was read" in done.out.lower()
 
 
@@ -277,14 +278,15 @@ HONOURED = {
     "adaptive_kl_target", "adaptive_kl_horizon", "missing_eos_penalty", "sft_coefficient",
     "num_ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "noised_baseline",
     "num_iterations", "cliprange_high", "scale_rewards", "loss_type",
+    "method", "keep", "reward_temperature",
 }  # fmt: skip
 
 
 def test_every_setting_is_honoured_or_refused():
     """A new one has to be put into one of the two."""
-    known = {f.name for config in (PPOConfig, RLOOConfig, GRPOConfig) for f in fields(config)}
+    known = {f.name for config in (PPOConfig, RLOOConfig, GRPOConfig, OfflineConfig) for f in fields(config)}
     assert known == HONOURED | set(OTHER) and not HONOURED & set(OTHER)
-    assert all(set(OTHER) == set(config.of_private_prompts) for config in (PPOConfig, RLOOConfig, GRPOConfig))
+    assert all(set(OTHER) == set(config.of_private_prompts) for config in (PPOConfig, RLOOConfig, GRPOConfig, OfflineConfig))
 
 
 @pytest.mark.parametrize("name", OTHER)

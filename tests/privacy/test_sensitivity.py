@@ -23,6 +23,7 @@ from harness import (
     grpo,
     moved,
     neighbours,
+    offline,
     own_coins,
     pairs,
     ppo,
@@ -37,7 +38,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpalign.algorithms import DPO, GRPO, PPO, RLOO, SFT, Algorithm, RewardModelling
+from dpalign.algorithms import DPO, GRPO, PPO, RLOO, SFT, Algorithm, Offline, RewardModelling
 from dpalign.algorithms.base import Rows, unit_means
 from dpalign.algorithms.rollouts import rollouts_of
 from dpalign.data import DataConfig, build_units
@@ -127,6 +128,21 @@ class TokensOfTheBatch(GRPO):
     def row_losses(self, policy, rows):
         loss, metrics = super().row_losses(policy, rows)
         return loss / rows.tensors["completion_mask"].sum(1).mean(), metrics
+
+
+class OfTheBatch(Offline):
+    """The best of all completions of the batch are learned, or all by a softmax over the batch."""
+
+    def weights(self, scores):
+        return super().weights(scores.view(1, -1)).view_as(scores)
+
+
+class OfAllTokens(Offline):
+    """A completion's tokens are divided by the mean length of the rows that are computed together."""
+
+    def row_losses(self, policy, rows):
+        loss, metrics = super().row_losses(policy, rows)
+        return loss * self.config.max_completion_length / rows.tensors["completion_mask"].sum(1).mean(), metrics
 
 
 class ReferenceOfTheBatch(DPO):
@@ -257,6 +273,7 @@ PPO_CASE = (prompts(), HUGE_SCORE)
 GOOD_CASE = (prompts(), [{"id": "x2", "prompt": "w1 w2 w9 w3", "score": 1e5}])
 PAIR_CASE = (pairs(), HUGE_PAIR)
 LONG_PAIR_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(60, 2)}])
+WEIGHTED = {"method": "weighted", "reward_temperature": 2.0}
 INFINITE_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(9, 2), "margin": 1e39}])
 
 
@@ -282,6 +299,9 @@ INFINITE_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(9, 2),
             PPO_CASE,
             {"sampler": own_coins},
         ),
+        (offline, PPO_CASE, {}),
+        (partial(offline, keep=2, max_steps=2, clipping="automatic"), PPO_CASE, {"sampler": own_coins}),
+        (partial(offline, **WEIGHTED), PPO_CASE, {}),
         (dpo, PAIR_CASE, {}),
         (partial(dpo, loss="square", clipping="automatic"), LONG_PAIR_CASE, {}),
         (
@@ -321,6 +341,8 @@ def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settin
         (partial(rloo, BatchBaseline, micro_batch_size=20), PPO_CASE, {}),
         (partial(grpo, BatchDeviation, scale_rewards="none", micro_batch_size=20), PPO_CASE, {}),
         (partial(grpo, SharedGroup, micro_batch_size=20), PPO_CASE, {}),
+        (partial(offline, OfTheBatch, max_grad_norm=0.1), GOOD_CASE, {}),
+        (partial(offline, OfTheBatch, max_grad_norm=0.1, **WEIGHTED), GOOD_CASE, {}),
         (partial(dpo, ReferenceOfTheBatch, max_grad_norm=20.0, micro_batch_size=20), PAIR_CASE, {}),
         (partial(reward, CentredMargins, micro_batch_size=20), PAIR_CASE, {}),
         (partial(rloo, FilledUpBaseline, max_grad_norm=90.0, micro_batch_size=8), GOOD_CASE, {}),
@@ -355,6 +377,8 @@ OTHER_PAIR = [{"id": "x", "chosen": "w60 w61", "rejected": "w62 w63 w64", "prefe
         (partial(ppo, num_ppo_epochs=2), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(rloo, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(grpo, num_iterations=2, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(offline, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(offline, micro_batch_size=20, **WEIGHTED), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(dpo, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, micro_batch_size=20, ties="skip"), pairs(), (HUGE_PAIR, OTHER_PAIR)),
@@ -375,6 +399,7 @@ def test_a_batch_mate_changes_nobody_else(algorithm, units, mates):
         (partial(grpo, BatchDeviation, scale_rewards="none", micro_batch_size=20), prompts(), (HUGE_SCORE, LOW_SCORE)),
         (partial(grpo, SharedGroup, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(grpo, TokensOfTheBatch, max_grad_norm=3.0, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(offline, OfTheBatch, **WEIGHTED), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(dpo, ReferenceOfTheBatch, max_grad_norm=20.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, CentredMargins, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, ScaledByMeanScore, max_grad_norm=9.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
@@ -426,6 +451,9 @@ MICRO = [{"micro_batch_size": size} for size in (20, 1, 2, 3)]
         (partial(rloo, num_generations=3), prompts(), MICRO),
         (partial(rloo, **CUT), CUT_PROMPTS, MICRO),
         (partial(grpo, num_iterations=2, learning_rate=0.1), prompts(), MICRO),
+        (offline, prompts(), PROMPT_WIDTHS),
+        (partial(offline, **WEIGHTED), prompts(), MICRO),
+        (partial(offline, **CUT), CUT_PROMPTS, MICRO),
         (reward, pairs(), WIDTHS[::2]),
         (partial(reward, pooling="mean", append_eos=True), pairs(), WIDTHS[::2]),
         (partial(reward, center_rewards_coefficient=0.5, expected_batch_size=2), JUDGES, MICRO),
@@ -468,6 +496,7 @@ class RowlessUnitsCount(Stage):
         (partial(rloo, BatchBaseline), prompts(), MICRO, {}),
         (partial(rloo, FilledUpBaseline, max_grad_norm=90.0), prompts(), MICRO, {}),
         (partial(grpo, TokensOfTheBatch, max_grad_norm=3.0), prompts(), MICRO, {}),
+        (partial(offline, OfAllTokens, max_grad_norm=90.0), prompts(), MICRO, {}),
         (partial(reward, CentredMargins), [*pairs(), HUGE_PAIR], MICRO, {}),
         (partial(reward, max_grad_norm=5.0), pairs(), MICRO, {"stage_class": MicroBatchMean}),
         (partial(reward, ties="skip"), [*pairs(), OTHER_PAIR, OTHER_PAIR], MICRO, {"stage_class": RowlessUnitsCount}),
@@ -514,6 +543,7 @@ def test_the_divisor_is_the_expected_batch_size():
         (rloo, *PPO_CASE),
         (partial(rloo, num_generations=4), *PPO_CASE),
         (partial(grpo, num_generations=4), *PPO_CASE),
+        (partial(offline, **WEIGHTED), *PPO_CASE),
     ],
 )
 def test_a_pair_and_a_group_of_rollouts_are_one_unit(algorithm, units, outlier):
@@ -556,6 +586,7 @@ def person_sensitivity(algorithm: Algorithms, rows: tuple[list, list], unit: str
         (partial(ppo, num_generations=2), ASKERS, ClipRows, 2),
         (rloo, ASKERS, ClipRows, 2),
         (grpo, ASKERS, ClipRows, 2),
+        (offline, ASKERS, ClipRows, 2),
     ],
 )
 def test_a_person_is_one_unit(algorithm, rows, mutant, often):
@@ -785,6 +816,14 @@ def test_a_unit_that_is_not_finite_adds_zero(algorithm, units, broken):
     """PRIVACY test 21: infinite or undefined losses and rewards count as zero, and the step goes on."""
     assert sensitivity(algorithm, units, [broken]) < 1e-9
     assert not sensitivity(algorithm, units, [broken], mechanism=KeepNotFinite) < 1e-9
+
+
+@pytest.mark.parametrize("algorithm", [offline, partial(offline, **WEIGHTED)])
+@pytest.mark.parametrize("score", [float("nan"), "many", None])
+def test_a_prompt_whose_completions_have_no_reward_has_no_gradient(algorithm, score):
+    """PRIVACY test 21: offline its weights are zero, so it adds exactly zero by itself."""
+    unscored = [{"id": "x", "prompt": "w40 w41", "score": score}]
+    assert sensitivity(algorithm, prompts(), unscored, mechanism=KeepNotFinite) == 0
 
 
 # 22 --------------------------------------------------------------------------------------------------------

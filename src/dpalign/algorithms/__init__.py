@@ -3,6 +3,7 @@
 from ..settings.base import TrainingConfig
 from ..settings.dpo import DPOConfig
 from ..settings.grpo import GRPOConfig
+from ..settings.offline import OfflineConfig
 from ..settings.ppo import PPOConfig
 from ..settings.reward_model import RewardModelConfig
 from ..settings.reward_query import RewardQueryConfig
@@ -12,6 +13,7 @@ from ..settings.sft import SFTConfig
 from .base import Algorithm
 from .dpo import DPO
 from .grpo import GRPO
+from .offline import Offline
 from .ppo import PPO
 from .reward import RewardModelling
 from .reward_query import RewardQuery
@@ -27,6 +29,8 @@ __all__ = [
     "Algorithm",
     "DPOConfig",
     "GRPOConfig",
+    "Offline",
+    "OfflineConfig",
     "PPOConfig",
     "RLOOConfig",
     "RewardModelConfig",

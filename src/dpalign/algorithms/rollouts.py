@@ -1,4 +1,4 @@
-"""What PPO, RLOO and GRPO share: prompts (of records, or self-written), rollouts and rewards.
+"""What stages that sample share: prompts (of records, or self-written), completions and rewards.
 
 A unit is a prompt with its rollouts, or all prompts of a person. Nothing here is computed across units.
 """
@@ -20,48 +20,53 @@ from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
-from ..settings.rollouts import RolloutConfig, SamplingConfig
+from ..settings.rollouts import RolloutConfig, SamplingConfig, ScoredConfig
 from .anchor import Anchor
 from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens
 from .basis import align_inputs
 from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample
 
+S = TypeVar("S", bound=ScoredConfig)
 C = TypeVar("C", bound=RolloutConfig)
 
 
-class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
-    """Prompts to scored rollouts; a subclass adds the loss."""
+class ScoredAlgorithm(Algorithm[S, Policy, Prompt], is_base=True):
+    """Prompts to scored completions; a subclass adds what each is worth, and the loss."""
 
     model_kind = Policy
     columns = PROMPT_COLUMNS
 
     @classmethod
-    def entering(cls, config: C) -> Entering:
+    def entering(cls, config: S) -> Entering:
         return {"reward": config.reward}
 
     @classmethod
-    def longest(cls, config: C) -> int:
+    def longest(cls, config: S) -> int:
         return config.positions
 
     @classmethod
-    def tokens(cls, config: C) -> Tokens:
+    def tokens(cls, config: S) -> Tokens:
         length = config.num_generations * config.positions
         return Tokens(trained=length * config.passes, read=2 * length)  # sampled, and read by the reference
 
     @classmethod
-    def check(cls, config: C, tokenizer: Tokenizer, record: Record) -> Reading:
+    def check(cls, config: S, tokenizer: Tokenizer, record: Record) -> Reading:
         return check_prompt(tokenizer, record, config)
 
-    def __init__(self, config: C, reward: Reward) -> None:
+    def __init__(self, config: S, reward: Reward) -> None:
         super().__init__(config)
         self.rows_per_example = config.num_generations
         self.reward = reward
-        self.beta, self.anchor = config.beta, Anchor(config)
+        self.anchor = Anchor(config)
         self.metrics = (
-            MetricRange("reward", reward.low - config.missing_eos_penalty, reward.high),
+            self.range_of_rewards("reward"),
             MetricRange("kl", *config.kl_range),
             MetricRange("completion_length", 0.0, float(config.max_completion_length)),
         )
+
+    def range_of_rewards(self, name: str) -> MetricRange:
+        """Of a metric that is a mean of rewards."""
+        return MetricRange(name, self.reward.low - self.config.missing_eos_penalty, self.reward.high)
 
     def setup(self, policy: Policy) -> None:
         config = self.config
@@ -88,7 +93,7 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         return read_prompt(policy.tokenizer, record, self.config)
 
     @classmethod
-    def check_writing(cls, config: C, policy: Policy) -> None:
+    def check_writing(cls, config: S, policy: Policy) -> None:
         needed = longest_written(policy, config.prompt_tokens)
         if needed > config.max_prompt_length:
             raise DPAlignError(
@@ -117,7 +122,7 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         ]
         unit = torch.tensor([number for number, _ in drawn], dtype=torch.int64, device=policy.device)
         ids, mask = policy.encode_prompts([prompt.ids for _, prompt in drawn], config.max_prompt_length)
-        rollouts = sample(policy, ids, mask, config, coins)
+        rollouts = self.sampled(policy, ids, mask, coins)
         with torch.no_grad(), policy.reference():
             ref_logprobs = in_micro_batches(policy, rollouts, config)[0]
         scores = self._score([prompt for _, prompt in drawn], rollouts, policy)
@@ -131,15 +136,29 @@ class RolloutAlgorithm(Algorithm[C, Policy, Prompt], is_base=True):
         }
         return self.prepare(policy, Rows(unit, tensors))
 
+    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: SystemEntropy | None) -> Rollouts:
+        """Completions of `(rows, prompt)` ids, by the policy as it is."""
+        return sample(policy, ids, mask, self.config, coins)
+
     def prepare(self, policy: Policy, rows: Rows) -> Rows:
         """Adds what later passes over the same rollouts need; nothing, on-policy."""
         return rows
 
-    # 3. What is to be kept, and what adapts to noised metrics only ----------------------------------------
+    # 3. What is to be kept -------------------------------------------------------------------------------
 
     def add_gradient(self, policy: Policy, step: int) -> None:
         if self.config.sft_coefficient > 0:
             self.anchor.add_gradient(policy, step)
+
+
+class RolloutAlgorithm(ScoredAlgorithm[C], is_base=True):
+    """Rollouts of the policy itself, held by a KL penalty to what the stage started from; a subclass adds the loss."""
+
+    def __init__(self, config: C, reward: Reward) -> None:
+        super().__init__(config, reward)
+        self.beta = config.beta
+
+    # What adapts, to noised metrics only
 
     def adapt(self, noised: Mapping[str, float]) -> None:
         config = self.config

@@ -76,16 +76,14 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True)
-class RolloutConfig(PromptedConfig, SamplingConfig):
-    """Settings of a stage that samples completions. Records have `prompt`, or `text` whose first tokens become it.
+class ScoredConfig(PromptedConfig, SamplingConfig):
+    """Settings of a stage that samples completions and has them scored.
 
     Args:
-        num_generations: rollouts per prompt, averaged inside the unit before the clip: less variance, no privacy cost.
-        beta: coefficient of the KL penalty against the model the stage started from.
+        num_generations: completions per prompt, averaged inside the unit before the clip: less variance, no privacy
+            cost.
         sft_coefficient: weight of the KL divergence, in nats per token, from the model that the stage started from, on
             texts that this writes itself: keeps what was learned before. Its gradient joins the noised one.
-        adaptive_kl_target: nats per completion; adapts beta to the noised KL (Ziegler et al. 2019). Needs metrics.
-        adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
         missing_eos_penalty: subtracted from the reward of a completion without EOS.
         kl_range: declared range of the noised KL metric, in nats per completion.
     """
@@ -95,10 +93,7 @@ class RolloutConfig(PromptedConfig, SamplingConfig):
 
     learning_rate: float = within(3e-3, "[0, 1000]")
     num_generations: int = within(1, "[1, 1024]")
-    beta: float = within(0.2, "[0, 1e6]")
     sft_coefficient: float = within(0.0, "[0, 1e6]")
-    adaptive_kl_target: float | None = within(None, "(0, 1e6]")
-    adaptive_kl_horizon: float = within(10000.0, "(0, 1e12]")
     missing_eos_penalty: float = within(0.0, "[0, 1e6]")
     kl_range: tuple[float, float] = within((-5.0, 15.0), SCALE, ordered=True)
 
@@ -117,9 +112,29 @@ class RolloutConfig(PromptedConfig, SamplingConfig):
             raise DPAlignError("init_a synthetic_gradient is of the policy itself: it needs temperature 1.")
         if self.adapter.r < 1:
             raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
-        if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:
-            raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")
         if self.prompts == SELF_WRITTEN and self.reward.columns:
             raise DPAlignError(
                 f"reward.columns {', '.join(self.reward.columns)}: what the model writes itself has no columns."
             )
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(ScoredConfig):
+    """Settings of a stage that learns from what the policy itself samples.
+
+    Records have `prompt`, or `text` whose first tokens become it.
+
+    Args:
+        beta: coefficient of the KL penalty against the model the stage started from.
+        adaptive_kl_target: nats per completion; adapts beta to the noised KL (Ziegler et al. 2019). Needs metrics.
+        adaptive_kl_horizon: units after which beta has moved by a factor of at most e^0.2.
+    """
+
+    beta: float = within(0.2, "[0, 1e6]")
+    adaptive_kl_target: float | None = within(None, "(0, 1e6]")
+    adaptive_kl_horizon: float = within(10000.0, "(0, 1e12]")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.adaptive_kl_target is not None and self.metrics_noise_ratio == 0:
+            raise DPAlignError("adaptive_kl_target needs the noised metrics: metrics_noise_ratio > 0.")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from ..domains import COUNT, SCALE, within
 from ..errors import DPAlignError
 from ..names import instead
-from . import dpo, grpo, ppo, reward_model, rloo, sft
+from . import dpo, grpo, offline, ppo, reward_model, rloo, sft
 from .base import TrainingConfig
 
 T = TypeVar("T")
@@ -233,3 +233,11 @@ class GRPOConfig(RolloutArguments, grpo.GRPOConfig):  # type: ignore[misc]
     """Those of `settings.grpo` and of `RolloutArguments`."""
 
     Section = grpo.GRPOConfig
+
+
+@answering
+@dataclass(kw_only=True)
+class OfflineConfig(RolloutArguments, offline.OfflineConfig):  # type: ignore[misc]
+    """Those of `settings.offline` and of `RolloutArguments`."""
+
+    Section = offline.OfflineConfig

@@ -38,7 +38,7 @@ from ..release import RELEASE, REWARD_MODEL
 from ..run import run_recipe
 from ..settings.data import DataConfig
 from ..settings.privacy import Privacy
-from ..settings.rollouts import RolloutConfig
+from ..settings.rollouts import ScoredConfig
 from ..settings.trainers import RolloutArguments, TrainerArguments, one_tracker
 from .asked import (
     Asked,
@@ -128,7 +128,7 @@ class Trainer:
             adapter = asked.attempt(lambda: adapter_from(peft_config, has_head))
             section = section if adapter is None else dataclasses.replace(section, adapter=adapter)
         self._rewards: list[Function | str] = []
-        if isinstance(section, RolloutConfig):
+        if isinstance(section, ScoredConfig):
             weights, reward = self._weights(), section.reward
             if reward_funcs is not None:
                 read = asked.attempt(lambda: read_reward_funcs(reward_funcs, weights, reward, self._records))

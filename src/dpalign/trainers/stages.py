@@ -9,7 +9,15 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .. import algorithms
 from ..settings.privacy import Privacy
-from ..settings.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
+from ..settings.trainers import (
+    DPOConfig,
+    GRPOConfig,
+    OfflineConfig,
+    PPOConfig,
+    RewardModelConfig,
+    RLOOConfig,
+    SFTConfig,
+)
 from .base import Dataset, Model, Trainer
 from .rewards import RewardFuncs
 
@@ -200,6 +208,40 @@ class DPGRPOTrainer(Trainer):
         self,
         model: Model,
         args: GRPOConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        reward_funcs: RewardFuncs | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        privacy: Privacy | None = None,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            privacy,
+            quiet,
+            reward_funcs,
+            callbacks,
+        )
+
+
+class DPOfflineTrainer(Trainer):
+    """Private learning from scored completions. Arguments as for `DPPPOTrainer`, with `args` an `OfflineConfig`."""
+
+    algorithm = algorithms.Offline
+    Arguments = OfflineConfig
+
+    def __init__(
+        self,
+        model: Model,
+        args: OfflineConfig,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, encode_units, micro_batches
-from ..algorithms.rollouts import RolloutAlgorithm, rollouts_of
+from ..algorithms.rollouts import ScoredAlgorithm, rollouts_of
 from ..errors import DPAlignError
 from ..gradients import PerUnitGradients
 from ..models import AdapterStack, Policy
@@ -34,7 +34,7 @@ from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import PrivateStep, Sample
 from ..rewards import Reward
 from ..settings.base import TrainingConfig
-from ..settings.rollouts import RolloutConfig
+from ..settings.rollouts import ScoredConfig
 from .loop import unit_gradients
 from .self_written import own_randomness, self_written
 
@@ -216,7 +216,7 @@ class SelfCheck:
     def sampling_ignores_company(self, units: Units, here: list[int], there: list[int]) -> None:
         """The law of a row's next token, as long as its tokens are the same, when every second row is another one."""
         policy, config = self.model, self.algorithm.config
-        if not isinstance(policy, Policy) or not isinstance(config, RolloutConfig):
+        if not isinstance(policy, Policy) or not isinstance(config, ScoredConfig):
             return
         laws = [self._laws(policy, config, [units[unit] for unit in chosen]) for chosen in (here, there)]
         kept = [place for place, (a, b) in enumerate(zip(here, there, strict=True)) if a == b and units[a]]
@@ -232,7 +232,7 @@ class SelfCheck:
     def padding_changes_nothing(self, base: Phase) -> None:
         """Rollouts whose prompts are padded less have the same log-probabilities: positions are counted by the mask."""
         policy, algorithm = self.model, self.algorithm
-        if not isinstance(policy, Policy) or not isinstance(algorithm, RolloutAlgorithm):
+        if not isinstance(policy, Policy) or not isinstance(algorithm, ScoredAlgorithm):
             return
         rollouts, config = rollouts_of(base.rows), algorithm.config
         padding = (rollouts.attention_mask.cumsum(1) == 0).sum(1)
@@ -265,7 +265,7 @@ class SelfCheck:
                 same[one.unit[differs]] = False
         if bool(same.all()):
             return [True] * units
-        if not isinstance(self.algorithm, RolloutAlgorithm) or int(same.sum()) * 2 < units:
+        if not isinstance(self.algorithm, ScoredAlgorithm) or int(same.sum()) * 2 < units:
             raise Coupled("the tokens of a unit's rows depend on the other units.")
         return [bool(s) for s in same]
 
@@ -381,7 +381,7 @@ def _on_trial(
 
 def group_of(config: Any) -> int:
     """Rows that a record leads to."""
-    return config.num_generations if isinstance(config, RolloutConfig) else 1
+    return config.num_generations if isinstance(config, ScoredConfig) else 1
 
 
 def spread(reward: Reward) -> Reward:

@@ -1,0 +1,100 @@
+"""Private alignment from scored completions, without reinforcement learning (Hu, Tao, Yang and Zhou 2023, "Aligning
+Language Models with Offline Learning from Human Feedback", arXiv 2308.12050).
+
+A unit is a prompt with its completions, or all prompts of a person. All completions are sampled from the model that the
+stage started from, so nothing that is learned changes what is learned from: it is supervised learning on weighted text,
+whose optimum is at a known KL from the start. A completion's weight comes from the rewards of its own prompt alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..models import Policy
+from ..models.policy import Rollouts
+from ..privacy.entropy import SystemEntropy
+from ..privacy.mechanism import MetricRange
+from ..rewards import Reward
+from ..settings.offline import OfflineConfig
+from .base import Rows
+from .rollouts import ScoredAlgorithm, rollouts_of
+
+TIE = 1e-5  # of a prompt's largest reward: the same text has the same one but for rounding
+
+
+class Offline(ScoredAlgorithm[OfflineConfig]):
+    """Negative log-likelihood of a prompt's completions, each with its weight."""
+
+    name = "offline"
+    Config = OfflineConfig
+
+    def __init__(self, config: OfflineConfig, reward: Reward) -> None:
+        super().__init__(config, reward)
+        reward_range, kl_range, length_range = self.metrics
+        learned = (self.range_of_rewards("learned_reward"), MetricRange("learned_share", 0.0, 1.0))
+        self.metrics = (reward_range, replace(kl_range, name="forward_kl"), length_range, *learned)
+
+    # 1. and 2. prompts and completions: see `ScoredAlgorithm`
+
+    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: SystemEntropy | None) -> Rollouts:
+        with policy.reference():
+            return super().sampled(policy, ids, mask, coins)
+
+    # 3. What each completion is worth ------------------------------------------------------------------------
+
+    def prepare(self, policy: Policy, rows: Rows) -> Rows:
+        """Adds the weights. A completion without a reward has none; a prompt without any adds exactly zero."""
+        scores, count = rows.tensors["scores"], self.config.num_generations
+        groups = scores.view(len(scores) // count, count)  # a prompt's completions are next to each other
+        weights = self.weights(groups)
+        told = summary(groups, weights)
+        scored = {"scores": scores.nan_to_num(0.0), "weights": weights.flatten(), "told": told.flatten(0, 1)}
+        return Rows(rows.unit, rows.tensors | scored)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """`(prompts, completions)` weights of rewards of that shape (NaN: there is none); every prompt by itself."""
+        if self.config.method == "filtered":
+            return best(scores, self.config.keep)
+        shares = (scores / self.config.reward_temperature).nan_to_num(nan=-torch.inf).softmax(1)
+        return shares.nan_to_num(0.0)  # of a prompt without any
+
+    # 4. Loss -------------------------------------------------------------------------------------------------
+
+    def row_losses(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
+        """-weight * log pi(completion), divided by the constant length; no row reads another."""
+        config, rollouts = self.config, rollouts_of(rows)
+        mask = rollouts.completion_mask
+        logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length, config.temperature)
+        loss = -rows.tensors["weights"] * (logprobs * mask).sum(1) / config.max_completion_length
+        forward_kl = ((rows.tensors["ref_logprobs"] - logprobs.detach()) * mask).sum(1)
+        reward, learned_reward, learned_share = rows.tensors["told"].unbind(1)
+        return loss, torch.stack([reward, forward_kl, mask.sum(1), learned_reward, learned_share], 1)
+
+
+def best(scores: Tensor, keep: int) -> Tensor:
+    """`(prompts, completions)` weights: 1 for the `keep` best of a prompt, 0 for the others and for NaN.
+
+    Equal rewards share the places that are left: who came first says nothing.
+    """
+    tie = TIE * scores.nan_to_num(0.0).abs().amax(1)[:, None, None]
+    difference = scores.unsqueeze(1) - scores.unsqueeze(2)  # (prompts, this, other); NaN is nobody's better or equal
+    better, equal = (difference > tie).sum(2), (difference.abs() <= tie).sum(2)
+    return ((keep - better) / equal.clamp(min=1)).clamp(0.0, 1.0).to(scores) * (equal > 0)
+
+
+def summary(scores: Tensor, weights: Tensor) -> Tensor:
+    """`(prompts, completions, 3)`: numbers whose mean over a prompt is the mean reward of its completions, the mean
+    reward by weight, and the share of the completions that is learned: (sum of weights)^2 / (n * sum of squares).
+
+    NaN of a prompt without any reward: it says nothing of them.
+
+    Args:
+        scores, weights: `(prompts, completions)`; a score is NaN where there is none, and the weight then 0.
+    """
+    known, count, total = scores.isfinite().to(scores), scores.shape[1], weights.sum(1, keepdim=True)
+    every, learned = known / known.mean(1, keepdim=True), weights * count / total
+    share = total.square() / (count * weights.square().sum(1, keepdim=True))
+    return torch.stack([every * scores.nan_to_num(0.0), learned * scores.nan_to_num(0.0), share.expand_as(scores)], 2)
