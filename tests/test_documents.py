@@ -246,7 +246,8 @@ def smaller(recipe: str) -> str:
         fields["reward_query"] |= {"max_length": 32, "own_texts": 40, "directions": 4}
     for name in (STAGES.keys() & fields.keys()) - {"reward_query"}:
         stage = fields[name] = fields[name] | {"expected_batch_size": 4, "max_steps": 1, "micro_batch_size": 4}
-        if name not in ("ppo", "rloo", "grpo", "offline"):
+        samples = name in ("ppo", "rloo", "grpo", "offline") or stage.get("prompts", "private") != "private"
+        if not samples:
             stage |= {"max_length": 32}
             continue
         stage |= {"max_completion_length": 4}

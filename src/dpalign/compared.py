@@ -27,7 +27,7 @@ from .run import run_recipe
 from .settings.base import StageConfig
 from .settings.data import DataConfig
 from .settings.prompts import SELF_WRITTEN
-from .settings.rollouts import ScoredConfig
+from .settings.rollouts import CompletionConfig, samples
 from .stages import STAGES
 
 FREE, NONPRIVATE = "free", "nonprivate"  # folders of a run that it is compared with
@@ -122,14 +122,14 @@ def caveats(recipe: Recipe) -> list[str]:
     return [other, FLATTERED] if free == recipe.reference_reward else [other]
 
 
-def _sampling(recipe: Recipe) -> tuple[str, ScoredConfig]:
+def _sampling(recipe: Recipe) -> tuple[str, CompletionConfig]:
     for name, config in recipe.stages.items():
-        if isinstance(config, ScoredConfig):
+        if samples(config):
             return name, config
     raise DPAlignError("there is no free policy to compare with: the recipe has no stage that samples completions.")
 
 
-def _steps(recipe: Recipe, name: str, config: ScoredConfig) -> int:
+def _steps(recipe: Recipe, name: str, config: CompletionConfig) -> int:
     units = declared_units(recipe, count_undeclared(recipe))[name].count
     return config.schedule(name, units).steps
 

@@ -60,7 +60,7 @@ class RecipeStage:
     @property
     def kind(self) -> Any:
         """Its class: see `StageKind`."""
-        return kind(self.name)
+        return kind(self.name).of(self.config)
 
     @property
     def is_measurement(self) -> bool:
@@ -350,7 +350,7 @@ def check_budget(
 
 def stage_config(recipe: Recipe, name: str, delta: float) -> StageConfig:
     """A stage's settings, with the run's epsilon and delta and what other stages say where it has none of its own."""
-    config: StageConfig = kind(name).completed(recipe.stages[name], recipe.stages.values())
+    config: StageConfig = recipe.kind_of(name).completed(recipe.stages[name], recipe.stages.values())
     if config.target_epsilon is None and config.noise_multiplier is None:
         config = replace(config, target_epsilon=recipe.target_epsilon)
     if config.target_delta not in (None, delta):

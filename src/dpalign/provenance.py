@@ -59,7 +59,7 @@ def check_provenance(recipe: Recipe) -> dict[str, Origin]:
     """
     origins = {"model": _past(recipe, recipe.model.name_or_path, recipe.model.is_public)}
     for name, config in recipe.stages.items():
-        stage = kind(name)
+        stage = recipe.kind_of(name)
         for setting, entering in stage.entering(stage.completed(config, recipe.stages.values())).items():
             if isinstance(entering, ModelConfig):
                 origins[f"{name}.{setting}"] = _past(recipe, entering.name_or_path, entering.is_public)

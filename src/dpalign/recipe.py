@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from .domains import COUNT, SEEDS, check_settings, within
 from .errors import DPAlignError
@@ -19,9 +19,9 @@ from .settings.reward_model import RewardModelConfig
 from .settings.reward_query import RewardQueryConfig
 from .settings.rewards import RewardConfig
 from .settings.rloo import RLOOConfig
-from .settings.rollouts import ScoredConfig
+from .settings.rollouts import CompletionConfig, samples
 from .settings.sft import SFTConfig
-from .stages import STAGES
+from .stages import STAGES, kind
 
 
 @dataclass(kw_only=True)
@@ -137,9 +137,13 @@ class Recipe:
         return {name: section for name, section in self.stages.items() if section.draws}
 
     @property
-    def rollouts(self) -> ScoredConfig | None:
+    def rollouts(self) -> CompletionConfig | None:
         """Settings of the stage that samples completions."""
-        return next((c for c in self.stages.values() if isinstance(c, ScoredConfig)), None)
+        return next((c for c in self.stages.values() if samples(c)), None)
+
+    def kind_of(self, stage: str) -> Any:
+        """The class that a stage's section stands for: see `StageKind`."""
+        return kind(stage).of(self.stages[stage])
 
     def data_of(self, stage: str) -> DataConfig:
         """The dataset of a stage."""
@@ -153,7 +157,7 @@ class Recipe:
         commands = [name for name, listed in STAGES.items() if listed.is_command]
         if not self.stages:
             raise DPAlignError(f"the recipe has no stage: give it a section {', '.join(commands)}.")
-        sampling = [name for name, config in self.stages.items() if isinstance(config, ScoredConfig)]
+        sampling = [name for name, config in self.stages.items() if samples(config)]
         if len(sampling) > 1:
             raise DPAlignError(f"the recipe has both {' and '.join(sampling)}: keep one of them.")
         scoring = [name for name, config in self.stages.items() if isinstance(config, RewardModelConfig)]

@@ -16,7 +16,6 @@ from .recipe import Recipe
 from .rewards import RewardConfig
 from .rewards.load import asked_columns
 from .settings.prompts import PromptedConfig
-from .stages import kind
 
 Records = Mapping[str, list[Record]]  # by stage
 Public = Mapping[str, tuple[list[Record], str]]  # by stage, with their source
@@ -64,13 +63,13 @@ def stage_units(recipe: Recipe, records: Records, ledger: Ledger) -> tuple[dict[
     parts = split_parts(recipe)
     # A record is the same unit in all stages, whichever of its columns each of them reads.
     units = {n: build_units(records[n], configs[n], ledger, *parts[n]) for n in configs}
-    unread = {n: unread_columns(records[n], kind(n).columns, kept_by(recipe, n)) for n in configs}
+    unread = {n: unread_columns(records[n], recipe.kind_of(n).columns, kept_by(recipe, n)) for n in configs}
     return {n: units[n].without(unread[n]) for n in configs}, set(assumptions)
 
 
 def kept_by(recipe: Recipe, name: str) -> set[str]:
     """Columns that a stage is given whether or not it reads them as text: its unit's and its rewards'."""
-    stage = kind(name)
+    stage = recipe.kind_of(name)
     entering = stage.entering(stage.completed(recipe.stages[name], recipe.stages.values()))
     rewards = [entry for entry in entering.values() if isinstance(entry, RewardConfig)]
     return {recipe.data_of(name).unit or "", *(column for reward in rewards for column in asked_columns(reward))}
@@ -98,7 +97,7 @@ def read_public(recipe: Recipe) -> dict[str, tuple[list[Record], str]]:
     public = {}
     for name in recipe.stages:
         data = recipe.data_of(name)
-        if data.eval_path and data.eval_is_public and issubclass(kind(name), MEASURED):
+        if data.eval_path and data.eval_is_public and issubclass(recipe.kind_of(name), MEASURED):
             public[name] = (read_records(data.eval_path, data.eval_split), data.eval_path)
     return public
 
@@ -128,7 +127,7 @@ def check_shared_texts(
     Raises:
         DPAlignError: texts are in two of them, and nobody declares that they are different units'.
     """
-    read = {name: [c for columns in kind(name).columns for c in columns] for name in recipe.stages}
+    read = {name: [c for columns in recipe.kind_of(name).columns for c in columns] for name in recipe.stages}
     private, shown, seen = [], [], set()
     for name in records:
         data = recipe.data_of(name)

@@ -73,7 +73,7 @@ from .rewards.written import PublicModel, PublicModels
 from .settings.base import TrainingConfig
 from .settings.reward_model import RewardModelConfig
 from .settings.rewards import RELEASED
-from .settings.rollouts import SamplingConfig, ScoredConfig
+from .settings.rollouts import CompletionConfig, SamplingConfig, samples
 from .stages import kind
 from .survey import Survey, survey
 from .training import OwnTextStage, Stage
@@ -293,7 +293,7 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
         check = partial(read_record, stage, model)
         if name in records:
             readings = check_records(records[name], source.path or source.name, stage.kind.columns, check)
-            found = survey(readings, records[name], source.unit, padded=isinstance(stage.config, SamplingConfig))
+            found = survey(readings, records[name], source.unit, padded=samples(stage.config))
             surveys |= {} if found is None else {name: found}
         if name in public:
             check_public(stage.kind, check_records(*public[name], stage.kind.columns, check), *public[name])
@@ -339,7 +339,7 @@ def read_record(stage: RecipeStage, model: AdapterStack, record: Record) -> Read
 
 def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]:
     """A stage's records without the texts that it does not read; its unit's column and its rewards' stay."""
-    return only_columns(records, kind(name).columns, kept_by(recipe, name))
+    return only_columns(records, recipe.kind_of(name).columns, kept_by(recipe, name))
 
 
 def public_by(recipe: Recipe, public: Public) -> Public:
@@ -692,10 +692,10 @@ class Run:
         write_json(self.workspace.folder / "completions.json", samples)
         self.show({stage: found.with_text(texts.get(stage)) for stage, (found, _) in measured.items()})
 
-    def sampled_public_prompts(self) -> tuple[ScoredConfig, Reward, list[Record]] | None:
+    def sampled_public_prompts(self) -> tuple[CompletionConfig, Reward, list[Record]] | None:
         """Those of the stage that samples, with its settings and its reward."""
         for name, stage in self.plan.order.items():
-            if isinstance(stage.config, ScoredConfig) and name in self.public:
+            if samples(stage.config) and name in self.public:
                 return stage.config, self.reward(stage.config.reward), self.public[name][0]
         return None
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from .algorithms import TrainingConfig
 from .algorithms.completions import check_prompts
-from .algorithms.rollouts import ScoredAlgorithm
+from .algorithms.rollouts import CompletionAlgorithm
 from .compared import caveats, free_recipe
 from .data.load import read_records
 from .errors import DPAlignError
@@ -36,7 +36,7 @@ from .reporting.sweep_page import write_sweep_report
 from .results import FREE, PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
 from .run import are_chats, measure_texts, public_models, read_by
-from .settings.rollouts import ScoredConfig
+from .settings.rollouts import CompletionConfig, samples
 from .stages import STAGES, kind
 
 Epsilon: TypeAlias = str | float  # text is kept as it is written
@@ -193,7 +193,7 @@ class _Sweep:
         data, policy = asked.data_of(name), Policy.load(asked.model)
         path = data.eval_path or ""
         records = read_records(path, data.eval_split)
-        policy.asks_in_chats = are_chats(records, kind(name).columns)
+        policy.asks_in_chats = are_chats(records, asked.kind_of(name).columns)
         reward = load_reward(_reward_of_pretrained(asked), policy.device, public=public_models(asked, policy))
         check_prompts(policy.tokenizer, records, config, path)
         prompts = public_prompts(policy, records, config, asked.eval_prompts)
@@ -349,12 +349,12 @@ def _check_contents(recipe: Recipe, public_proxy: str | Path | None, reporter: R
             check_shared_texts(recipe, own, read.items(), ledger)
 
 
-def _sampling(recipe: Recipe) -> tuple[str, ScoredConfig]:
+def _sampling(recipe: Recipe) -> tuple[str, CompletionConfig]:
     """The stage that samples completions, and its settings."""
     for name, config in recipe.stages.items():
-        if isinstance(config, ScoredConfig):
+        if samples(config):
             return name, config
-    names = " or ".join(name for name in STAGES if issubclass(kind(name), ScoredAlgorithm))
+    names = " or ".join(name for name in STAGES if issubclass(kind(name), CompletionAlgorithm))
     raise DPAlignError(f"a sweep measures what a stage that samples has trained: the recipe has none ({names}).")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..models import Policy
 from ..models.generation import write_texts
 from ..models.policy import Rollouts
-from ..settings.rollouts import MOST_ROWS, ScoredConfig
+from ..settings.rollouts import MOST_ROWS, CompletionConfig
 
 TEXTS = 1024  # that are written, once a stage
 AT_ONCE = 128  # of them an update reads, in turn
@@ -23,7 +23,7 @@ AT_ONCE = 128  # of them an update reads, in turn
 class Anchor:
     """The texts of one stage. The same seed writes the same ones, so whoever resumes has them again."""
 
-    def __init__(self, config: ScoredConfig) -> None:
+    def __init__(self, config: CompletionConfig) -> None:
         self.config = config
         self._texts: Rollouts | None = None
 

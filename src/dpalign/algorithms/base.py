@@ -78,6 +78,11 @@ class StageKind(ABC, Generic[C]):
             raise TypeError(f"stage kind {cls.__name__} lacks {', '.join(missing)}.")
 
     @classmethod
+    def of(cls, config: C) -> type[StageKind[Any]]:
+        """Itself, or another kind that a section with these settings stands for."""
+        return cls
+
+    @classmethod
     def completed(cls, config: C, others: Iterable[StageConfig]) -> C:
         """The settings with what they take from the recipe's other stages, where they leave something open.
 

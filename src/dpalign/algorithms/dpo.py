@@ -19,8 +19,9 @@ from ..models import Policy
 from ..models.kernels import chunks
 from ..privacy.entropy import SystemEntropy
 from ..settings.dpo import DPOConfig
-from .base import Entering, Reading, Rows, Tokenizer, Tokens
-from .pairs import PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_loss, preference_of
+from .base import Entering, Reading, Rows, StageKind, Tokenizer, Tokens
+from .own_pairs import OwnPairs
+from .pairs import LOSSES, PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
     name = "dpo"
     Config = DPOConfig
     model_kind = Policy
+
+    @classmethod
+    def of(cls, config: DPOConfig) -> type[StageKind[DPOConfig]]:
+        return cls if config.draws else OwnPairs
 
     @classmethod
     def entering(cls, config: DPOConfig) -> Entering:
@@ -103,12 +108,7 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
         margin, preference = rows.tensors["margin"][0::2], rows.tensors["preference"][0::2]
         rewards = self.config.beta * (answer_logprobs(policy, rows) - rows.tensors["reference"])
         chosen, rejected = rewards[0::2], rewards[1::2]  # chosen, rejected, chosen, rejected, ...
-        if self.config.loss == "sigmoid":
-            loss = preference_loss(chosen, rejected, margin, preference, self.config.label_smoothing)
-        else:
-            wanted = preference * (1 - 2 * self.config.label_smoothing) + self.config.label_smoothing
-            ahead = margin * torch.sign(preference - 0.5)  # asked of the better text, whichever that is
-            loss = (wanted - torch.sigmoid(chosen - rejected - ahead)) ** 2
+        loss = LOSSES[self.config.loss](chosen, rejected, margin, preference, self.config.label_smoothing)
         metrics = measured(loss, chosen - rejected, preference)
         return loss.repeat_interleave(2), metrics.repeat_interleave(2, 0)
 

@@ -69,6 +69,15 @@ def measured(loss: Tensor, difference: Tensor, preference: Tensor) -> Tensor:
     return torch.stack([loss.detach(), right, towards], 1)
 
 
+def square_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor, preference: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Squared error `(pairs,)` of the probability that `chosen` is better. Arguments as for `preference_loss`."""
+    wanted = preference * (1 - 2 * label_smoothing) + label_smoothing
+    ahead = margin * torch.sign(preference - 0.5)  # asked of the better text, whichever that is
+    return (wanted - torch.sigmoid(chosen - rejected - ahead)) ** 2
+
+
 def preference_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor, preference: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
@@ -81,3 +90,6 @@ def preference_loss(
     wanted = preference * (1 - 2 * label_smoothing) + label_smoothing
     difference = chosen - rejected
     return -wanted * logsigmoid(difference - margin) - (1 - wanted) * logsigmoid(-difference - margin)
+
+
+LOSSES = {"sigmoid": preference_loss, "square": square_loss}  # by their names in DPO's settings

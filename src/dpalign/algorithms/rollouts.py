@@ -20,53 +20,45 @@ from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
-from ..settings.rollouts import RolloutConfig, SamplingConfig, ScoredConfig
+from ..settings.rollouts import CompletionConfig, RolloutConfig, SamplingConfig, ScoredConfig
 from .anchor import Anchor
 from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens
 from .basis import align_inputs
 from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample
 
+W = TypeVar("W", bound=CompletionConfig)
 S = TypeVar("S", bound=ScoredConfig)
 C = TypeVar("C", bound=RolloutConfig)
 
 
-class ScoredAlgorithm(Algorithm[S, Policy, Prompt], is_base=True):
-    """Prompts to scored completions; a subclass adds what each is worth, and the loss."""
+class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
+    """Prompts to scored completions; a subclass adds what is learned of them."""
 
     model_kind = Policy
     columns = PROMPT_COLUMNS
 
     @classmethod
-    def entering(cls, config: S) -> Entering:
+    def entering(cls, config: W) -> Entering:
         return {"reward": config.reward}
 
     @classmethod
-    def longest(cls, config: S) -> int:
+    def longest(cls, config: W) -> int:
         return config.positions
 
     @classmethod
-    def tokens(cls, config: S) -> Tokens:
+    def tokens(cls, config: W) -> Tokens:
         length = config.num_generations * config.positions
         return Tokens(trained=length * config.passes, read=2 * length)  # sampled, and read by the reference
 
     @classmethod
-    def check(cls, config: S, tokenizer: Tokenizer, record: Record) -> Reading:
+    def check(cls, config: W, tokenizer: Tokenizer, record: Record) -> Reading:
         return check_prompt(tokenizer, record, config)
 
-    def __init__(self, config: S, reward: Reward) -> None:
+    def __init__(self, config: W, reward: Reward) -> None:
         super().__init__(config)
         self.rows_per_example = config.num_generations
         self.reward = reward
         self.anchor = Anchor(config)
-        self.metrics = (
-            self.range_of_rewards("reward"),
-            MetricRange("kl", *config.kl_range),
-            MetricRange("completion_length", 0.0, float(config.max_completion_length)),
-        )
-
-    def range_of_rewards(self, name: str) -> MetricRange:
-        """Of a metric that is a mean of rewards."""
-        return MetricRange(name, self.reward.low - self.config.missing_eos_penalty, self.reward.high)
 
     def setup(self, policy: Policy) -> None:
         config = self.config
@@ -93,7 +85,7 @@ class ScoredAlgorithm(Algorithm[S, Policy, Prompt], is_base=True):
         return read_prompt(policy.tokenizer, record, self.config)
 
     @classmethod
-    def check_writing(cls, config: S, policy: Policy) -> None:
+    def check_writing(cls, config: W, policy: Policy) -> None:
         needed = longest_written(policy, config.prompt_tokens)
         if needed > config.max_prompt_length:
             raise DPAlignError(
@@ -149,6 +141,22 @@ class ScoredAlgorithm(Algorithm[S, Policy, Prompt], is_base=True):
     def add_gradient(self, policy: Policy, step: int) -> None:
         if self.config.sft_coefficient > 0:
             self.anchor.add_gradient(policy, step)
+
+
+class ScoredAlgorithm(CompletionAlgorithm[S], is_base=True):
+    """All completions of a prompt are learned from; a subclass adds what each is worth, and the loss."""
+
+    def __init__(self, config: S, reward: Reward) -> None:
+        super().__init__(config, reward)
+        self.metrics = (
+            self.range_of_rewards("reward"),
+            MetricRange("kl", *config.kl_range),
+            MetricRange("completion_length", 0.0, float(config.max_completion_length)),
+        )
+
+    def range_of_rewards(self, name: str) -> MetricRange:
+        """Of a metric that is a mean of rewards."""
+        return MetricRange(name, self.reward.low - self.config.missing_eos_penalty, self.reward.high)
 
 
 class RolloutAlgorithm(ScoredAlgorithm[C], is_base=True):

@@ -16,7 +16,7 @@ import torch
 
 from ..algorithms.base import Algorithm, Reading, StageKind
 from ..algorithms.pairs import PairAlgorithm, preference_of
-from ..algorithms.rollouts import ScoredAlgorithm
+from ..algorithms.rollouts import CompletionAlgorithm
 from ..algorithms.texts import TextAlgorithm
 from ..data.load import Record
 from ..errors import DPAlignError
@@ -26,7 +26,7 @@ from .metrics import evaluate_policy, public_prompts
 from .preferences import agreement_on
 from .texts import text_loss
 
-MEASURED = (PairAlgorithm, ScoredAlgorithm, TextAlgorithm)  # kinds of stages with something to measure on records
+MEASURED = (PairAlgorithm, CompletionAlgorithm, TextAlgorithm)  # kinds of stages with something to measure on records
 Numbers: TypeAlias = Mapping[str, float]
 
 
@@ -62,7 +62,7 @@ def measure_of(
     Args:
         model: that the stage trains. at_most: prompts that are completed; default all. seed: of their sampling.
     """
-    if isinstance(algorithm, ScoredAlgorithm):
+    if isinstance(algorithm, CompletionAlgorithm):
         config, reward = algorithm.config, algorithm.reward
         prompts = public_prompts(model, records, config, at_most)
         return lambda: evaluate_policy(model, prompts, reward, config, seed=seed)[0].as_dict()

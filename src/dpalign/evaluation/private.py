@@ -31,7 +31,7 @@ from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
 from ..settings.base import StageConfig
 from ..settings.measurement import MeasurementConfig
-from ..settings.rollouts import SamplingConfig
+from ..settings.rollouts import SamplingConfig, samples
 from ..training import StagePlan
 from ..training.loop import hash_of
 
@@ -51,7 +51,7 @@ class Measurement(StageKind[MeasurementConfig]):
         if config.sampling is not None:
             return config
         for other in others:
-            if isinstance(other, SamplingConfig):
+            if samples(other):
                 like = {f.name: getattr(other, f.name) for f in fields(SamplingConfig)}
                 return replace(config, sampling=SamplingConfig(**like))
         raise DPAlignError(

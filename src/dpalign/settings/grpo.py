@@ -17,10 +17,10 @@ class GRPOConfig(RolloutConfig):
     """Settings of DP-GRPO. Records have `prompt`, or `text` whose first tokens become the prompt.
 
     Args:
-        num_generations: rollouts per prompt, at least 2: the group whose mean and standard deviation standardise them.
+        num_generations: rollouts per prompt, at least 2; mean and standard deviation of their rewards standardise each.
         num_iterations: passes over one sample; each costs noise.
         num_mini_batches: K Poisson samples whose union is rolled out together; with 1 the first pass is on-policy.
-        cliprange: clip of the probability ratio of a token: `epsilon` in TRL, which is privacy's name here.
+        cliprange: clip of a token's probability ratio; `epsilon` in TRL, which is privacy's name here.
         cliprange_high: its upper end, above 1, where that is another one (`epsilon_high` in TRL); default: cliprange.
         beta: coefficient of the KL divergence from the model the stage started from: in the loss, token by token.
         scale_rewards: `group` divides a rollout's advantage by its group's standard deviation, `none` by nothing.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, ClassVar
 
 from ..domains import shown
 from ..errors import DPAlignError
@@ -28,6 +28,8 @@ class PromptedConfig(TrainingConfig):
         "target_epsilon", "target_delta", "noise_multiplier", "num_train_epochs", "adam_noise_correction",
         "adam_noise_floor", "clipping", "clipping_gamma", "metrics_noise_ratio", "insecure_seed",
     )  # fmt: skip
+    # What says how prompts that are no one's are completed, of a stage that completes no private ones.
+    of_other_prompts: ClassVar[tuple[str, ...]] = ()
 
     prompts: str | dict[str, str] = PRIVATE
 
@@ -64,10 +66,17 @@ class PromptedConfig(TrainingConfig):
             raise DPAlignError(
                 f"prompts {shown(self.prompts)}: expected private, self_written or public:PATH (or {{public: PATH}})."
             )
+        defaults = {f.name: _default(f) for f in fields(self)}
+        meant = self.of_other_prompts if self.draws else self.of_private_prompts
+        given = [name for name in meant if _plain(getattr(self, name)) != defaults[name]]
+        if given and self.draws:
+            raise DPAlignError(
+                f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for prompts that are no one's, and with "
+                f"prompts private nothing is completed or scored: leave {', '.join(given)} out, or say prompts: "
+                "self_written or public:PATH."
+            )
         if self.draws:
             return
-        defaults = {f.name: f.default for f in fields(self)}
-        given = [name for name in self.of_private_prompts if _plain(getattr(self, name)) != defaults[name]]
         if given:
             raise DPAlignError(
                 f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for private prompts, and with prompts "
@@ -75,6 +84,10 @@ class PromptedConfig(TrainingConfig):
             )
         if self.max_steps is None:
             raise DPAlignError(f"prompts {self.prompts}: say max_steps, the number of updates.")
+
+
+def _default(field: Field[Any]) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _plain(value: object) -> object:

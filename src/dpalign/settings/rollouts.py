@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from ..domains import LENGTH, SCALE, within
 from ..errors import DPAlignError
@@ -76,7 +77,7 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True)
-class ScoredConfig(PromptedConfig, SamplingConfig):
+class CompletionConfig(PromptedConfig, SamplingConfig):
     """Settings of a stage that samples completions and has them scored.
 
     Args:
@@ -85,17 +86,19 @@ class ScoredConfig(PromptedConfig, SamplingConfig):
         sft_coefficient: weight of the KL divergence, in nats per token, from the model that the stage started from, on
             texts that this writes itself: keeps what was learned before. Its gradient joins the noised one.
         missing_eos_penalty: subtracted from the reward of a completion without EOS.
-        kl_range: declared range of the noised KL metric, in nats per completion.
     """
 
     has_synthetic_gradient = True
-    of_private_prompts = (*PromptedConfig.of_private_prompts, "kl_range")
 
     learning_rate: float = within(3e-3, "[0, 1000]")
     num_generations: int = within(1, "[1, 1024]")
     sft_coefficient: float = within(0.0, "[0, 1e6]")
     missing_eos_penalty: float = within(0.0, "[0, 1e6]")
-    kl_range: tuple[float, float] = within((-5.0, 15.0), SCALE, ordered=True)
+
+    @property
+    def samples(self) -> bool:
+        """Whether it does so with these settings."""
+        return True
 
     @property
     def sampled_at_once(self) -> int:
@@ -116,6 +119,24 @@ class ScoredConfig(PromptedConfig, SamplingConfig):
             raise DPAlignError(
                 f"reward.columns {', '.join(self.reward.columns)}: what the model writes itself has no columns."
             )
+
+
+def samples(config: object) -> TypeGuard[CompletionConfig]:
+    """Whether a stage with these settings has the policy complete prompts, and a reward score what it wrote."""
+    return isinstance(config, CompletionConfig) and config.samples
+
+
+@dataclass(kw_only=True)
+class ScoredConfig(CompletionConfig):
+    """Settings of a stage that learns from all completions of a prompt.
+
+    Args:
+        kl_range: declared range of the noised KL metric, in nats per completion.
+    """
+
+    of_private_prompts = (*CompletionConfig.of_private_prompts, "kl_range")
+
+    kl_range: tuple[float, float] = within((-5.0, 15.0), SCALE, ordered=True)
 
 
 @dataclass(kw_only=True)

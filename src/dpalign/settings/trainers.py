@@ -205,8 +205,8 @@ class RewardModelConfig(TrainerArguments, reward_model.RewardModelConfig):  # ty
 
 @answering
 @dataclass(kw_only=True)
-class DPOConfig(TrainerArguments, dpo.DPOConfig):  # type: ignore[misc]
-    """Those of `settings.dpo` and of `TrainerArguments`."""
+class DPOConfig(RolloutArguments, dpo.DPOConfig):  # type: ignore[misc]
+    """Those of `settings.dpo` and of `RolloutArguments`."""
 
     Section = dpo.DPOConfig
 

@@ -38,7 +38,7 @@ from ..release import RELEASE, REWARD_MODEL
 from ..run import run_recipe
 from ..settings.data import DataConfig
 from ..settings.privacy import Privacy
-from ..settings.rollouts import ScoredConfig
+from ..settings.rollouts import samples
 from ..settings.trainers import RolloutArguments, TrainerArguments, one_tracker
 from .asked import (
     Asked,
@@ -95,7 +95,7 @@ class Trainer:
         ask_for_names(asked, args, privacy)
         if eval_dataset is None and section is not None and section.eval_steps is not None:
             asked.say("eval_dataset: the public records that eval_steps measures on (or leave eval_steps out)")
-        ask_what_is_public(asked, privacy, name, getattr(section, "reward", None), eval_dataset is not None)
+        ask_what_is_public(asked, privacy, name, section.reward if samples(section) else None, eval_dataset is not None)
         shown = None if eval_dataset is None else asked.attempt(lambda: _records(eval_dataset, "eval_dataset"))
         self._public = {} if shown is None else {self.algorithm.name: shown}
         config = None if name is None else asked.attempt(lambda: self._model_config(model, name))
@@ -128,7 +128,7 @@ class Trainer:
             adapter = asked.attempt(lambda: adapter_from(peft_config, has_head))
             section = section if adapter is None else dataclasses.replace(section, adapter=adapter)
         self._rewards: list[Function | str] = []
-        if isinstance(section, ScoredConfig):
+        if samples(section):
             weights, reward = self._weights(), section.reward
             if reward_funcs is not None:
                 read = asked.attempt(lambda: read_reward_funcs(reward_funcs, weights, reward, self._records))
@@ -137,6 +137,10 @@ class Trainer:
             elif weights is not None:
                 asked.say("reward_weights is for reward_funcs: args.reward is one reward")
             section = with_reward(section, self._privacy, asked)
+        elif reward_funcs is not None or self._weights() is not None:
+            asked.say(
+                "reward_funcs is for completions, and with args.prompts private none are sampled here: leave it out"
+            )
         return section
 
     def _weights(self) -> list[float] | None:

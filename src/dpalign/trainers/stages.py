@@ -96,8 +96,11 @@ class DPDPOTrainer(Trainer):
     Args:
         args: a `DPOConfig`.
         train_dataset: dicts with `chosen` and `rejected`, perhaps `prompt`, `margin`, `preference` (0.5 for a tie).
-            Privacy(unit=...) names whom to protect (a judge, say); without one, each pair is a unit.
-        eval_dataset: public pairs; train() then reports how often the policy's implicit reward agrees with them.
+            Privacy(unit=...) names whom to protect (a judge, say); without one, each pair is a unit. None, with
+            `args.prompts` that are no one's: the policy writes the pairs, and a reward labels them.
+        eval_dataset: public pairs; train() then reports how often the policy's implicit reward agrees with them. Public
+            prompts, with `args.prompts`.
+        reward_funcs: of `args.prompts` that are no one's: what labels the pairs, as for `DPPPOTrainer`.
     """
 
     algorithm = algorithms.DPO
@@ -107,17 +110,27 @@ class DPDPOTrainer(Trainer):
         self,
         model: Model,
         args: DPOConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         *,
+        reward_funcs: RewardFuncs | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         privacy: Privacy | None = None,
         quiet: bool = False,
     ) -> None:
         super().__init__(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config, privacy, quiet, None, callbacks
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            privacy,
+            quiet,
+            reward_funcs,
+            callbacks,
         )
 
 

@@ -28,6 +28,7 @@ from ..privacy.gate import PrivateStep, Sample
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import GaussianMechanism
 from ..privacy.refit import Budget, refit
+from ..settings.prompts import PromptedConfig
 from .checkpoint import (
     is_finished,
     load_model,
@@ -122,7 +123,9 @@ class Stage:
         self.beside = self.plan.beside if beside is None else beside
         self.whole: int | None = None  # steps that weights and optimiser hold; None within a phase that changes them
         self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
-        settings = asdict(self.config) | {"units": data.declared_units, "part": (data.part.low, data.part.high)}
+        unread = self.config.of_other_prompts if isinstance(self.config, PromptedConfig) else ()
+        settings = {name: v for name, v in asdict(self.config).items() if name not in unread}
+        settings |= {"units": data.declared_units, "part": (data.part.low, data.part.high)}
         settings["mechanism"] = self.plan.mechanism().rounded()  # its noise may depend on the run's other stages
         released = {name: v for name, v in settings.items() if name not in MACHINE_SETTINGS}
         self.config_hash = hash_of(released)
