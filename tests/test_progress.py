@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,13 @@ import numpy as np
 import pytest
 
 from dpalign.cli import train
+from dpalign.errors import DPAlignError
+from dpalign.privacy import gate
+from dpalign.reporting import heartbeat as heartbeat_module
 from dpalign.reporting import progress
-from dpalign.reporting.progress import Pace, Reporter, duration
+from dpalign.reporting.heartbeat import EVERY, Heartbeat
+from dpalign.reporting.numbers import duration
+from dpalign.reporting.progress import Pace, Reporter
 from dpalign.reporting.terminal import Terminal
 from dpalign.training import StagePlan, StepReport
 from dpalign.training.self_check import check_stage
@@ -89,6 +95,141 @@ def test_a_resumed_stage_counts_its_own_steps(monkeypatch, tmp_path):
 def test_durations_have_two_digits():
     said = [duration(seconds) for seconds in (0.4, 41.3, 119, 121, 3599, 7300, 123456)]
     assert said == ["0.4 s", "41 s", "120 s", "2 min", "60 min", "2 h", "34 h"]
+
+
+# While a step goes on --------------------------------------------------------------------------------------------------
+
+
+def test_what_takes_long_says_every_half_minute_that_it_lives():
+    clock, said = Clock(), []
+    heartbeat = Heartbeat(lambda what, passed: said.append(f"{what}: {passed}"), clock=clock)
+    heartbeat.about("sft: step 3 of 8", 90.0)
+    for clock.now in range(100):
+        heartbeat.look()
+    assert said == [f"sft: step 3 of 8: {passed} s of about 90 s" for passed in (30, 60, 90)]
+    heartbeat.about("sft: step 4 of 8", None)  # begins again, whatever has passed
+    for clock.now in range(100, 131):
+        heartbeat.look()
+    assert said[3:] == ["sft: step 4 of 8: 30 s so far"]
+    clock.now = 255  # a machine that slept says once that it did, and by whole half minutes: not when it was asked
+    heartbeat.look()
+    assert said[4:] == ["sft: step 4 of 8: 2.5 min so far"]
+
+
+def test_a_heartbeat_ends_with_what_it_is_about():
+    before = threading.active_count()
+    with pytest.raises(DPAlignError), Heartbeat(lambda what, passed: None) as heartbeat:
+        heartbeat.about("sft: step 1 of 2", 1.0)
+        assert threading.active_count() == before + 1
+        raise DPAlignError("stopped")
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("broken", [BrokenPipeError, ValueError("I/O operation on closed file")])
+def test_a_reader_who_has_gone_ends_the_heartbeat_and_nothing_else(broken, monkeypatch):
+    def tell(what: str, passed: str) -> None:
+        raise broken
+
+    monkeypatch.setattr(heartbeat_module, "LOOK", 0.001)
+    with Heartbeat(tell, every=0.0001) as heartbeat:
+        heartbeat._thread.join(5)
+        assert not heartbeat._thread.is_alive()
+
+
+class Beats:
+    """A heartbeat that is asked, and never asks the time itself."""
+
+    def __init__(self, tell, every=EVERY):
+        self.tell, self.every = tell, every
+        BEATS.append(self)
+
+    def about(self, what, expected=None):
+        self.told = what, expected
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+BEATS: list[Beats] = []
+
+
+@pytest.mark.parametrize("seconds", [45.0, None])
+def test_a_private_step_is_held_against_self_written_units(monkeypatch, seconds):
+    """The same at every step: nothing that was drawn, and no time that a step really took, comes into it."""
+    monkeypatch.setattr(progress, "Heartbeat", Beats)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: pytest.fail("a private stage's clock is read"))
+    out = io.StringIO()
+    reporter = Reporter(console=Terminal(file=out, force_terminal=False))
+    reporter.start("sft", PLAN, 1000, "user", True, tokens=1000, seconds=seconds)
+    with reporter.showing("sft"):
+        beats = BEATS[-1]
+        assert beats.told == ("sft: preparing", None)
+        for step in (1, 2):
+            reporter.begin(step, step)
+            assert beats.told == (f"sft: step {step} of 60", seconds)
+            reporter.step(StepReport("sft", step, 60, 1.0, METRICS))
+        reporter.begin(3, 6)
+        assert beats.told == ("sft: steps 3 to 6 of 60", seconds and 4 * seconds)
+        reporter.measuring()
+        assert beats.told == ("sft: measuring on public records", None)
+        beats.tell("sft: step 3 of 60", "30 s of about 90 s")
+    assert out.getvalue().splitlines()[-1] == "sft: step 3 of 60: 30 s of about 90 s" and beats.every == EVERY
+
+
+def test_without_private_data_a_step_is_held_against_those_before_it(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "Heartbeat", Beats)
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    reporter = Reporter(console=Terminal(file=io.StringIO(), force_terminal=False))
+    reporter.start_own_text("ppo", 4, 8, "prompts", 100.0)
+    with reporter.showing("ppo"):
+        reporter.begin(1, 1)
+        assert BEATS[-1].told == ("ppo: step 1 of 4", None)
+        clock.now = 40.0
+        reporter.step(StepReport("ppo", 1, 4, None, None))
+        reporter.begin(2, 2)
+        assert BEATS[-1].told == ("ppo: step 2 of 4", 40.0)
+
+
+def test_every_step_says_that_it_begins_before_it_is_drawn(tmp_path, capsys, monkeypatch):
+    said = []
+    monkeypatch.setattr(Reporter, "begin", lambda self, first, last: said.append((first, last)))
+    draw = gate.poisson_sample
+    monkeypatch.setattr(gate, "poisson_sample", lambda *how: [said.append("drawn"), draw(*how)][1])
+    stage = {"max_steps": 2, "expected_batch_size": 8}
+    assert call(capsys, "sft", write_recipe(tmp_path, ppo=None, sft=stage)).status == 0
+    assert said == [(1, 1), "drawn", (2, 2), "drawn"]
+
+
+def test_a_status_lives_too(monkeypatch):
+    monkeypatch.setattr(progress, "Heartbeat", Beats)
+    out = io.StringIO()
+    reporter = Reporter(console=Terminal(file=out, force_terminal=False))
+    with reporter.status("loading the model"):
+        BEATS[-1].tell(BEATS[-1].told[0], "30 s so far")
+    assert out.getvalue() == "loading the model ...\nloading the model: 30 s so far\n"
+    shown = io.StringIO()
+    with Reporter(console=Terminal(file=shown, force_terminal=True, width=80)).status("loading the model"):
+        BEATS[-1].tell(BEATS[-1].told[0], "5 s so far")
+        time.sleep(0.2)  # the line is drawn by rich, some ten times a second
+    assert "loading the model: 5 s so far" in shown.getvalue() and BEATS[-1].every < EVERY
+
+
+def test_half_a_unit_is_not_told():
+    """Half of 9,605 units: which ones, a secret hash decides, so that nobody knows how many it takes."""
+    out = io.StringIO()
+    reporter = Reporter(console=Terminal(file=out, force_terminal=False, width=400))
+    reporter.start("sft", PLAN, 4802.5, "record", True, tokens=1.0, total=9605.0)
+    reporter.start("sft", PLAN, 1000, "user", True, tokens=1.0, total=1000)
+    first, second = out.getvalue().splitlines()
+    assert first.startswith(
+        "sft: 60 steps, each a Poisson sample of about 480 from about 4,802 units, which a secret hash takes of 9,605 "
+        "(unit: record; probability 0.1000); epsilon 3.900"
+    )
+    assert "about 100 from 1,000 units (unit: user; probability 0.1000)" in second
 
 
 # On a terminal ---------------------------------------------------------------------------------------------------------

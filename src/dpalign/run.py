@@ -133,9 +133,10 @@ def run_recipe(
         given = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
         shown = public_by(recipe, given)
         prompts = public_by(recipe, read_public_prompts(recipe))
-        surveys = check_inputs(plan, models, records, shown, prompts)
-        write_json(workspace.private / SURVEY, {name: found.as_dict() for name, found in surveys.items()})
-        texts = check_shared_texts(recipe, records, [*shown.items(), *prompts.items()], workspace.ledger)
+        with reporter.status("checking the records"):
+            surveys = check_inputs(plan, models, records, shown, prompts)
+            write_json(workspace.private / SURVEY, {name: found.as_dict() for name, found in surveys.items()})
+            texts = check_shared_texts(recipe, records, [*shown.items(), *prompts.items()], workspace.ledger)
         run = Run(plan, workspace, data, models, shown, prompts, reporter, reward_function)
         run.load_rewards()
         run.check_prompts_of_rewards(records)
@@ -410,13 +411,17 @@ class Run:
 
     def load_rewards(self) -> None:
         """All that no stage of the run has to train first, so that what is wrong with one is said before a draw."""
-        for stage in self.plan.order.values():
-            for entering in stage.kind.entering(stage.config).values():
-                if isinstance(entering, RewardConfig) and (self.reward_function or entering.source != RELEASED):
-                    self.reward(entering)
-        given = self.plan.recipe.reference_reward
-        if given is not None and self.plan.recipe.rollouts is not None:  # else nothing is sampled that it could score
-            self.reference = load_reward(given, self.models.of(Policy).device, public=self.public_models())
+        entering = [e for stage in self.plan.order.values() for e in stage.kind.entering(stage.config).values()]
+        rewards = [e for e in entering if isinstance(e, RewardConfig)]
+        wanted = [reward for reward in rewards if self.reward_function or reward.source != RELEASED]
+        given = self.plan.recipe.reference_reward if self.plan.recipe.rollouts is not None else None  # else none scores
+        if not wanted and given is None:
+            return
+        with self.reporter.status("loading the rewards"):
+            for reward in wanted:
+                self.reward(reward)
+            if given is not None:
+                self.reference = load_reward(given, self.models.of(Policy).device, public=self.public_models())
 
     def check_prompts_of_rewards(self, records: Records) -> None:
         """Refuses prompts that a reward model cannot read: their completions would have no reward."""
@@ -496,7 +501,8 @@ class Run:
             self.release_reward_model(stage, model, algorithm.config.seed)
         if isinstance(algorithm, PairAlgorithm) and stage.name in self.public:
             pairs, _ = self.public[stage.name]
-            self.results.pairs[stage.name] = agreement_on(algorithm.differences(model, pairs), pairs)
+            with self.reporter.status("measuring on the public pairs"):
+                self.results.pairs[stage.name] = agreement_on(algorithm.differences(model, pairs), pairs)
 
     def train(self, planned: PlannedStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack) -> None:
         """One private stage, from its newest checkpoint if there is one."""
@@ -513,13 +519,15 @@ class Run:
             rests_on_private=self.rests_on_private(),
             log=workspace.log,
             evaluate=self.evaluations(planned, algorithm, model),
+            begins=reporter.begin,
             report=reporter.step,
             tell=reporter.note,
         )
         cost = planned.kind.tokens(planned.config)
         tokens = planned.batch_size * (cost.trained + cost.read)
-        about = planned.units.count, planned.units.unit, stage.private, tokens, self.seconds.get(name)
-        self.finish_stage(stage, name, lambda: reporter.start(name, stage.plan, *about, self.steps_until(name)))
+        units, done = planned.units, self.steps_until(name)
+        about = units.count, units.unit, stage.private, tokens, self.seconds.get(name), done, units.total
+        self.finish_stage(stage, name, lambda: reporter.start(name, stage.plan, *about))
 
     def train_on_own_text(self, section: RecipeStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack) -> None:
         """One stage that reads no record, from its newest checkpoint if there is one."""
@@ -532,6 +540,7 @@ class Run:
             rests_on_private=self.rests_on_private(),
             log=workspace.log,
             evaluate=self.evaluations(section, algorithm, model),
+            begins=reporter.begin,
             report=reporter.step,
             tell=reporter.note,
         )
@@ -567,7 +576,7 @@ class Run:
         (records, _), recipe, reporter = self.public[planned.name], self.plan.recipe, self.reporter
         measure = measure_of(algorithm, model, records, at_most=recipe.eval_prompts, seed=recipe.eval_seed)
         log, steps = self.workspace.evaluations, planned.steps
-        return Evaluations(log, planned.name, steps, model, measure, reporter.evaluated)
+        return Evaluations(log, planned.name, steps, model, measure, reporter.evaluated, reporter.measuring)
 
     def rests_on_private(self) -> bool:
         """Whether everything that the models have learned so far has a guarantee."""
@@ -599,7 +608,8 @@ class Run:
         trained = [stage.kind.model_kind for stage in plan.order.values() if not stage.is_measurement]
         if RewardModel in trained:
             results.release = results.reward_model_release = folder / REWARD_MODEL
-        texts = measure_texts(plan.recipe, self.public, self.models.get(Policy))
+        with self.reporter.status("measuring"):
+            texts = measure_texts(plan.recipe, self.public, self.models.get(Policy))
         if Policy in trained:
             policy = self.models.of(Policy)
             how = "privately" if statement.stages else "without private data"

@@ -50,12 +50,14 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
             "the quickstart shows what private PPO does: without it, write a recipe and use `dpalign run`."
         )
 
-    from ..compared import Compared, run_compared  # these import torch or matplotlib, which --help does without
-    from ..reporting.plots import plot_noised_reward
     from ..reporting.progress import Reporter
-    from ..run import run_recipe
 
     reporter = Reporter()
+    with reporter.status("loading the libraries"):  # torch and matplotlib, which --help does without
+        from ..compared import Compared, run_compared
+        from ..reporting.plots import plot_noised_reward
+        from ..run import run_recipe
+
     recipe = recipe_from("quickstart", [str(packaged), *_fetched(given.model, reporter), *overrides])
     folder, command = Path(recipe.output_dir), shlex.join(["dpalign", "quickstart", *arguments])
     if given.compare:

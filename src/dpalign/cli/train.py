@@ -13,7 +13,8 @@ from ..domains import check_settings
 from ..errors import DPAlignError
 from ..parsing import recipe_from
 from ..recipe import Recipe
-from ..reporting.progress import Reporter, duration
+from ..reporting.numbers import duration
+from ..reporting.progress import Reporter
 from ..reporting.terminal import Terminal
 from ..settings.prompts import PromptedConfig
 from ..stages import STAGES, kind

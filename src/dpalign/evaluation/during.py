@@ -95,15 +95,17 @@ class Evaluations:
         model: AdapterStack,
         measure: Callable[[], Numbers],
         tell: Callable[[EvaluationReport], None] = lambda report: None,
+        begins: Callable[[], None] = lambda: None,
     ) -> None:
         self.log, self.stage, self.steps, self.model, self.measure = log, stage, steps, model, measure
-        self.tell = tell
+        self.tell, self.begins = tell, begins
         self._known = {(line.get("stage"), line.get("step"), line.get("attempt")) for line in read_lines(log)}
 
     def __call__(self, step: int, attempt: int, private: bool) -> None:
         """private: whether all that the model has learned, or will in this stage, has a guarantee."""
         if (self.stage, step, attempt) in self._known:
             return
+        self.begins()
         with undisturbed(self.model):
             numbers = self.measure()
         line = {"private": private, "stage": self.stage, "step": step, "attempt": attempt, "measured": numbers}

@@ -1,4 +1,4 @@
-"""Numbers of the guarantee as text."""
+"""Numbers as text: of the guarantee, and seconds."""
 
 from __future__ import annotations
 
@@ -19,3 +19,15 @@ def all_runs(entry: dict[str, Any]) -> str:
     if len(entry["unit_kinds"]) > 1:
         return f"no bound, for they protect different units ({', '.join(entry['unit_kinds'])})"
     return f"epsilon {at_most(float(entry['epsilon_of_all_private_runs']))}"
+
+
+def two_digits(number: float) -> float:
+    return float(f"{number:.2g}")
+
+
+def duration(seconds: float) -> str:
+    """In the unit that fits, to two digits."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{two_digits(seconds / size):g} {unit}"
+    return f"{two_digits(seconds):g} s"

@@ -43,8 +43,9 @@ class Telling(Reporter):
         tokens: float,
         seconds: float | None = None,
         done: int = 0,
+        total: float | None = None,
     ) -> None:
-        super().start(stage, plan, units, unit, private, tokens, seconds, done)
+        super().start(stage, plan, units, unit, private, tokens, seconds, done, total)
         self._rate, self.state.max_steps = plan.sampling_rate, plan.steps
         self._tell("on_train_begin")
 

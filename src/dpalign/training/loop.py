@@ -96,6 +96,7 @@ class Stage:
         log: file for the noised metrics, one JSON a line; outside private/ because they are private by construction.
         evaluate: measures the model on public records; told the step, the attempt that made it, and whether all of it
             has a guarantee. None: nobody does.
+        begins: told the first and the last of the steps that are computed together, before they are drawn.
     """
 
     def __init__(
@@ -112,12 +113,13 @@ class Stage:
         log: Path | None = None,
         evaluate: Callable[[int, int, bool], None] | None = None,
         rests_on_private: bool = True,
+        begins: Callable[[int, int], None] = lambda first, last: None,
         report: Callable[[StepReport], None] = lambda report: None,
         tell: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.model, self.algorithm, self.data = model, algorithm, data
         self.folder, self.run, self.ledger, self.log = private_folder(folder), run, ledger, log
-        self.report, self.tell, self.evaluate = report, tell, evaluate
+        self.begins, self.report, self.tell, self.evaluate = begins, report, tell, evaluate
         self.config = algorithm.config
         self.plan = plan or plan_stage(algorithm.name, algorithm.config, data.declared_units)
         self.beside = self.plan.beside if beside is None else beside
@@ -210,6 +212,7 @@ class Stage:
     # One phase: K samples, one collection, K steps of `passes` releases ---------------------------------
 
     def _phase(self, step: int, attempt: int, sigma: float) -> int:
+        self.begins(step + 1, step + self.plan.minibatches)
         steps = [self._private_step(sigma)] * self.plan.minibatches
         samples = self.gate.draw(steps, step, attempt)
         union = sorted(set().union(*(sample.units for sample in samples)))

@@ -46,6 +46,7 @@ class OwnTextStage:
         rests_on_private: whether all that the model has learned from private data so far has a guarantee.
         log: file for the metrics, one JSON a line.
         evaluate: measures the model on public records; told the step, attempt 0, and whether all of it has a guarantee.
+        begins: told the first and the last of the updates that are computed together.
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class OwnTextStage:
         log: Path | None = None,
         evaluate: Callable[[int, int, bool], None] | None = None,
         rests_on_private: bool = True,
+        begins: Callable[[int, int], None] = lambda first, last: None,
         report: Callable[[StepReport], None] = lambda report: None,
         tell: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.model, self.algorithm, self.prompts = model, algorithm, prompts
         self.folder, self.log, self.rests_on_private = private_folder(folder), log, rests_on_private
-        self.report, self.tell, self.evaluate = report, tell, evaluate
+        self.begins, self.report, self.tell, self.evaluate = begins, report, tell, evaluate
         self.config: PromptedConfig = algorithm.config
         self.steps = self.config.updates
         settings = {name: v for name, v in asdict(self.config).items() if name not in MACHINE_SETTINGS}
@@ -122,6 +124,7 @@ class OwnTextStage:
 
     def _phase(self, step: int) -> int:
         config, algorithm = self.config, self.algorithm
+        self.begins(step + 1, step + config.minibatches)
         torch.manual_seed(_seed_of(config.seed, step))  # of each phase its own: whoever resumes gets the same
         examples = self._some(config.expected_batch_size * config.minibatches)
         rows = scored(algorithm.rows(self.model, [[example] for example in examples], None))
