@@ -7,11 +7,11 @@ politeness_requests (`text`, `score`), offensiveness_votes (`text`, `inoffensive
 email_rewrites (`original`, and `revised`, which is the better one). Features of SmolLM2-135M-Instruct are computed once
 and kept in --cache (minutes on a GPU, an hour or more on two cores); everything after that takes seconds a split.
 
-free: VADER and a contrast (discriminants between what the model writes when it is asked for the one and for the other, in
-six maps of its hidden states), each over its deviation on text that the model writes itself; their mean.
-private: one Gaussian query over pairs as units. A pair votes, with norm 1, in the leading axes of six whitened maps and
-in the two free scores; as many axes as half the pairs over sigma. The free mean has a prior of 0.3 noise norms.
-nonprivate: the same without noise. Basis, scales, ridge and layers come from self-written text alone.
+free: VADER and a contrast (discriminants between what the model writes when it is asked for the one and for the other),
+each over its deviation on text that the model writes itself; their mean.
+private: one Gaussian query over pairs as units, as the stage reward_query makes it: votes of norm 1 in the leading
+directions of several layers and in the two free scores, and a step towards the free mean.
+nonprivate: the same without noise. Directions, scales and layers come from self-written text alone.
 
 Noise is seeded: for learning curves only, no guarantee attaches. --output is appended to, and a run goes on from it.
 """
@@ -34,14 +34,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from dpalign.algorithms.reward_query import FEWEST, FREE_SHARE, OF_A_LAYER, PER_UNIT, PRIOR, whitening
 from dpalign.models import smollm2
+from dpalign.models.features import LASTS, MEANS
 from dpalign.privacy import accountant
+from dpalign.rewards.contrast import discriminants, upper_layers
 
 DELTA = 1e-5
-DEPTHS = ((1 / 2, 2 / 3, 5 / 6, 1), (1 / 2, 5 / 6))  # of the layers whose mean and whose last token are read
-RIDGE = 3.0  # of a contrast: of the mean variance within the two kinds of text
-DIRECTIONS, SHRINKAGE = 64, 1.0  # of each map, and of their variances towards the mean one
-FREE_WEIGHT, PRIOR, AXES_PER_PAIR = 0.2, 0.3, 0.5
+SHRINKAGE = 1.0  # the stage's default
 OWN_TOKENS, NEW_TOKENS, MOST_TOKENS = 48, 24, 64
 
 
@@ -86,7 +86,9 @@ class Reader:
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
         layers = self.model.config.num_hidden_layers
-        self.layers = [[max(1, round(depth * layers)) for depth in depths] for depths in DEPTHS]
+        self.read = [sorted({max(1, round(depth * layers)) for depth in depths}) for depths in (MEANS, LASTS)]
+        self.contrasted = upper_layers(layers)
+        self.means = sorted({*self.read[0], *self.contrasted})  # kept: means of these, then last tokens
         self.device, self.at_once = device, 256 if device == "cuda" else 16
         ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|endoftext|>")}
         self.ends = [token for token in ends if token is not None]
@@ -138,9 +140,7 @@ class Reader:
             inner[:, 0] = 0
             share = (inner / inner.sum(1, keepdim=True).clamp(min=1)).unsqueeze(2)
             rows, last = torch.arange(len(ids)), mask.sum(1) - 1
-            maps = [(hidden[n] * share).sum(1) for n in self.layers[0]] + [
-                hidden[n][rows, last] for n in self.layers[1]
-            ]
+            maps = [(hidden[n] * share).sum(1) for n in self.means] + [hidden[n][rows, last] for n in self.read[1]]
             parts.append(torch.stack(maps, 1).cpu().numpy())
         return np.concatenate(parts)
 
@@ -181,7 +181,11 @@ def collect(name: str, args: argparse.Namespace, reader: list[Reader]) -> dict[s
         args.cache.mkdir(parents=True, exist_ok=True)
         place.with_suffix(".json").write_text(json.dumps(texts), encoding="utf-8")
         quantised = np.clip(np.round(found / scale), -127, 127).astype(np.int8)
-        np.savez_compressed(place.with_suffix(".npz"), f=quantised, scale=scale.astype(np.float32))
+        found_in = [model.means.index(layer) for layer in model.contrasted]
+        read = [model.means.index(layer) for layer in model.read[0]]
+        read += range(len(model.means), len(model.means) + len(model.read[1]))
+        kept = {"scale": scale.astype(np.float32), "contrasted": found_in, "read": read}
+        np.savez_compressed(place.with_suffix(".npz"), f=quantised, **kept)  # type: ignore[arg-type]
     texts = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
     kept = np.load(place.with_suffix(".npz"))
     parts = ["texts", "good", "bad", "completions", "own"]
@@ -189,7 +193,8 @@ def collect(name: str, args: argparse.Namespace, reader: list[Reader]) -> dict[s
     features = dict(zip(parts, np.split(kept["f"] * kept["scale"], ends), strict=True))
     if texts["texts"] != used:
         raise SystemExit(f"{place}.json is of other texts: name another --cache.")
-    return {"features": features, "texts": texts, "scores": np.array(scores), "rest": rest}
+    layers = {name: kept[name] for name in ("contrasted", "read")}
+    return {"features": features, "texts": texts, "scores": np.array(scores), "rest": rest} | layers
 
 
 # The free reward, and the axes in which people vote: from self-written text alone ----------------------------------------
@@ -202,55 +207,29 @@ def over(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
     return standard
 
 
-def discriminant(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
-    """Fisher's, with a ridge; `(width,)` from `(texts, width)` of two kinds."""
-    apart = (good.mean(0) - bad.mean(0)).astype(float)
-    centred = np.concatenate([good - good.mean(0), bad - bad.mean(0)]).astype(float)
-    covariance = centred.T @ centred / len(centred)
-    ridge = RIDGE * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-    weights: np.ndarray = np.linalg.solve(covariance + ridge, apart)
-    return weights
-
-
-def leading(texts: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Variances and `(width, count)` principal axes of `(texts, width)`, the largest first; and all variances' mean."""
-    covariance = np.cov(texts.astype(float).T)
-    values, axes = np.linalg.eigh(covariance)
-    return values[::-1][:count] + SHRINKAGE * values.mean(), axes[:, ::-1][:, :count]
-
-
 OWN = ("own", "good", "bad")
 
 
 def free_scores(features: dict[str, np.ndarray], texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """`(texts, 2)`: VADER and contrast."""
+    """`(texts, 2)`: VADER and contrast, from the features of the layers that a contrast reads."""
     words = SentimentIntensityAnalyzer()
     vader = {n: np.array([words.polarity_scores(t)["compound"] for t in texts[n]]) for n in features}
-    total = {n: np.zeros(len(features[n])) for n in features}
-    for number in range(features["own"].shape[1]):
-        weights = discriminant(features["good"][:, number], features["bad"][:, number])
-        along = {n: features[n][:, number] @ weights for n in features}
-        reference = np.concatenate([along[n] for n in OWN])
-        total = {n: total[n] + over(reference, along[n]) for n in features}
+    sides = [torch.tensor(features[n]) for n in ("good", "bad", "own")]
+    weights = discriminants(*sides)["weights"].numpy()
+    contrast = {n: (features[n] * weights).sum((1, 2)) for n in features}
     both = []
-    for score in (vader, total):
+    for score in (vader, contrast):
         reference = np.concatenate([score[n] for n in OWN])
         both.append({n: over(reference, score[n]) for n in features})
     return {n: np.stack([score[n] for score in both], 1) for n in features}
 
 
 def axes(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Texts in the joint principal axes of all maps' whitened directions, the leading one first."""
-    maps: list[dict[str, np.ndarray]] = []
-    for number in range(features["own"].shape[1]):
-        own = np.concatenate([features[n][:, number] for n in OWN])
-        count = min(DIRECTIONS, own.shape[1])
-        variances, vectors = leading(own, count)
-        scale = vectors / np.sqrt(variances) / np.sqrt(2 * count * features["own"].shape[1])
-        maps.append({n: (features[n][:, number] - own.mean(0)) @ scale for n in features})
-    joined = {n: np.concatenate([part[n] for part in maps], 1) for n in features}
-    _, turn = np.linalg.eigh(np.cov(np.concatenate([joined[n] for n in OWN]).T))
-    return {n: joined[n] @ turn[:, ::-1] for n in features}
+    """`(texts, directions)`: in the directions that the query's votes are cast in, the leading one first."""
+    own = torch.tensor(np.concatenate([features[n] for n in OWN]))
+    most = min(own.shape[1] * min(OF_A_LAYER, own.shape[2]), len(own) - 1)
+    directions = whitening(own, most, SHRINKAGE, 1).double().numpy()
+    return {n: features[n].reshape(len(features[n]), -1) @ directions.T for n in features}
 
 
 # The query --------------------------------------------------------------------------------------------------------------
@@ -260,7 +239,7 @@ def query(votes: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarr
     """Sum of `(pairs, coordinates)` votes of norm 1, plus noise; plus the free mean's prior."""
     norms = np.linalg.norm(votes, axis=1, keepdims=True)
     total: np.ndarray = (votes / np.maximum(norms, 1e-12)).sum(0) + sigma * rng.standard_normal(votes.shape[1])
-    total[-2:] += PRIOR * sigma * np.sqrt(votes.shape[1] / 2)
+    total[-2:] += PRIOR * sigma * np.sqrt(votes.shape[1] / 2)  # two free scores
     return total
 
 
@@ -343,8 +322,11 @@ def prepare(name: str, args: argparse.Namespace, reader: list[Reader]) -> Set:
     found = collect(name, args, reader)
     by_judge = judge(found["rest"], found["texts"]["completions"])
     standard = (by_judge - by_judge.mean()) / max(1e-9, by_judge.std())
-    free = free_scores(found["features"], found["texts"])
-    return Set(free, axes(found["features"]), found["scores"], TASKS[name].gap, standard.reshape(-1, args.best_of))
+    contrasted, read = (
+        {name: maps[:, found[which]] for name, maps in found["features"].items()} for which in ("contrasted", "read")
+    )
+    free = free_scores(contrasted, found["texts"])
+    return Set(free, axes(read), found["scores"], TASKS[name].gap, standard.reshape(-1, args.best_of))
 
 
 def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[str, Any]:
@@ -362,9 +344,9 @@ def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[s
     for name, noise, times in (("private", sigma, draws), ("nonprivate", 0.0, 1)):
         count = data.axes["own"].shape[1]
         if noise:
-            count = int(max(8, min(count, AXES_PER_PAIR * len(pairs) / noise)))
+            count = min(count, max(FEWEST, int(PER_UNIT * len(pairs) / noise)))
         joined = {
-            n: np.concatenate([data.axes[n][:, :count], FREE_WEIGHT / 2 * data.free[n]], 1)
+            n: np.concatenate([data.axes[n][:, :count], FREE_SHARE / 2 * data.free[n]], 1)
             for n in ("texts", "completions")
         }
         right, gains = [], []

@@ -28,6 +28,7 @@ from dpalign.reporting.sweep import bought_sentences, plot_sweep, summarize_swee
 from dpalign.rewards import RewardConfig
 from dpalign.settings.ppo import PPOConfig
 from dpalign.settings.reward_model import RewardModelConfig
+from dpalign.settings.reward_query import RewardQueryConfig
 from dpalign.settings.sft import SFTConfig
 from helpers import call, ledger_rows, reviews, small_model, write_jsonl, write_recipe
 from test_report import Reading
@@ -115,6 +116,10 @@ def test_the_free_reward_is_the_one_that_needs_no_people():
     both = Recipe(data=SHOWN, **LEARNED, free_reward=RewardConfig(), reference_reward=judge)
     other = "What is free was trained against vader: its reward is on another scale than the other rows'."
     assert measure_of(both) == "reference_reward" and caveats(both) == [other]
+    query = RewardQueryConfig(free=[{"source": "vader"}])  # what people are asked to add to
+    policy = PPOConfig(prompts="self_written", max_steps=1, reward=RewardConfig(source="reward_model"))
+    asked = Recipe(data=SHOWN, ppo=policy, reward_query=query, reward_query_data=DataConfig(path="pairs.jsonl"))
+    assert free_recipe(asked).ppo.reward == query.free_mean and caveats(asked)[0].startswith("What is free was trained")
     flattering = Recipe(data=SHOWN, **LEARNED, reference_reward=RewardConfig())
     assert caveats(flattering)[0] == other
     assert caveats(flattering)[1].startswith("The free policy was trained against the reward that this compares by")

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dpalign.algorithms.reward import pair_texts
-from dpalign.algorithms.reward_query import RewardQuery, whitening
+from dpalign.algorithms.reward_query import RewardQuery, as_answers, whitening
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Policy, RewardModel, TextFormat
 from dpalign.models.reward_model import normalization_of
+from dpalign.parsing import recipe_from
+from dpalign.rewards import Reward, RewardConfig, load_reward
 from dpalign.rewards.learned import own_texts
+from dpalign.rewards.mean import answered
+from dpalign.rewards.written import PublicModel, PublicModels
+from dpalign.run import run_recipe
 from dpalign.settings.reward_query import RewardQueryConfig
 from helpers import call, judged, ledger_rows, reviews, small_model, statement, write_jsonl, write_recipe
 
 DIRECTIONS = 4
 QUERY = {
-    "directions": DIRECTIONS, "own_texts": 64, "max_length": 20, "prepend_bos": True, "target_epsilon": "inf",
+    "directions": DIRECTIONS, "own_texts": 64, "max_length": 20, "prepend_bos": True, "pooling": "mean",
+    "target_epsilon": "inf",
 }  # fmt: skip
 GAMMA = 0.01  # of automatic clipping
 
@@ -64,7 +71,7 @@ def test_the_released_weight_is_the_sum_of_votes_in_directions_of_own_text(tmp_p
     head, directions = run(tmp_path / "a", capsys, QUERY, pairs)
     policy, model = reader()
     texts = own_texts(policy, 64, prompt_tokens=8, max_new_tokens=10, seed=0)
-    expected = whitening(model.features(texts), DIRECTIONS, shrinkage=1.0)
+    expected = whitening(model.features(texts).unsqueeze(1), DIRECTIONS, shrinkage=1.0, fewest=DIRECTIONS)
     assert torch.allclose(directions, expected, atol=1e-5)
     cast = votes(pairs, directions)
     cast[3] = -cast[3]  # a likely preference is a vote of norm 1 as well
@@ -144,12 +151,222 @@ def test_directions_need_a_policy_that_writes():
 def test_whitening_shrinks_and_refuses_too_few_directions():
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([4.0, 2.0, 1.0, 0.0])
-    features = torch.randn(4000, 4, generator=generator) * scales
-    plain, shrunk = (whitening(features, 3, shrinkage) for shrinkage in (0.0, 1.0))
-    spread = (features @ plain.T).std(0)
-    assert torch.allclose(spread, torch.full((3,), 1 / 6**0.5), rtol=0.02)  # two texts differ by a squared norm of 1
-    mean = float((scales[:3] ** 2).mean())
-    wanted = [s / (s * s + mean) ** 0.5 / 6**0.5 for s in (4.0, 2.0, 1.0)]
-    assert torch.allclose((features @ shrunk.T).std(0), torch.tensor(wanted), rtol=0.03)
+    features = torch.randn(4000, 1, 4, generator=generator) * scales
+    mean = float((scales**2).mean())
+    for shrinkage in (0.001, 1.0):
+        spread = (features[:, 0] @ whitening(features, 3, shrinkage, 3).T).std(0)
+        # Without shrinkage two texts differ by a squared norm of 1.
+        wanted = [s / (s * s + shrinkage * mean) ** 0.5 / 6**0.5 for s in (4.0, 2.0, 1.0)]
+        assert torch.allclose(spread, torch.tensor(wanted), rtol=0.03)
     with pytest.raises(DPAlignError, match="differs in 3 directions and not in 4"):
-        whitening(features, 4, 0.0)
+        whitening(features, 4, 1.0, 4)
+    assert torch.equal(whitening(features, 5, 1.0, 1)[3:], torch.zeros(2, 4))  # what own text does not show
+
+
+def test_directions_of_several_layers_are_the_leading_ones_of_all_together():
+    generator = torch.Generator().manual_seed(0)
+    said, once = torch.randn(4000, generator=generator), torch.randn(4000, 2, generator=generator)
+    # Both layers say `said`, the second at a hundredth of the length; each says something of its own.
+    features = torch.stack([torch.stack([said, once[:, 0]], 1), 0.01 * torch.stack([once[:, 1], said], 1)], 1)
+    first, *others = (features.flatten(1) @ whitening(features, 4, 0.001, 1).T).T
+    assert float(torch.corrcoef(torch.stack([first, said]))[0, 1].abs()) > 0.99
+    assert float(first.var()) == pytest.approx(2 / 8, rel=0.1)  # twice what a layer says alone
+    assert [float(other.var()) for other in others[:2]] == pytest.approx([1 / 8, 1 / 8], rel=0.1)
+    assert float(others[2].var()) < 0.01
+
+
+# Several layers, and beside them what is free -------------------------------------------------------------------------
+
+FREE = [{"source": "vader"}, {"source": "contrast", "wanted": "w1 w2", "unwanted": "w40 w41", "written_texts": 24}]
+FREE[1] |= {"written_tokens": 8}
+LAYERED = {"own_texts": 64, "max_length": 20, "prepend_bos": True, "target_epsilon": 3, "free": FREE}
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "reward_model" / "reward.safetensors")
+
+
+def vivid(count) -> list[dict]:
+    """Pairs that a sentiment lexicon can tell apart, and words of the model's own."""
+    said = [("great", "awful"), ("good", "bad"), ("w4 w5", "w8"), ("lovely", "horrible")]
+    return [
+        record | {"chosen": f"{record['chosen']} {said[i % 4][0]}", "rejected": f"{record['rejected']} {said[i % 4][1]}"}
+        for i, record in enumerate(judged(count, start=100))
+    ]
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory):
+    """A run without noise."""
+    folder = tmp_path_factory.mktemp("layered")
+    path = recipe(folder, LAYERED | {"target_epsilon": "inf", "directions": 6}, vivid(24))
+    return folder, run_recipe(recipe_from("run", [str(path)]))
+
+
+def coordinates(folder, texts) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(texts, directions)` and `(texts, 2)`, by the run's own directions and the constants that it has kept."""
+    policy, _ = reader()
+    model = RewardModel.from_policy(policy, TextFormat(20, True, False, "layers"))
+    (final,) = (folder / "run" / "private" / "reward_query" / "final").glob("step-*")
+    (directions,) = [t for name, t in load_file(final / "tensors.safetensors").items() if "directions" in name]
+    (mean,) = (folder / "run" / "rewards").glob("mean-*")
+    public = PublicModels(PublicModel(policy, small_model()))
+    free = load_reward(RewardConfig(source=f"fitted:{mean}", is_public=True), public=public).function
+    return model.features(texts).double() @ directions.double().T, free.scores(texts).double()
+
+
+def test_the_released_weights_are_the_sum_of_votes_in_layers_and_free_scores(layered):
+    """Mutants: free scores at another share; a vote of their own instead of one of norm 1 together."""
+    folder, _ = layered
+    pairs = vivid(24)
+    read, free = coordinates(folder, [text for pair in pairs for text in pair_texts(pair)])  # chosen, rejected, ...
+    cast = torch.cat([read[0::2] - read[1::2], 0.2 * (free[0::2] - free[1::2])], 1)
+    cast = cast / (cast.norm(dim=1, keepdim=True) + GAMMA)
+    saved = weights_of(folder / "run")
+    assert torch.allclose(saved["free"].double(), 0.2 * cast.sum(0)[-2:], rtol=1e-3, atol=1e-4)
+    assert float(saved["free"][0]) > 0.1  # the lexicon has something to say
+    source = f"reward_model:{folder / 'run' / 'reward_model'}"
+    rewarded = load_reward(RewardConfig(source=source), public=PublicModels()).function
+    found = torch.tensor(rewarded([""] * len(pairs), [pair["chosen"] for pair in pairs]))
+    expected = read[0::2] @ cast.sum(0)[:-2] + free[0::2] @ saved["free"].double()
+    assert torch.allclose(found.double(), expected, rtol=2e-3, atol=1e-3)
+
+
+def test_people_move_weights_by_their_vote_and_nothing_that_it_is_cast_in(layered, tmp_path):
+    """Mutants: directions, the scale of free scores, the contrast or a weight that reads the pairs."""
+    folder, _ = layered
+    changed = vivid(24)
+    changed[5] |= {"chosen": "w9 great great", "rejected": "w8 terrible hateful"}
+    path = recipe(tmp_path, LAYERED | {"target_epsilon": "inf", "directions": 6}, changed)
+    run_recipe(recipe_from("run", [str(path)]))
+    one, two = weights_of(folder / "run"), weights_of(tmp_path / "run")
+    same = [name for name in one if name.startswith("free.")]
+    assert len(same) == 4 and all(torch.equal(one[name], two[name]) for name in same)
+    assert json.loads((folder / "run/reward_model/reward.json").read_text())["free"] == json.loads(
+        (tmp_path / "run/reward_model/reward.json").read_text()
+    )["free"]
+    moved = (two["free"] - one["free"]) / 0.2
+    assert 0 < float(moved.norm()) <= 2 + 1e-3
+
+
+def test_the_noise_sets_the_directions_and_the_step_towards_what_is_free(tmp_path):
+    """Mutants: a prior of another length, added twice or away from the free mean; directions without their rule."""
+    path = recipe(tmp_path, LAYERED | {"insecure_seed": 7}, vivid(40))
+    run_recipe(recipe_from("run", [str(path)]))
+    (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    sigma = line["noise_multiplier"]
+    (final,) = (tmp_path / "run" / "private" / "reward_query" / "final").glob("step-*")
+    trained = load_file(final / "tensors.safetensors")
+    (votes,) = [t for name, t in trained.items() if "votes" in name]
+    assert votes.numel() == max(8, int(0.5 * 40 / sigma))
+    (free,) = [t for name, t in trained.items() if "free_head" in name]
+    prior = 0.3 * sigma * (votes.numel() + 2) ** 0.5 / 2**0.5
+    (tmp_path / "b").mkdir()
+    again = recipe(tmp_path / "b", LAYERED | {"insecure_seed": 7}, vivid(40))
+    mutant = pytest.MonkeyPatch()
+    mutant.setattr("dpalign.algorithms.reward_query.PRIOR", 0.0)
+    run_recipe(recipe_from("run", [str(again)]))
+    mutant.undo()
+    (final,) = (tmp_path / "b" / "run" / "private" / "reward_query" / "final").glob("step-*")
+    without = load_file(final / "tensors.safetensors")
+    (plain,) = [t for name, t in without.items() if "free_head" in name]
+    assert torch.allclose(free - plain, torch.full((1, 2), prior), rtol=1e-3)
+    (same,) = [t for name, t in without.items() if "votes" in name]
+    assert torch.equal(same, votes)
+
+
+HOW_MANY = [(40, 2.0, 10), (40, 5.0, 8), (3, 1.0, 8), (10_000, 1.0, 63), (40, 0.0, 63)]
+
+
+@pytest.mark.parametrize(("units", "sigma", "count"), HOW_MANY)
+def test_there_are_as_many_directions_as_the_noise_leaves_readable(units, sigma, count):
+    """64 own texts differ in 63 directions."""
+    algorithm = RewardQuery(RewardQueryConfig(target_epsilon=1, own_texts=64))
+    algorithm.declared_units, algorithm.noise_multiplier = units, sigma
+    model = RewardModel.from_policy(reader()[0], TextFormat(20, True, False, "layers"))
+    assert algorithm.directions(model) == count
+
+
+def test_a_pair_that_cannot_be_scored_casts_no_vote():
+    config = RewardQueryConfig(target_epsilon=1, directions=2, free=[{"source": "vader"}])
+    policy, _ = reader()
+    model = RewardModel.from_policy(policy, TextFormat(20, True, False, "layers"))
+
+    class Nothing:
+        count = 1
+
+        def scores(self, texts):
+            return torch.tensor([[float("nan") if "w7" in text else 0.5] for text in texts])
+
+    algorithm = RewardQuery(config, Reward(lambda *_, **__: [], -4, 4, rows_at_once=None))
+    algorithm.free = Nothing()
+    algorithm.setup(model)
+    pairs = [{"chosen": "w1", "rejected": "w2"}, {"chosen": "w3", "rejected": "w7"}, {"chosen": "w4", "rejected": "w5"}]
+    units = [[algorithm.encode(model, pair)] for pair in pairs]
+    rows = algorithm.rows(model, units, None)
+    assert rows.unit.tolist() == [0, 0, 2, 2] and rows.tensors["free"].tolist() == [[0.5]] * 4
+    assert len(algorithm.rows(model, [units[1]], None).unit) == 0
+
+
+def test_what_is_free_reads_the_answer_that_ends_a_chat():
+    asked = [{"role": "user", "content": "Is it good?"}]
+    chat = [*asked, {"role": "assistant", "content": "great"}]
+    assert answered(chat) == (asked, "great") and answered("all of it") == ("", "all of it")
+    assert answered([*asked, {"role": "assistant", "content": None}]) == (asked, "") and answered([]) == ("", "")
+    mean = load_reward(
+        RewardConfig(source="mean", of=[{"source": "vader"}]),
+        public=PublicModels(PublicModel(Policy.load(ModelConfig()), "tiny-review-lm")),
+    )
+    great, rude = mean.function.scores([chat, [*asked, {"role": "assistant", "content": "terrible"}]])[:, 0].tolist()
+    assert mean([asked], ["great"])[0] == pytest.approx(great, abs=1e-5) and great > 0 > rude
+    own = [chat, chat]  # a chat's public texts are answers to what the policy asks itself
+    assert as_answers(["w1", "w2"], own) == [[*asked, {"role": "assistant", "content": text}] for text in ("w1", "w2")]
+    assert as_answers(["w1"], ["w2"]) == ["w1"]
+
+
+NOT_FREE = {
+    "a function": ([{"source": "os.path:join"}], {}, "cannot go into a release"),
+    "a release": ([{"source": "reward_model:somewhere"}], {}, "cannot go into a release"),
+    "an unknown field": ([{"source": "vader", "weight": 2}], {}, "has no field weight"),
+    "one logit": (FREE, {"pooling": "mean"}, "free rewards need pooling layers"),
+    "no question": ([{"source": "judge:base"}], {}, "a judge needs questions"),
+}
+
+
+@pytest.mark.parametrize(("free", "more", "says"), NOT_FREE.values(), ids=NOT_FREE)
+def test_what_cannot_be_a_free_reward_is_refused_before_a_draw(free, more, says, tmp_path, capsys):
+    assert says in call(capsys, "run", recipe(tmp_path, LAYERED | {"free": free} | more)).error
+    assert not (tmp_path / "ledger.sqlite").exists() or ledger_rows(tmp_path) == 0
+
+
+def test_a_damaged_release_is_refused(layered, tmp_path):
+    folder, _ = layered
+    for number, (file, change) in enumerate(
+        {
+            "reward.json": lambda text: text.replace('"mean": [', '"mean": [7, '),
+            "reward.safetensors": lambda text: text[:-9],
+        }.items()
+    ):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder / "run" / "reward_model", copy)
+        content = (copy / file).read_bytes()
+        changed = change(content) if file.endswith("s") else change(content.decode()).encode()
+        (copy / file).write_bytes(changed)
+        with pytest.raises(DPAlignError, match="is not the release of this reward model"):
+            load_reward(RewardConfig(source=f"reward_model:{copy}"))
+    shutil.copytree(folder / "run" / "reward_model", tmp_path / "free")
+    described = json.loads((tmp_path / "free" / "reward.json").read_text())
+    described["free"]["reward"]["of"] = [{"source": "contrast", "wanted": "w1"}]
+    (tmp_path / "free" / "reward.json").write_text(json.dumps(described))
+    with pytest.raises(DPAlignError):
+        load_reward(RewardConfig(source=f"reward_model:{tmp_path / 'free'}"))
+
+
+def test_it_is_no_classifier_that_is_trained_further(layered, tmp_path, capsys):
+    folder, _ = layered
+    release = str(folder / "run" / "reward_model")
+    fields = {"expected_batch_size": 8, "max_steps": 1, "model": {"name_or_path": release}}
+    write_jsonl(tmp_path / "pairs.jsonl", judged(24, start=100))
+    data = {"name": "judges", "path": str(tmp_path / "pairs.jsonl")}
+    path = write_recipe(tmp_path, sft=None, ppo=None, reward_model=fields, reward_model_data=data, target_epsilon="inf")
+    assert "cannot be trained further with pooling last" in call(capsys, "run", path).error

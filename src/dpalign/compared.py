@@ -27,6 +27,7 @@ from .run import run_recipe
 from .settings.base import StageConfig
 from .settings.data import DataConfig
 from .settings.prompts import SELF_WRITTEN
+from .settings.reward_query import RewardQueryConfig
 from .settings.rollouts import CompletionConfig, samples
 from .stages import STAGES
 
@@ -78,7 +79,8 @@ def free_reward(recipe: Recipe) -> RewardConfig:
         DPAlignError: the recipe names none that needs no people.
     """
     _, config = _sampling(recipe)
-    given = [recipe.free_reward, config.reward, recipe.reference_reward]
+    learned_from = [c.free_mean for c in recipe.stages.values() if isinstance(c, RewardQueryConfig)]
+    given = [recipe.free_reward, config.reward, *learned_from, recipe.reference_reward]
     public = [reward for reward in given if reward is not None and not is_reward_model(reward)]
     if not public or (recipe.free_reward is not None and is_reward_model(recipe.free_reward)):
         raise DPAlignError(

@@ -23,7 +23,7 @@ from .printable import code_span, printable
 from .version import __version__
 
 CARD, ADAPTER, STATEMENT = "README.md", "adapter_config.json", "privacy.json"
-OURS = {CARD, STATEMENT, "prompts.json", "reward.json"}
+OURS = {CARD, STATEMENT, "prompts.json", "reward.json", "reward.safetensors"}
 WEIGHTS = r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 TOKENIZERS = {
     "added_tokens.json", "bpe.codes", "chat_template.jinja", "merges.txt", "sentencepiece.bpe.model",

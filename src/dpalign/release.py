@@ -78,7 +78,13 @@ base = {{ auto_class }}.from_pretrained({{ base_model | tojson }}{{ options }})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
-{% if auto_class == "AutoModelForSequenceClassification" -%}
+{% if pooling == "layers" -%}
+This model is no classifier (its logit is 0): a text's score is linear in what several layers say of it, with the \
+weights in `reward.safetensors`. `reward.json` names the layers (of the ones the mean over all tokens but the first is \
+read, of the others the last token), the public scores that are added, how a text is tokenised, and the constants that \
+bring scores to mean 0 and standard deviation 1 on the SFT model's own text. As the reward of a dpalign recipe:
+`reward: {source: "reward_model:path/to/this/folder"}`; its stages then join that run's statement.
+{% elif auto_class == "AutoModelForSequenceClassification" -%}
 The score of a text is the model's only logit{% if pooling == "mean" %}, but averaged over all tokens \
 instead of read at the
 last one: `model.base_model.model.score(hidden_states).squeeze(-1)`, mean over the text{% endif %}; \

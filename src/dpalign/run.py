@@ -243,7 +243,7 @@ class Models:
             policy = Policy.load(recipe.model, device)
         text = scoring.text if scoring is not None else None
         if reward_model is not None and text is not None:
-            reward_model.text = text  # a release is trained further as the recipe says
+            reward_model.read_as(text)  # a release is trained further as the recipe says
         return cls(policy, reward_model, text=text)
 
     def get(self, model_kind: type[M]) -> M | None:

@@ -182,6 +182,8 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     metrics: tuple[MetricRange, ...]  # the metrics block and its declared ranges
     own_texts: Callable[[int], list[Text]] | None = None  # so many texts that the run's policy writes, if it has one
     rows_per_example: int = 1  # at most; a micro-batch has always as many rows as if each had that many
+    noise_multiplier: float = 0.0  # of a private stage: as planned, and while it trains as it is added
+    declared_units: float = 0.0  # that a private stage may sample
 
     def __init__(self, config: T) -> None:
         self.config = config

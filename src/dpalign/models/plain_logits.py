@@ -19,7 +19,8 @@ def logits(request: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
 
     Args:
         request: `base`: folder or name. `adapter`: folder, or None for the base alone. `auto_class` of transformers,
-            with `options`; `dtype`, `device`, `trust_remote_code`; `quantization`: of BitsAndBytesConfig, or nothing.
+            with `options`; `dtype`, `device`, `trust_remote_code`; `quantization`: of BitsAndBytesConfig, or nothing;
+            `layers`: whose mean hidden states are wanted instead of logits.
     """
     import transformers
     from peft import PeftModel
@@ -41,8 +42,17 @@ def logits(request: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
     model = widened(model.eval())
     with torch.no_grad():
         batches = [ids[row : row + 1].to(model.device) for row in range(len(ids))]
-        rows = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in batches]
+        rows = [said(model, row, request.get("layers", [])) for row in batches]
     return torch.cat(rows).float().cpu()
+
+
+def said(model: Any, row: torch.Tensor, layers: list[int]) -> torch.Tensor:
+    """Logits of one row; or the mean hidden states of some layers, side by side."""
+    found = model(input_ids=row, attention_mask=torch.ones_like(row), output_hidden_states=bool(layers))
+    if not layers:
+        logits: torch.Tensor = found.logits
+        return logits
+    return torch.cat([found.hidden_states[layer].mean(1) for layer in layers], 1)
 
 
 def widened(model: Any) -> Any:

@@ -2,7 +2,9 @@
 
 A causal LM becomes one by a linear layer on the last token's hidden state (Wu et al. 2024, section 3.2), which is
 what transformers' `AutoModelForSequenceClassification` builds; a sequence-classification model gets a new head.
-It reads text and has its own tokenizer, which need not be the policy's.
+It reads text and has its own tokenizer, which need not be the policy's. With pooling `layers` it is linear in what
+several layers say of a text, and may add scores that need nobody's data: no sequence classifier, so only dpalign reads
+its release.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -25,8 +27,9 @@ from ..data.text import Text, encode_text
 from ..domains import check_settings, within
 from ..errors import DPAlignError
 from ..files import write_json
-from ..settings.models import ModelConfig, TextFormat
+from ..settings.models import LAYERS, ModelConfig, TextFormat
 from . import embedded
+from .features import maps_of, maps_read
 from .kernels import chunks
 from .loading import check_weights, load_adapter, loaded, refuse_missing
 from .lora import check_layers
@@ -36,7 +39,7 @@ from .precision import settled
 from .quantized import copied, is_quantized, settings_of
 from .stack import AdapterStack, load_pretrained
 
-FORMAT_FILE = "reward.json"
+FORMAT_FILE, WEIGHTS_FILE = "reward.json", "reward.safetensors"
 
 
 def encode_as(how: TextFormat, tokenizer: Any, text: Text, options: Mapping[str, Any] | None = None) -> list[int]:
@@ -53,15 +56,34 @@ class Normalization:
     shift: float = within(0.0, "[-1e30, 1e30]")
 
 
+class FreeScores(Protocol):
+    """Public scores of texts, that a reward model may add to its own."""
+
+    @property
+    def count(self) -> int:
+        """How many scores a text has."""
+
+    def scores(self, texts: Sequence[Text]) -> Tensor:
+        """`(texts, count)` float32 on the CPU; NaN for a text that cannot be scored."""
+
+    def kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What it takes to load them again: as JSON, and constants."""
+
+
 class RewardModel(AdapterStack):
-    """Scores `(rows,)` of texts; the head is float32 whatever the base's dtype."""
+    """Scores `(rows,)` of texts; the head is float32 whatever the base's dtype.
+
+    reading: the head on several layers, with pooling `layers`. free, free_head: public scores, and their weights.
+    """
 
     auto_class = AutoModelForSequenceClassification
     auto_options: ClassVar[dict[str, Any]] = {"num_labels": 1}
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextFormat | None = None):
         super().__init__(base, tokenizer)
-        self.text = text or TextFormat()
+        self.reading: Any = None
+        self.free: FreeScores | None = None
+        self.free_head: nn.Linear | None = None
         for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
             config.pad_token_id = tokenizer.pad_token_id  # transformers finds the last token of a text by it
         heads = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
@@ -69,11 +91,13 @@ class RewardModel(AdapterStack):
             raise DPAlignError(f"{type(base).__name__} has no linear head of one output: a reward model needs one.")
         self.head_name = heads[-1]
         self.excluded = [self.head_name]  # it is trained itself
+        self.text = text or TextFormat()
         if self.text.append_eos and tokenizer.eos_token_id == tokenizer.pad_token_id:
             raise DPAlignError("append_eos needs a padding token other than EOS: transformers would not see that EOS.")
         head = base.get_submodule(self.head_name)
         head.float().register_forward_pre_hook(_widen)
         self._whole_head: Any = None  # while votes are cast in a few directions of what it reads
+        self._free_share = 1.0  # that a public score has of a vote
 
     @classmethod
     def load(
@@ -115,14 +139,28 @@ class RewardModel(AdapterStack):
         """The head and the text's format of a released reward model."""
         try:
             value = json.loads((release / FORMAT_FILE).read_text(encoding="utf-8"))
-            self.text = TextFormat(**value["text"])
-            check_settings(self.text, f"{release / FORMAT_FILE}: text")
+            text = TextFormat(**value["text"])
+            check_settings(text, f"{release / FORMAT_FILE}: text")
+            self.text = text
+            if self.reading is not None:
+                self._take_weights(value, load_file(release / WEIGHTS_FILE))
+                return
             saved = load_file(release / "adapter_model.safetensors")
             with torch.no_grad():
                 for name, p in self.head.named_parameters():
                     p.copy_(saved[f"base_model.model.{self.head_name}.{name}"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
             raise DPAlignError(f"{release} is not the release of this reward model (its head or format).") from None
+
+    @torch.no_grad()
+    def _take_weights(self, value: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+        """Of a head on several layers, and of free scores; raises ValueError for other layers than are read here."""
+        if value["layers"] != self._layers():
+            raise ValueError
+        self.head.weight.copy_(saved["layers"].reshape(1, -1))
+        if "free" in saved:
+            self.free_head = self._head_of(len(saved["free"]))
+            self.free_head.weight.copy_(saved["free"].unsqueeze(0))
 
     @classmethod
     def from_policy(cls, policy: Policy, text: TextFormat | None = None) -> RewardModel:
@@ -168,11 +206,61 @@ class RewardModel(AdapterStack):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
+    def text(self) -> TextFormat:
+        """How it reads a text."""
+        return self._text
+
+    @text.setter
+    def text(self, text: TextFormat) -> None:
+        self._text = text
+        if text.pooling != LAYERS:
+            self.reading = None
+        elif self.reading is None:
+            width = self.model.config.get_text_config().hidden_size
+            self.reading = self._head_of(sum(map(len, maps_read(self))) * width)
+
+    def read_as(self, text: TextFormat) -> None:
+        """Has a release read texts in another way.
+
+        Raises:
+            DPAlignError: it is linear in several layers, and shall be a classifier.
+        """
+        if self.reading is not None and text.pooling != LAYERS:
+            raise DPAlignError(
+                f"a reward model with pooling {LAYERS} cannot be trained further with pooling {text.pooling}: start "
+                "from the model that it was made on."
+            )
+        self.text = text
+
+    def _head_of(self, inputs: int) -> nn.Linear:
+        """One output, zero, frozen."""
+        head = nn.Linear(inputs, 1, bias=False, device=self.device)
+        head.requires_grad_(False)
+        head.weight.zero_()
+        return head
+
+    def _layers(self) -> dict[str, list[int]]:
+        """What is read with pooling `layers`, for reward.json."""
+        means, lasts = maps_read(self)
+        return {"mean": means, "last": lasts}
+
+    @property
     def head(self) -> Any:
-        return self.classifier.get_submodule(self.head_name)
+        return self.classifier.get_submodule(self.head_name) if self.reading is None else self.reading
+
+    def _put_head(self, head: Any) -> None:
+        if self.reading is None:
+            self.classifier.set_submodule(self.head_name, head)
+        else:
+            self.reading = head
+
+    @property
+    def layers_read(self) -> list[int]:
+        means, lasts = maps_read(self)
+        return [] if self.reading is None else sorted({*means, *lasts})
 
     def heads(self) -> list[nn.Linear]:
-        return [self.head]
+        return [self.head, *([] if self.free_head is None else [self.free_head])]
 
     def _refuse_saved_modules(self, folder: str, names: Collection[str]) -> None:
         """Raises DPAlignError for an adapter that has trained more than the head: that would be dropped."""
@@ -187,8 +275,9 @@ class RewardModel(AdapterStack):
     def reset_head(self) -> None:
         """Zero: all texts score alike at first, so there is no random score to unlearn under noise."""
         with torch.no_grad():
-            for p in self.head.parameters():
-                p.zero_()
+            for head in (self.classifier.get_submodule(self.head_name), self.head):
+                for p in head.parameters():
+                    p.zero_()
 
     def train_head(self) -> None:
         """Makes the weight of the head trainable; a bias cancels in the difference of two scores and stays frozen."""
@@ -197,19 +286,30 @@ class RewardModel(AdapterStack):
     # One query: the head in two steps, of which the first is fixed ------------------------------------------------
 
     @property
+    def maps(self) -> int:
+        """Layers that the head reads at once."""
+        return 1 if self.reading is None else sum(map(len, maps_read(self)))
+
+    @property
     def features_width(self) -> int:
-        """What the head reads of a token."""
+        """What the head reads of a token, or with pooling `layers` of a text: all maps, one after the other."""
         return int((self._whole_head or self.head).in_features)
 
-    def vote_in(self, directions: Tensor) -> None:
-        """Splits the head until its stage is finished: fixed `(count, width)` directions, trainable zero weights."""
+    def vote_in(self, directions: Tensor, free: FreeScores | None = None, share: float = 1.0) -> None:
+        """Splits the head until its stage is finished: fixed `(count, width)` directions, trainable zero weights.
+
+        Args:
+            free: public scores that have weights of their own. share: what a vote in them counts for.
+        """
+        self.free, self._free_share = free, share
+        self.free_head = None if free is None else self._head_of(free.count).requires_grad_(True)
         self._whole_head = self.head
         count, width = directions.shape
         fixed, votes = nn.Linear(width, count, bias=False), nn.Linear(count, 1, bias=False)
         split = nn.Sequential(OrderedDict(directions=fixed, votes=votes)).to(self._whole_head.weight.device)
         split.requires_grad_(False)
         split.register_forward_pre_hook(_widen)
-        self.classifier.set_submodule(self.head_name, split)
+        self._put_head(split)
         with torch.no_grad():
             fixed.weight.copy_(directions)
             votes.weight.zero_()
@@ -227,17 +327,20 @@ class RewardModel(AdapterStack):
             whole.weight.copy_(split.votes.weight @ split.directions.weight)
             if whole.bias is not None:
                 whole.bias.zero_()
-            self.classifier.set_submodule(self.head_name, whole)
+            self._put_head(whole)
             self._whole_head = None
+            if self.free_head is not None:
+                self.free_head.weight.mul_(self._free_share)
+            self._free_share = 1.0
         super().finish_stage()
 
     @torch.no_grad()
     def features(self, texts: Sequence[Text], rows_at_once: int = 64) -> Tensor:
         """`(texts, width)` float32 on the CPU: what the head reads of each text, pooled as its scores are."""
-        head = self.head
+        head, width = self.head, self.features_width
         identity = nn.Identity()
         identity.register_forward_pre_hook(_widen)
-        self.classifier.set_submodule(self.head_name, identity)
+        self._put_head(identity)
         try:
             encoded = [self.encode(text) for text in texts]
             parts = [
@@ -245,15 +348,22 @@ class RewardModel(AdapterStack):
                 for chunk, count in chunks(len(texts), rows_at_once)
             ]
         finally:
-            self.classifier.set_submodule(self.head_name, head)
-        return torch.cat(parts) if parts else torch.zeros(0, self.features_width)
+            self._put_head(head)
+        return torch.cat(parts) if parts else torch.zeros(0, width)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores `(rows,)` float32 of right-padded `(rows, length)` ids."""
-        return self._read(input_ids, attention_mask)[:, 0]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, free: Tensor | None = None) -> Tensor:
+        """Scores `(rows,)` float32 of right-padded `(rows, length)` ids; with `free`, `(rows, count)`, of both."""
+        scores = self._read(input_ids, attention_mask)[:, 0]
+        if self.free_head is None or free is None:
+            return scores
+        added: Tensor = self.free_head(self._free_share * free.to(scores.device))
+        return scores + added[:, 0]
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """`(rows, outputs)` of the head, pooled."""
+        if self.reading is not None:
+            read: Tensor = self.head(maps_of(self, input_ids, attention_mask).flatten(1))
+            return read
         if self.text.pooling == "last":
             logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
             return logits
@@ -284,24 +394,62 @@ class RewardModel(AdapterStack):
     def score(
         self, texts: Sequence[Text], options: Sequence[Mapping[str, Any]] | None = None, rows_at_once: int = 64
     ) -> Tensor:
-        """Scores `(rows,)` of texts, each by itself; `options` as in `encode`, one a text."""
+        """Scores `(rows,)` of texts, each by itself; `options` as in `encode`, one a text.
+
+        Raises:
+            DPAlignError: it adds free scores, and nobody has loaded them.
+        """
         encoded = [self.encode(text, o) for text, o in zip(texts, options or [{}] * len(texts), strict=True)]
+        free = self.free_scores(texts)
         parts = [
-            self(*self.pad([encoded[i] for i in chunk]))[:count].cpu()
+            self(*self.pad([encoded[i] for i in chunk]), None if free is None else free[chunk])[:count].cpu()
             for chunk, count in chunks(len(texts), rows_at_once)
         ]
         return torch.cat(parts) if parts else torch.zeros(0)
 
+    def free_scores(self, texts: Sequence[Text], rows_at_once: int = 32) -> Tensor | None:
+        """`(texts, count)` float32 on the CPU, always so many texts at once; None if it adds none.
+
+        Raises:
+            DPAlignError: nobody has loaded them.
+        """
+        if self.free_head is None:
+            return None
+        if self.free is None:
+            raise DPAlignError("this reward model adds scores that need nobody's data: load it as a reward.")
+        parts = [
+            self.free.scores([texts[i] for i in chunk])[:count] for chunk, count in chunks(len(texts), rows_at_once)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, self.free.count)
+
     def save(self, folder: Path, base_model: str, normalization: Normalization) -> None:
-        """Adapter and head as a peft SEQ_CLS adapter that plain peft loads on the base, tokenizer, and reward.json."""
+        """Adapter and head as a peft SEQ_CLS adapter that plain peft loads on the base, tokenizer, and reward.json.
+
+        Of pooling `layers` the classifier's own head is zero, and reward.safetensors has the weights.
+        """
         self.save_adapter(folder, base_model)
         file = folder / "adapter_model.safetensors"
-        head = {f"base_model.model.{self.head_name}.{n}": p.detach().cpu() for n, p in self.head.named_parameters()}
+        own = self.classifier.get_submodule(self.head_name)
+        head = {f"base_model.model.{self.head_name}.{n}": p.detach().cpu() for n, p in own.named_parameters()}
         save_file({**load_file(file), **head}, file, metadata={"format": "pt"})
         path = folder / "adapter_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, config | {"task_type": "SEQ_CLS", "modules_to_save": [self.head_name]})
-        write_json(folder / FORMAT_FILE, {"text": asdict(self.text), "normalization": asdict(normalization)})
+        described = {"text": asdict(self.text), "normalization": asdict(normalization)}
+        if self.reading is not None:
+            described |= self._save_weights(folder / WEIGHTS_FILE)
+        write_json(folder / FORMAT_FILE, described)
+
+    def _save_weights(self, file: Path) -> dict[str, Any]:
+        """Writes weights `layers` `(maps, width)` and `free` `(count,)` with its constants; says what they are of."""
+        tensors = {"layers": self.head.weight.detach().cpu().reshape(self.maps, -1)}
+        described: dict[str, Any] = {"layers": self._layers()}
+        if self.free is not None and self.free_head is not None:
+            tensors["free"] = self.free_head.weight.detach().cpu()[0]
+            described["free"], constants = self.free.kept()
+            tensors |= {f"free.{name}": value for name, value in constants.items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+        return described
 
 
 def is_classifier(config: ModelConfig) -> bool:

@@ -126,6 +126,11 @@ class AdapterStack(nn.Module):
         """Trainable layers beside the adapters; none here."""
         return []
 
+    @property
+    def layers_read(self) -> list[int]:
+        """Hidden states that a release is read by instead of its logits; none here."""
+        return []
+
     def stage_state(self) -> dict[str, Tensor]:
         """The tensors of the newest adapter and the heads by name, frozen A matrices included."""
         newest = f".{self.adapters[-1]}."

@@ -61,11 +61,11 @@ def probe_ids(stack: AdapterStack) -> Tensor:
 
 
 @torch.no_grad()
-def probe_logits(model: Any, ids: Tensor) -> Tensor:
-    """Logits of each row by itself, on the CPU."""
+def probe_logits(model: Any, ids: Tensor, layers: list[int] | None = None) -> Tensor:
+    """Logits of each row by itself, on the CPU; or the mean hidden states of some layers."""
     with widened(model):
         batches = [ids[row : row + 1].to(model.device) for row in range(len(ids))]
-        rows = [model(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in batches]
+        rows = [plain_logits.said(model, row, layers or []) for row in batches]
     return torch.cat(rows).float().cpu()
 
 
@@ -101,6 +101,7 @@ def plain_request(stack: AdapterStack, folder: str) -> dict[str, Any]:
         "device": str(stack.device),
         "trust_remote_code": type(base).__module__.startswith("transformers_modules"),
         "quantization": stack.quantization,
+        "layers": stack.layers_read,
     }
 
 
@@ -127,7 +128,7 @@ def in_fresh_process(request: dict[str, Any], ids: Tensor) -> Tensor:
 
 def check_logits(stack: AdapterStack, found: Tensor, where: str) -> None:
     """Raises DPAlignError if logits of `probe_ids` are not those of the trained model."""
-    expected = probe_logits(stack.model, probe_ids(stack))
+    expected = probe_logits(stack.model, probe_ids(stack), stack.layers_read)
     tolerance = IN_8_BITS if rounds_activations(stack.model) else TOLERANCE
     off, most = float((found - expected).abs().max()), tolerance * max(1.0, float(expected.abs().max()))
     if not off <= most:

@@ -13,7 +13,7 @@ from ..errors import DPAlignError
 from ..models.features import layers_of, pooled_layers
 from ..models.kernels import chunks
 from ..settings.rewards import RewardConfig
-from .base import BATCH, RewardFunction
+from .base import BATCH
 from .judge import scales
 from .written import PublicModel, PublicModels, texts_read
 
@@ -21,7 +21,7 @@ LAYERS = 6  # spread over the upper half
 RIDGE = 3.0  # of the mean variance within the two kinds; 3 was best of five values on four sets of people's judgements
 
 
-def contrast(config: RewardConfig, public: PublicModels) -> RewardFunction:
+class Contrast:
     """Discriminants between the two kinds of text, each over its deviation on self-written text, averaged over layers.
 
     A text without a token scores 0, the mean.
@@ -29,26 +29,39 @@ def contrast(config: RewardConfig, public: PublicModels) -> RewardFunction:
     Raises:
         DPAlignError: a model that writes the same whatever it is asked.
     """
-    model, how = public.base(config), config.text or "completion"
-    reader = Reader(model, upper_layers(layers_of(model.policy)), config.max_length)
 
-    def fit() -> dict[str, Tensor]:
-        sides = [(config.wanted, config.written_seed), (config.unwanted, config.written_seed + 1)]
-        wanted, unwanted = (
-            reader(model.answers_to(str(asked), config.written_texts, config.written_tokens, seed))[0]
-            for asked, seed in sides
-        )
-        own, is_read = reader(texts_read(how, *public.own_rows(config)))
-        return discriminants(wanted, unwanted, own[is_read])
+    def __init__(self, config: RewardConfig, public: PublicModels) -> None:
+        self.config, self.model, self.how = config, public.base(config), config.text or "completion"
+        self.reader = Reader(self.model, upper_layers(layers_of(self.model.policy)), config.max_length)
+        self._sides: tuple[list[str], list[str]] | None = None
 
-    fitted = public.constants(config, fit)
+        def fit() -> dict[str, Tensor]:
+            wanted, unwanted = (self.reader(texts)[0] for texts in self._written())
+            own, is_read = self.reader(texts_read(self.how, *public.own_rows(config)))
+            return discriminants(wanted, unwanted, own[is_read])
 
-    def score(prompts: Sequence[Text], completions: list[str], **columns: list[Any]) -> list[float]:
-        features, is_read = reader(texts_read(how, prompts, completions))
-        found = (features * fitted["weights"]).sum((1, 2)) - fitted["shift"]
+        self.fitted = public.constants(config, fit)
+
+    def __call__(self, prompts: Sequence[Text], completions: list[str], **columns: list[Any]) -> list[float]:
+        features, is_read = self.reader(texts_read(self.how, prompts, completions))
+        found = (features * self.fitted["weights"]).sum((1, 2)) - self.fitted["shift"]
         return torch.where(is_read, found, 0.0).tolist()
 
-    return score
+    def written(self) -> list[str]:
+        """What the model wrote when it was asked for the one, and for the other."""
+        wanted, unwanted = self._written()
+        return [*wanted, *unwanted]
+
+    def _written(self) -> tuple[list[str], list[str]]:
+        """Once: the same at every start."""
+        if self._sides is None:
+            config, first = self.config, self.config.written_seed
+            how = config.written_texts, config.written_tokens
+            self._sides = (
+                self.model.answers_to(str(config.wanted), *how, first),
+                self.model.answers_to(str(config.unwanted), *how, first + 1),
+            )
+        return self._sides
 
 
 def upper_layers(count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -9,26 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from ..data.text import TEMPLATE_COLUMNS
 from ..errors import DPAlignError
 from ..models import ModelConfig, Normalization, RewardModel
 from ..models.loading import check_ids, embedding_rows
-from ..models.reward_model import normalization_of
+from ..models.reward_model import FORMAT_FILE, WEIGHTS_FILE, normalization_of
 from ..settings.rewards import BASE, CONTRAST, FITTED, JUDGE, MEAN, RELEASED, RewardConfig
 from .base import BATCH, PROBES, Reward, RewardFunction, check_reward
 from .classifier import classifier
-from .contrast import contrast
+from .contrast import Contrast
 from .foreign import import_function
 from .judge import judge
 from .learned import Learned
 from .lexicon import vader
-from .mean import AsFunction, mean
+from .mean import AsFunction, Mean
 from .memory import Memory
 from .own import OwnReward
 from .weighted import Weighted, terms_of
-from .written import Fitted, PublicModels
+from .written import Fitted, PublicModels, from_kept
 
 Trained = tuple[RewardModel, Normalization]
 
@@ -90,13 +93,14 @@ def _source(
     if function is None and config.source == "vader":
         return _Source(vader(config.text), -1.0, 1.0)
     if function is None and is_reward_model(config):
-        model, normalization = _trained(trained) if config.source == RELEASED else _released(config, device)
+        found = _trained(trained) if config.source == RELEASED else _released(config, device, public)
+        model, normalization = found
         return _Source(_learned(model, config), -4.0, 4.0, normalization.scale, normalization.shift)
     if function is None and config.source == CONTRAST:
-        return _Source(contrast(config, public), -4.0, 4.0)
+        return _Source(Contrast(config, public), -4.0, 4.0)
     if function is None and config.source == MEAN:
         parts = [load_reward(part, device, public=public) for part in config.parts]
-        return _Source(mean(config, parts, public), -4.0, 4.0)
+        return _Source(Mean(config, parts, public), -4.0, 4.0)
     if function is None and config.kind == JUDGE:
         return _Source(judge(config, public), -4.0, 4.0)
     is_own = function is None or is_made_of_own(function)  # a person's function is called with care
@@ -186,7 +190,7 @@ def chat_writers(function: Callable[..., Any]) -> list[PreTrainedTokenizerBase]:
 
 def released(config: RewardConfig, device: str | torch.device = "cpu") -> Learned:
     """The released reward model that a source names, on the scale that it carries."""
-    model, normalization = _released(config, device)
+    model, normalization = _released(config, device, PublicModels(device=device))
     return _learned(model, config, normalization)
 
 
@@ -219,11 +223,35 @@ def _reads_prompts(config: RewardConfig) -> bool:
     return config.source.startswith("classifier:") and config.text == "prompt+completion"
 
 
-def _released(config: RewardConfig, device: str | torch.device) -> tuple[RewardModel, Normalization]:
+def _released(
+    config: RewardConfig, device: str | torch.device, public: PublicModels
+) -> tuple[RewardModel, Normalization]:
     path = config.source.removeprefix(f"{RELEASED}:")
     normalization = normalization_of(Path(path))
     # Its scores are the same wherever a run goes on.
-    return RewardModel.load(ModelConfig(name_or_path=path, dtype="float32"), device), normalization
+    model = RewardModel.load(ModelConfig(name_or_path=path, dtype="float32"), device)
+    if model.free_head is not None:
+        model.free = _free_of(Path(path), public)
+        if model.free.count != model.free_head.in_features:
+            raise DPAlignError(f"the free rewards in {path} are not those that it was made with: copy it again.")
+    return model, normalization
+
+
+def _free_of(release: Path, public: PublicModels) -> Mean:
+    """The free rewards that a released reward model adds to its own, with their constants.
+
+    Raises:
+        DPAlignError: they cannot be read.
+    """
+    try:
+        described = json.loads((release / FORMAT_FILE).read_text(encoding="utf-8"))["free"]
+        saved = load_file(release / WEIGHTS_FILE)
+        base = json.loads((release / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        constants = {name.removeprefix("free."): value for name, value in saved.items() if name.startswith("free.")}
+        section, made = from_kept(described, constants, base, public)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
+        raise DPAlignError(f"the free rewards in {release} cannot be read: copy the release again.") from None
+    return Mean(section, [load_reward(part, public.device, public=made) for part in section.parts], made)
 
 
 def _learned(model: RewardModel, config: RewardConfig, constants: Normalization | None = None) -> Learned:

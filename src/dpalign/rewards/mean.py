@@ -16,22 +16,58 @@ from .weighted import Weighted
 from .written import PublicModels
 
 
-def mean(config: RewardConfig, parts: Sequence[Reward], public: PublicModels) -> Weighted:
+class Mean(Weighted):
     """A weighted mean of the parts' standardised scores; a row that one of them cannot score has none.
+
+    It is also the free scores that a reward model adds to its own: each part's share of the mean is one of them.
 
     Raises:
         DPAlignError: a part that scores all self-written text alike.
     """
-    functions = [AsFunction(part) for part in parts]
 
-    def fit() -> dict[str, Tensor]:
-        rows = public.own_rows(config)
-        return scales(torch.stack([torch.tensor(f(*rows)) for f in functions], 1), [p.source for p in config.parts])
+    def __init__(self, config: RewardConfig, parts: Sequence[Reward], public: PublicModels) -> None:
+        functions = [AsFunction(part) for part in parts]
 
-    fitted = public.constants(config, fit)
-    weights = torch.tensor(config.weights or [1.0] * len(parts), dtype=torch.float64)
-    shares = weights / weights.sum() / fitted["deviations"].double()
-    return Weighted(functions, shares.tolist(), fitted["means"].tolist())
+        def fit() -> dict[str, Tensor]:
+            rows = public.own_rows(config)
+            found = torch.stack([torch.tensor(f(*rows)) for f in functions], 1)
+            return scales(found, [part.source for part in config.parts])
+
+        fitted = public.constants(config, fit)
+        weights = torch.tensor(config.weights or [1.0] * len(parts), dtype=torch.float64)
+        shares = weights / weights.sum() / fitted["deviations"].double()
+        super().__init__(functions, shares.tolist(), fitted["means"].tolist())
+        self.config, self.public, self.parts = config, public, parts
+
+    @property
+    def count(self) -> int:
+        return len(self.parts)
+
+    def scores(self, texts: Sequence[Text]) -> Tensor:
+        """`(texts, parts)` float32 on the CPU, whose sum is the mean; NaN where a part cannot score a text.
+
+        Of a chat the last answer is what is read (and all of it, by a part that reads prompts); of a string, all.
+        """
+        rows = [answered(text) for text in texts]
+        prompts, completions = [prompt for prompt, _ in rows], [completion for _, completion in rows]
+        found = torch.tensor([f(prompts, completions) for f in self.functions], dtype=torch.float64).T
+        return ((found - torch.tensor(self.centres)) * torch.tensor(self.weights)).float()
+
+    def written(self) -> list[str]:
+        """What a public model wrote for the parts: text of the kind that people judge, and nobody's."""
+        found = [part.function.written() for part in self.parts if hasattr(part.function, "written")]
+        return [text for texts in found for text in texts]
+
+    def kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return self.public.kept(self.config)
+
+
+def answered(text: Text) -> tuple[Text, str]:
+    """What was asked, and the answer that ends a text; of a string, and of a chat without an answer, nothing was."""
+    if isinstance(text, str) or not text:
+        return "", str(text or "")
+    content = text[-1].get("content")
+    return text[:-1], content if isinstance(content, str) else ""
 
 
 class AsFunction:

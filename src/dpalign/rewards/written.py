@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -107,6 +107,7 @@ class PublicModels:
     folder: Path | None = None
     is_fixed: bool = False
     _loaded: dict[str, PublicModel] = field(default_factory=dict)
+    _found: list[tuple[dict[str, Any], dict[str, Tensor]]] = field(default_factory=list)  # by section
 
     def named(self, name: str) -> PublicModel:
         """A public model or a release, loaded once."""
@@ -152,6 +153,14 @@ class PublicModels:
         Raises:
             DPAlignError: what was kept is damaged.
         """
+        known = next((found for section, found in self._found if section == section_of(config)), None)
+        if known is not None:
+            return known
+        self._found.append((section_of(config), self._fitted(config, fit)))
+        return self._found[-1][1]
+
+    def _fitted(self, config: RewardConfig, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `fit` finds, in the folder if there is one."""
         if self.folder is None:
             return fit()
         folder = self.folder / self.name_of(config)
@@ -161,6 +170,13 @@ class PublicModels:
                 save_file(found, temporary / CONSTANTS)
                 write_json(temporary / DESCRIPTION, self.description(config))
         return load_constants(folder)
+
+    def kept(self, config: RewardConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A section with all constants of it and of its parts, for `from_kept`: whose base is the same model."""
+        described = {name: value for name, value in self.description(config).items() if name != "base"}
+        sections = [section_of(one) for one in (config, *config.parts)]
+        found = [next((tensors for known, tensors in self._found if known == s), {}) for s in sections]
+        return described, {f"{n}.{name}": value for n, tensors in enumerate(found) for name, value in tensors.items()}
 
     def name_of(self, config: RewardConfig) -> str:
         """Of a section's folder: the same for the same section, model and lengths."""
@@ -188,6 +204,30 @@ def section_of(config: RewardConfig) -> dict[str, Any]:
 
 def _undeclared(section: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name != "is_public"}
+
+
+def from_kept(
+    described: Any, constants: Mapping[str, Tensor], base: str, here: PublicModels
+) -> tuple[RewardConfig, PublicModels]:
+    """A section, and the models and constants that it was made with: of what `PublicModels.kept` gave.
+
+    Raises:
+        ValueError, KeyError, TypeError, DPAlignError: it is nothing of that.
+    """
+    if described["format"] != FORMAT or not isinstance(described["chats"], bool):
+        raise ValueError
+    section = RewardConfig(**described["reward"])
+    check_settings(section)
+    lengths = int(described["prompt_tokens"]), int(described["completion_tokens"]), described["chats"]
+    made = PublicModels(None, here.device, *lengths, is_fixed=True, _loaded=here._loaded)
+    made.run = here.run if here.run is not None and here.run.name == base else made.named(base)
+    for number, one in enumerate((section, *section.parts)):
+        own = {name.partition(".")[2]: value for name, value in constants.items() if name.startswith(f"{number}.")}
+        if own:
+            made._found.append((section_of(one), own))
+        elif one.is_written:
+            raise ValueError
+    return section, made
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from ..domains import LENGTH, within
 
 TINY_REVIEW_LM = "tiny-review-lm"
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+LAYERS = "layers"  # the pooling that reads several of them
 
 
 @dataclass
@@ -67,10 +68,11 @@ class TextFormat:
 
     max_length: longest sequence in tokens; of a longer text the last tokens are read, because answers end texts.
     prepend_bos, append_eos: of strings; a chat is what the tokenizer's template writes.
-    pooling: the score of a text is that of its last token, or the mean of all its tokens' scores.
+    pooling: the score of a text is that of its last token, or the mean of all its tokens' scores; or (`layers`) it is
+        linear in what several layers say of it.
     """
 
     max_length: int = within(128, LENGTH)
     prepend_bos: bool = False
     append_eos: bool = False
-    pooling: Literal["last", "mean"] = "last"
+    pooling: Literal["last", "mean", "layers"] = "last"

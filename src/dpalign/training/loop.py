@@ -55,6 +55,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "sft_coefficient": 0.0,
     "quantization": "none",
     "prompts": "private",
+    "free": [],
     "questions": [],
     "wanted": None,
     "unwanted": None,
@@ -123,6 +124,7 @@ class Stage:
         self.config = algorithm.config
         self.plan = plan or plan_stage(algorithm.name, algorithm.config, data.declared_units)
         self.beside = self.plan.beside if beside is None else beside
+        algorithm.noise_multiplier, algorithm.declared_units = self.plan.noise_multiplier, data.declared_units
         self.whole: int | None = None  # steps that weights and optimiser hold; None within a phase that changes them
         self.end = self.plan.steps  # earlier if interruptions have spent part of the budget
         unread = self.config.of_other_prompts if isinstance(self.config, PromptedConfig) else ()
@@ -166,6 +168,7 @@ class Stage:
             step = 0
             self._warm_up()
         attempt, sigma = self._refit(step)
+        self.algorithm.noise_multiplier = sigma
         self.examples = encode_units(self.algorithm, self.model, self.data.units)
         self._evaluate(step, self._attempt_of(step))
         try:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, encode_units, micro_batches
 from ..algorithms.rollouts import ScoredAlgorithm, rollouts_of
+from ..data.text import Text
 from ..errors import DPAlignError
 from ..gradients import PerUnitGradients
 from ..models import AdapterStack, Policy
@@ -376,7 +377,8 @@ def _on_trial(
         with torch.no_grad():
             for head in model.heads():
                 for p in head.parameters():
-                    p.copy_(kept[id(p)])
+                    if id(p) in kept:  # else it was added on trial, and the stage will begin with another one
+                        p.copy_(kept[id(p)])
 
 
 def group_of(config: Any) -> int:
@@ -386,14 +388,29 @@ def group_of(config: Any) -> int:
 
 def spread(reward: Reward) -> Reward:
     """Half the reward, half a number in its range that prompt and completion fix."""
+    return Reward(Spread(reward), reward.low, reward.high, rows_at_once=None)
 
-    def function(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
-        scores = reward(prompts, completions, columns).nan_to_num(reward.low).tolist()
-        shares = [sum(map(ord, f"{p}|{c}")) % 97 / 96 for p, c in zip(prompts, completions, strict=True)]
-        places = [reward.low + share * (reward.high - reward.low) for share in shares]
+
+class Spread:
+    """What `spread` calls; it has the scores of a mean, too."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward, self.low, self.width = reward, reward.low, reward.high - reward.low
+        self.count: int = getattr(reward.function, "count", 0)
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+        scores = self.reward(prompts, completions, columns).nan_to_num(self.low).tolist()
+        places = [self._place(f"{p}|{c}") for p, c in zip(prompts, completions, strict=True)]
         return [(score + place) / 2 for score, place in zip(scores, places, strict=True)]
 
-    return Reward(function, reward.low, reward.high, rows_at_once=None)
+    def scores(self, texts: Sequence[Text]) -> Tensor:
+        """`(texts, count)`, as `Mean.scores`."""
+        function: Any = self.reward.function
+        found: Tensor = function.scores(texts).nan_to_num(0.0)
+        return (found + torch.tensor([[self._place(str(text))] for text in texts])) / 2
+
+    def _place(self, text: str) -> float:
+        return self.low + sum(map(ord, text)) % 97 / 96 * self.width
 
 
 def outputs_of(model: nn.Module, call: Callable[[], object]) -> list[tuple[str, Tensor]]:
