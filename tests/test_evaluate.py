@@ -15,6 +15,7 @@ from rich.console import Console
 
 import dpalign
 from dpalign.algorithms import PPOConfig, SamplingConfig
+from dpalign.algorithms.completions import sample
 from dpalign.cli.evaluate import short_names
 from dpalign.errors import DPAlignError
 from dpalign.evaluation import (
@@ -22,6 +23,7 @@ from dpalign.evaluation import (
     judged,
     load_judge,
     measure_policy,
+    metrics,
     public_prompts,
     reference_texts,
     rouge,
@@ -29,10 +31,11 @@ from dpalign.evaluation import (
     win_rate,
 )
 from dpalign.evaluation.compare import same_prompts
-from dpalign.evaluation.metrics import distinct, perplexity_of
+from dpalign.evaluation.metrics import distinct, logprobs_under, perplexity_of
 from dpalign.evaluation.win_rate import wilson
 from dpalign.files import dumps
 from dpalign.models import ModelConfig, Normalization, Policy, RewardModel, embedded
+from dpalign.models.generation import padded
 from dpalign.models.reward_model import TextFormat
 from dpalign.models.stack import AdapterConfig
 from dpalign.reporting.plots import plot_evaluation
@@ -111,6 +114,38 @@ def test_measured_values_and_unscored_completions():
     row = measure_policy(policy, prompts, none, config).evaluation.as_dict()
     assert math.isnan(row["reward"]) and row["unscored"] == 4
     assert not {"reference_reward", "rouge1"} & row.keys(), "what was not measured is left out"
+
+
+@pytest.mark.parametrize(("stages", "passes"), [(0, 1), (1, 2), (2, 3)])
+def test_a_model_is_asked_once_however_many_names_it_has(stages, passes, monkeypatch):
+    """The policy, what its newest stage started from, and the base; the numbers are those of three passes."""
+    policy, config = tiny_policy("llama"), PPOConfig(max_completion_length=4)
+    for stage in range(stages):
+        torch.manual_seed(stage)
+        policy.add_adapter(f"stage {stage}", AdapterConfig(r=2))
+        with torch.no_grad():
+            for name, p in policy.named_parameters():
+                if f".stage {stage}." in name:
+                    p.add_(0.3 * torch.randn_like(p))
+        policy.finish_stage()
+    prompts = public_prompts(policy, [{"prompt": f"w{i} w2"} for i in range(4)], config)
+    torch.manual_seed(0)
+    rollouts = sample(policy, *padded(policy, prompts.prompts), config)
+    with torch.no_grad():
+        own = logprobs_under(policy, rollouts, config)
+        with policy.reference():
+            reference = logprobs_under(policy, rollouts, config)
+        with policy.base():
+            base = logprobs_under(policy, rollouts, config)
+    asked = []
+    monkeypatch.setattr(metrics, "logprobs_under", lambda *how: [asked.append(1), logprobs_under(*how)][1])
+    reward = Reward(lambda prompts, completions: [0.0, 1.0, 0.5, 0.5], 0.0, 1.0, rows_at_once=None)
+    row = measure_policy(policy, prompts, reward, config, seed=0).evaluation
+    tokens = rollouts.completion_mask.sum(1)
+    assert len(asked) == passes
+    assert row.kl == pytest.approx(float((own - reference).sum(1).double().mean()), abs=1e-6)
+    assert row.perplexity == pytest.approx(perplexity_of(base.sum(1), tokens)[0])
+    assert (stages == 0) == (row.kl == 0) and (stages < 2 or not torch.allclose(base, reference))
 
 
 # Win rates -------------------------------------------------------------------------------------------------------

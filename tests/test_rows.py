@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpalign.algorithms import Algorithm, PPOConfig, SamplingConfig
+from dpalign.algorithms import Algorithm, PPOConfig, SamplingConfig, completions
 from dpalign.algorithms.base import Rows, micro_batches
 from dpalign.algorithms.completions import sample
 from dpalign.algorithms.rollouts import in_micro_batches
-from dpalign.models import AdapterConfig, RewardModel, TextFormat
+from dpalign.models import AdapterConfig, RewardModel, TextFormat, kernels
 from dpalign.privacy.entropy import SystemEntropy
 from tiny import OTHERS, dataset, tiny_policy, words
 
@@ -61,6 +61,37 @@ def test_a_phase_is_sampled_in_equal_parts_of_public_size():
     assert config.sampled_at_once == 184  # (512 + 22.6) rows in 3 parts, in eights
     assert PPOConfig(expected_batch_size=8, micro_batch_size=4).sampled_at_once == 16
     assert PPOConfig(expected_batch_size=8, micro_batch_size=64).sampled_at_once == 64
+
+
+def test_a_half_precision_model_samples_as_many_unless_their_cache_is_large(monkeypatch):
+    config = PPOConfig(expected_batch_size=512, micro_batch_size=32, max_prompt_length=6, max_completion_length=16)
+    half, full = tiny_policy("llama", torch.bfloat16), tiny_policy("llama")
+    shape = half.model.config
+    bytes_of_a_row = 2 * shape.num_hidden_layers * shape.hidden_size * 22 * 2  # keys and values of 22 positions
+    for room, rows in ((184 * bytes_of_a_row, 184), (184 * bytes_of_a_row - 1, 32)):
+        monkeypatch.setattr(completions, "CACHE", room)
+        assert completions.sampled_at_once(half, config, is_public=False) == rows
+        assert completions.sampled_at_once(full, config, is_public=False) == 184
+    assert completions.sampled_at_once(full, config, is_public=True) == 256
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_half_precision_is_computed_in_float32_on_a_cpu(dtype, monkeypatch):
+    """With and without gradients alike; single tokens, as in generation, as they come."""
+    torch.manual_seed(0)
+    layer = torch.nn.Module()
+    q, k, v = (torch.randn(2, 2, 5, 16).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    out, _ = kernels._attention(layer, q, k, v, mask)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    assert out.dtype == dtype and torch.equal(out, exact.to(dtype).transpose(1, 2))
+    with torch.no_grad():
+        assert torch.equal(kernels._attention(layer, q, k, v, mask)[0], out)
+    dtypes = []
+    monkeypatch.setattr(kernels, "sdpa_attention_forward", lambda module, query, *how: [dtypes.append(query.dtype), (query, None)][1])
+    kernels._attention(layer, q[:, :, -1:], k, v, mask[:, :, -1:])
+    kernels._attention(layer, q.float(), k.float(), v.float(), mask)
+    assert dtypes == [dtype, torch.float32]
 
 
 # Company -----------------------------------------------------------------------------------------------------

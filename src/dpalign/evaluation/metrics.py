@@ -163,11 +163,7 @@ def measure_policy(
     ids, mask = padded(policy, prompts.prompts)
     torch.manual_seed(seed)
     rollouts = sample(policy, ids, mask, config)
-    logprobs = logprobs_under(policy, rollouts, config)
-    with policy.base():
-        base_logprobs = logprobs_under(policy, rollouts, config)
-    with policy.reference():
-        reference_logprobs = logprobs_under(policy, rollouts, config)
+    logprobs, reference_logprobs, base_logprobs = _logprobs(policy, rollouts, config)
     texts = answers(policy, prompts.prompts, rollouts)
     asked = [prompt.text for prompt in prompts.prompts]
     scores = reward(asked, texts, prompts.columns)
@@ -199,6 +195,21 @@ def measure_policy(
         **more,
     )
     return Measured(evaluation, prompts.texts, texts, scores)
+
+
+def _logprobs(policy: Policy, rollouts: Rollouts, config: SamplingConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """`(rows, completion)` log-probabilities under the policy, the model that its newest stage started from, and the
+    base; of a policy with fewer stages than two some of them are one model, which is asked once."""
+    stages = len(policy.adapters)
+    logprobs = logprobs_under(policy, rollouts, config)
+    if stages == 0:
+        return logprobs, logprobs, logprobs
+    with policy.base():
+        base = logprobs_under(policy, rollouts, config)
+    if stages == 1:
+        return logprobs, base, base
+    with policy.reference():
+        return logprobs, logprobs_under(policy, rollouts, config), base
 
 
 def _mean(values: Tensor) -> tuple[float, float, int]:

@@ -71,6 +71,18 @@ def _apart(gate: nn.Module, inputs: Any, one: Tensor) -> Tensor:
     return torch.cat([one, one], -1)[..., :1]
 
 
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """torch's own; on a CPU in float32, but for single tokens: in half precision its backward pass is several times
+    slower there. Whether there is one decides nothing, so that a model with and without gradients is the same."""
+    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[2] == 1:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    wide = mask.float() if mask is not None and mask.is_floating_point() else mask
+    out, nothing = sdpa_attention_forward(module, query.float(), key.float(), value.float(), wide, **options)
+    return out.to(query.dtype), nothing
+
+
 def _mask(*args: Any, **options: Any) -> Tensor | None:
     """Never left out: with one, every row is computed by the same kernel."""
     return sdpa_mask(*args, **options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
@@ -92,6 +104,6 @@ def _all_experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) 
     return out
 
 
-AttentionInterface.register(NAME, sdpa_attention_forward)
+AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 ALL_EXPERTS_FUNCTIONS.register(NAME, _all_experts)

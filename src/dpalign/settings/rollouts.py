@@ -11,7 +11,7 @@ from ..errors import DPAlignError
 from .prompts import SELF_WRITTEN, PromptedConfig
 from .rewards import RewardConfig
 
-MOST_ROWS = 256  # that a float32 model samples together
+MOST_ROWS = 256  # that are sampled together
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ class SamplingConfig:
 
     @property
     def sampled_at_once(self) -> int:
-        """Rows that a float32 model samples together: a constant, because rounding depends on it."""
+        """Rows that are sampled together where memory allows: a constant, because rounding depends on it."""
         return self.micro_batch_size
 
     @property
