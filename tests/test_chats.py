@@ -21,7 +21,8 @@ from dpalign.errors import DPAlignError
 from dpalign.models import Policy, RewardModel, TextFormat
 from dpalign.models.generation import answers, padded, write_prompts
 from dpalign.models.policy import Rollouts
-from dpalign.release import PromptFormat, as_trained, prompt_format_of
+from dpalign.models.prompt_format import PromptFormat, prompt_format_of
+from dpalign.release import as_trained
 from dpalign.rewards import Reward
 from dpalign.rewards.base import PROBES
 from dpalign.rewards.learned import Learned

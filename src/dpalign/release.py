@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from .errors import DPAlignError
 from .evaluation import TextEvaluation
 from .files import replace_folder, write_json, write_text
 from .models import Normalization, Policy, RewardModel
+from .models.prompt_format import PROMPTS_FILE, PromptFormat, prompt_format_of
 from .models.quantized import as_python
 from .models.verify import check_release
 from .printable import code_span
 from .privacy.statement import PrivacyStatement
 from .reporting.numbers import all_runs, at_most
 
-PROMPTS_FILE = "prompts.json"
 NOT_COVERED, BOUGHT = "## What the guarantee does not cover\n", "## What the private data bought\n"
 RELEASE, REWARD_MODEL = "release", "reward_model"  # folders of a run that are for sharing
 
@@ -78,6 +77,10 @@ base = {{ auto_class }}.from_pretrained({{ base_model | tojson }}{{ options }})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
+{% if asked_with -%}
+It has learned to be asked with {{ asked_with | code }} in front of the prompt (`prompts.json`); `dpalign generate` and
+`evaluate` do so by themselves.
+{% endif -%}
 {% if pooling == "layers" -%}
 This model is no classifier (its logit is 0): a text's score is linear in what several layers say of it, with the \
 weights in `reward.safetensors`. `reward.json` names the layers (of the ones the mean over all tokens but the first is \
@@ -93,36 +96,6 @@ standard deviation 1 on the SFT model's own text, are in `reward.json`. As the r
 `reward: {source: "reward_model:path/to/this/folder"}`; its stages then join that run's statement.
 {% endif -%}
 """
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """How a release's prompts were made, so that whoever uses it need not know: prompts.json.
-
-    prepend_bos: of strings. chats: whether they are chats, made by the tokenizer's template.
-    """
-
-    prepend_bos: bool = False
-    chats: bool = False
-
-
-def prompt_format_of(folder: str | Path) -> PromptFormat | None:
-    """None of a base model, or of a release of version 0.1.0.
-
-    Raises:
-        DPAlignError: it is damaged.
-    """
-    path = Path(folder) / PROMPTS_FILE
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        found = PromptFormat(value["prepend_bos"], value["chats"])
-        if not (isinstance(found.prepend_bos, bool) and isinstance(found.chats, bool)):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise DPAlignError(f"{path} does not say how prompts are made: copy the release again.") from None
-    return found
 
 
 def as_trained(models: Sequence[str], prepend_bos: bool | None) -> bool:
@@ -165,7 +138,7 @@ def write_release(
         check_release(policy, temporary, base_model)
         write_json(temporary / PROMPTS_FILE, asdict(prompts))
         options = {"auto_class": "AutoModelForCausalLM", "options": as_python(policy.quantization), "pooling": ""}
-        _describe(temporary, statement, base_model, title, texts, **options)
+        _describe(temporary, statement, base_model, title, texts, asked_with=prompts.asked_with, **options)
 
 
 def write_reward_model(
@@ -190,6 +163,7 @@ def write_reward_model(
             base_model,
             title,
             None,
+            asked_with="",
             auto_class="AutoModelForSequenceClassification",
             options=f", num_labels=1{as_python(model.quantization)}",
             pooling=model.text.pooling,

@@ -42,6 +42,7 @@ from .files import write_json
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
 from .models.loading import check_ids, check_targets, device_of, embedding_rows, positions_of
 from .models.precision import faster_dtype
+from .models.prompt_format import PromptFormat
 from .models.reward_model import is_classifier, normalization_of
 from .plan import Plan, PlannedStage, RecipeStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
@@ -61,7 +62,7 @@ from .records import (
     stage_units,
     units_of,
 )
-from .release import RELEASE, REWARD_MODEL, PromptFormat, write_release, write_reward_model
+from .release import RELEASE, REWARD_MODEL, write_release, write_reward_model
 from .reporting.html import write_report
 from .reporting.progress import Reporter
 from .reporting.trackers import check_installed
@@ -241,6 +242,12 @@ class Models:
                 reward_model = RewardModel.load(own, device, scoring.text)
         if policy is None and (Policy in kinds or reward_model is None):
             policy = Policy.load(recipe.model, device)
+        trained = [name for name, c in recipe.stages.items() if isinstance(c, TrainingConfig)]
+        if policy is not None and policy.asked_with and any(kind(name).model_kind is Policy for name in trained):
+            raise DPAlignError(
+                f"model {recipe.model.name_or_path} has learned to be asked with words in front of every prompt, and a "
+                "further stage would leave them out: start from the model that it was trained from."
+            )
         text = scoring.text if scoring is not None else None
         if reward_model is not None and text is not None:
             reward_model.read_as(text)  # a release is trained further as the recipe says
@@ -641,7 +648,7 @@ class Run:
         """As the last stage that trains the policy reads them."""
         configs = [stage.config for stage in self.plan.order.values() if stage.kind.model_kind is Policy]
         given = [config.prepend_bos for config in configs if hasattr(config, "prepend_bos")]
-        return PromptFormat(bool(given and given[-1]), policy.asks_in_chats)
+        return PromptFormat(bool(given and given[-1]), policy.asks_in_chats, policy.asked_with)
 
     def release_reward_model(self, stage: RecipeStage, model: RewardModel, seed: int) -> None:
         """Written once, when its stage ends, with its scale on text that the SFT model writes itself."""

@@ -257,6 +257,9 @@ def offline(algorithm: type[Offline] = Offline, **changes) -> Offline:
     return algorithm(OfflineConfig(**SMALL | settings | changes), Reward(shared_score, -1e6, 1e6))
 
 
+WORDS = {"method": "conditional", "good": "w80 w81 ", "bad": "w90 ", "max_prompt_length": 10}  # of `offline`
+
+
 def shared_score(prompts: list[str], completions: list[str], score: list) -> list[float]:
     return [s * (zlib.crc32(c.encode()) % 100) / 100 for c, s in zip(completions, score, strict=True)]
 

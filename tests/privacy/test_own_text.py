@@ -202,6 +202,7 @@ KILLED = {
     "self_written": ("ppo", OWN | {"num_mini_batches": 2, "num_ppo_epochs": 2}),
     "grpo": ("grpo", OWN | {"num_mini_batches": 2, "num_iterations": 2}),
     "offline": ("offline", OWN | {"num_generations": 2}),
+    "conditional": ("offline", OWN | {"num_generations": 2, "method": "conditional", "max_prompt_length": 14}),
     "public": ("rloo", OWN | {"prompts": "public:public.jsonl", "num_generations": 2}),
 }
 
@@ -278,7 +279,7 @@ HONOURED = {
     "adaptive_kl_target", "adaptive_kl_horizon", "missing_eos_penalty", "sft_coefficient",
     "num_ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "noised_baseline",
     "num_iterations", "cliprange_high", "scale_rewards", "loss_type",
-    "method", "keep", "reward_temperature",
+    "method", "keep", "reward_temperature", "good", "bad",
 }  # fmt: skip
 
 

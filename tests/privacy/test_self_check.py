@@ -252,6 +252,7 @@ def test_a_reward_that_couples_units_is_found():
         harness.grpo(num_iterations=2, **SCORED),
         harness.offline(**SCORED),
         harness.offline(method="weighted", **SCORED),
+        harness.offline(**SCORED, **harness.WORDS),
     ],
 )
 def test_what_couples_nothing_is_left_alone_and_as_it_was(algorithm, kind, people):

@@ -18,6 +18,7 @@ from harness import (
     HUGE_SCORE,
     LONG_TEXT,
     TOLERANCE,
+    WORDS,
     dpo,
     everyone,
     grpo,
@@ -302,6 +303,7 @@ INFINITE_CASE = (pairs(), [{"id": "x2", "chosen": "w9", "rejected": words(9, 2),
         (offline, PPO_CASE, {}),
         (partial(offline, keep=2, max_steps=2, clipping="automatic"), PPO_CASE, {"sampler": own_coins}),
         (partial(offline, **WEIGHTED), PPO_CASE, {}),
+        (partial(offline, **WORDS), PPO_CASE, {}),
         (dpo, PAIR_CASE, {}),
         (partial(dpo, loss="square", clipping="automatic"), LONG_PAIR_CASE, {}),
         (
@@ -343,6 +345,7 @@ def test_one_unit_moves_every_release_by_at_most_c(kind, algorithm, case, settin
         (partial(grpo, SharedGroup, micro_batch_size=20), PPO_CASE, {}),
         (partial(offline, OfTheBatch, max_grad_norm=0.1), GOOD_CASE, {}),
         (partial(offline, OfTheBatch, max_grad_norm=0.1, **WEIGHTED), GOOD_CASE, {}),
+        (partial(offline, OfTheBatch, **WORDS), GOOD_CASE, {}),
         (partial(dpo, ReferenceOfTheBatch, max_grad_norm=20.0, micro_batch_size=20), PAIR_CASE, {}),
         (partial(reward, CentredMargins, micro_batch_size=20), PAIR_CASE, {}),
         (partial(rloo, FilledUpBaseline, max_grad_norm=90.0, micro_batch_size=8), GOOD_CASE, {}),
@@ -379,6 +382,7 @@ OTHER_PAIR = [{"id": "x", "chosen": "w60 w61", "rejected": "w62 w63 w64", "prefe
         (partial(grpo, num_iterations=2, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(offline, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(offline, micro_batch_size=20, **WEIGHTED), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(offline, micro_batch_size=20, **WORDS), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(dpo, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, micro_batch_size=20, ties="skip"), pairs(), (HUGE_PAIR, OTHER_PAIR)),
@@ -400,6 +404,7 @@ def test_a_batch_mate_changes_nobody_else(algorithm, units, mates):
         (partial(grpo, SharedGroup, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(grpo, TokensOfTheBatch, max_grad_norm=3.0, micro_batch_size=20), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(offline, OfTheBatch, **WEIGHTED), prompts(), (HUGE_SCORE, OTHER_SCORE)),
+        (partial(offline, OfTheBatch, **WORDS), prompts(), (HUGE_SCORE, OTHER_SCORE)),
         (partial(dpo, ReferenceOfTheBatch, max_grad_norm=20.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, CentredMargins, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
         (partial(reward, ScaledByMeanScore, max_grad_norm=9.0, micro_batch_size=20), pairs(), (HUGE_PAIR, OTHER_PAIR)),
@@ -453,6 +458,7 @@ MICRO = [{"micro_batch_size": size} for size in (20, 1, 2, 3)]
         (partial(grpo, num_iterations=2, learning_rate=0.1), prompts(), MICRO),
         (offline, prompts(), PROMPT_WIDTHS),
         (partial(offline, **WEIGHTED), prompts(), MICRO),
+        (partial(offline, **WORDS), prompts(), MICRO),
         (partial(offline, **CUT), CUT_PROMPTS, MICRO),
         (reward, pairs(), WIDTHS[::2]),
         (partial(reward, pooling="mean", append_eos=True), pairs(), WIDTHS[::2]),
@@ -818,7 +824,7 @@ def test_a_unit_that_is_not_finite_adds_zero(algorithm, units, broken):
     assert not sensitivity(algorithm, units, [broken], mechanism=KeepNotFinite) < 1e-9
 
 
-@pytest.mark.parametrize("algorithm", [offline, partial(offline, **WEIGHTED)])
+@pytest.mark.parametrize("algorithm", [offline, partial(offline, **WEIGHTED), partial(offline, **WORDS)])
 @pytest.mark.parametrize("score", [float("nan"), "many", None])
 def test_a_prompt_whose_completions_have_no_reward_has_no_gradient(algorithm, score):
     """PRIVACY test 21: offline its weights are zero, so it adds exactly zero by itself."""

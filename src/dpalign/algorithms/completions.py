@@ -89,7 +89,8 @@ def read_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) ->
     text = prompt_of(record)
     said: Text = str(tokenizer.decode(ids, skip_special_tokens=True)) if text is None else text
     # The declared columns and no others: a key that only one record has must not change the call of the reward.
-    return Prompt(ids, said, {name: record.get(name) for name in given_columns(config.reward)})
+    columns = {name: record.get(name) for name in given_columns(config.reward)}
+    return Prompt(ids, said, columns, {} if text is None else template_options(record))
 
 
 def columns_of(prompts: Sequence[Prompt], config: SamplingConfig) -> dict[str, list[Any]]:

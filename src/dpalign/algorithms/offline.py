@@ -13,13 +13,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..data.load import Record
+from ..data.text import Text, encode_prompt_text
+from ..errors import DPAlignError, TooLongError
 from ..models import Policy
+from ..models.generation import Prompt, longest_written, with_words
 from ..models.policy import Rollouts
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
-from ..settings.offline import OfflineConfig
-from .base import Rows
+from ..settings.offline import CONDITIONAL, OfflineConfig
+from .base import Reading, Rows, Tokenizer
+from .completions import read_prompt
 from .rollouts import ScoredAlgorithm, rollouts_of
 
 TIE = 1e-5  # of a prompt's largest reward: the same text has the same one but for rounding
@@ -37,7 +42,60 @@ class Offline(ScoredAlgorithm[OfflineConfig]):
         learned = (self.range_of_rewards("learned_reward"), MetricRange("learned_share", 0.0, 1.0))
         self.metrics = (reward_range, replace(kl_range, name="forward_kl"), length_range, *learned)
 
-    # 1. and 2. prompts and completions: see `ScoredAlgorithm`
+    def setup(self, policy: Policy) -> None:
+        super().setup(policy)
+        if self.config.method == CONDITIONAL:
+            policy.words[self.name] = self.config.good
+
+    # 1. Prompts: see `ScoredAlgorithm`; there has to be room for the words in front ---------------------------
+
+    @classmethod
+    def check(cls, config: OfflineConfig, tokenizer: Tokenizer, record: Record) -> Reading:
+        reading, prompt = super().check(config, tokenizer, record), read_prompt(tokenizer, record, config)
+        needed = 0 if prompt is None else longest_with_words(tokenizer, prompt, config)
+        if needed > config.max_prompt_length and not config.truncate_prompts:
+            raise TooLongError(
+                f"the prompt has {needed} tokens with the words in front of it, more than max_prompt_length "
+                f"{config.max_prompt_length}: raise the limit",
+                needed,
+            )
+        return reading
+
+    @classmethod
+    def check_writing(cls, config: OfflineConfig, policy: Policy) -> None:
+        super().check_writing(config, policy)
+        text: Text = [{"role": "user", "content": "Hello"}] if policy.asks_in_chats else "Hello"
+        plain = Prompt(encode_prompt_text(policy.tokenizer, text), text)
+        more = longest_with_words(policy.tokenizer, plain, config) - len(plain.ids)
+        needed = longest_written(policy, config.prompt_tokens) + more
+        if needed > config.max_prompt_length:
+            raise DPAlignError(
+                f"a prompt that the model writes itself has {needed} tokens with the words in front of it, more than "
+                f"max_prompt_length {config.max_prompt_length}: raise that, or lower prompt_max_tokens."
+            )
+
+    def write(self, policy: Policy, count: int) -> list[Prompt]:
+        most = self.config.max_prompt_length
+        written = super().write(policy, count)
+        return [prompt for prompt in written if longest_with_words(policy.tokenizer, prompt, self.config) <= most]
+
+    # 2. Completions, of what the stage started from ------------------------------------------------------------
+
+    def rows(self, policy: Policy, units: list[list[Prompt]], coins: SystemEntropy | None) -> Rows:
+        """As `ScoredAlgorithm`; `conditional` puts words in front of what was sampled without."""
+        rows, config = super().rows(policy, units, coins), self.config
+        if config.method != CONDITIONAL:
+            return rows
+        drawn = [prompt for prompts in units for prompt in prompts for _ in range(config.num_generations)]
+        words = [config.bad if weight < 0 else config.good for weight in rows.tensors["weights"].tolist()]
+        asked = [with_words(policy.tokenizer, prompt, said) for prompt, said in zip(drawn, words, strict=True)]
+        ids, mask = policy.encode_prompts(asked, config.max_prompt_length)
+        width = config.max_completion_length
+        put = {
+            "input_ids": torch.cat([ids, rows.tensors["input_ids"][:, -width:]], 1),
+            "attention_mask": torch.cat([mask, rows.tensors["attention_mask"][:, -width:]], 1),
+        }
+        return Rows(rows.unit, rows.tensors | put)
 
     def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: SystemEntropy | None) -> Rollouts:
         with policy.reference():
@@ -50,12 +108,17 @@ class Offline(ScoredAlgorithm[OfflineConfig]):
         scores, count = rows.tensors["scores"], self.config.num_generations
         groups = scores.view(len(scores) // count, count)  # a prompt's completions are next to each other
         weights = self.weights(groups)
-        told = summary(groups, weights)
+        told = summary(groups, weights.clamp(min=0.0))
         scored = {"scores": scores.nan_to_num(0.0), "weights": weights.flatten(), "told": told.flatten(0, 1)}
         return Rows(rows.unit, rows.tensors | scored)
 
     def weights(self, scores: Tensor) -> Tensor:
-        """`(prompts, completions)` weights of rewards of that shape (NaN: there is none); every prompt by itself."""
+        """`(prompts, completions)` weights of rewards of that shape (NaN: there is none); every prompt by itself.
+
+        One below zero is learned behind the words `bad`.
+        """
+        if self.config.method == CONDITIONAL:
+            return halves(scores)
         if self.config.method == "filtered":
             return best(scores, self.config.keep)
         shares = (scores / self.config.reward_temperature).nan_to_num(nan=-torch.inf).softmax(1)
@@ -64,11 +127,11 @@ class Offline(ScoredAlgorithm[OfflineConfig]):
     # 4. Loss -------------------------------------------------------------------------------------------------
 
     def row_losses(self, policy: Policy, rows: Rows) -> tuple[Tensor, Tensor]:
-        """-weight * log pi(completion), divided by the constant length; no row reads another."""
+        """-|weight| * log pi(completion), divided by the constant length; no row reads another."""
         config, rollouts = self.config, rollouts_of(rows)
         mask = rollouts.completion_mask
         logprobs, _ = policy.completion_logprobs(rollouts, config.min_completion_length, config.temperature)
-        loss = -rows.tensors["weights"] * (logprobs * mask).sum(1) / config.max_completion_length
+        loss = -rows.tensors["weights"].abs() * (logprobs * mask).sum(1) / config.max_completion_length
         forward_kl = ((rows.tensors["ref_logprobs"] - logprobs.detach()) * mask).sum(1)
         reward, learned_reward, learned_share = rows.tensors["told"].unbind(1)
         return loss, torch.stack([reward, forward_kl, mask.sum(1), learned_reward, learned_share], 1)
@@ -79,10 +142,33 @@ def best(scores: Tensor, keep: int) -> Tensor:
 
     Equal rewards share the places that are left: who came first says nothing.
     """
-    tie = TIE * scores.nan_to_num(0.0).abs().amax(1)[:, None, None]
-    difference = scores.unsqueeze(1) - scores.unsqueeze(2)  # (prompts, this, other); NaN is nobody's better or equal
-    better, equal = (difference > tie).sum(2), (difference.abs() <= tie).sum(2)
+    better, equal, _ = compared(scores)
     return ((keep - better) / equal.clamp(min=1)).clamp(0.0, 1.0).to(scores) * (equal > 0)
+
+
+def halves(scores: Tensor) -> Tensor:
+    """`(prompts, completions)`: 1 for the better half of a prompt, -1 for the worse one.
+
+    0 in the middle: for one that beats as many of the others as beat it (all of equal rewards), and for NaN.
+    """
+    better, _, worse = compared(scores)
+    return (worse - better).sign().to(scores)
+
+
+def compared(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(prompts, completions)` int64 each: how many of a prompt's completions are better than this one, as good, worse.
+
+    A reward that is NaN is nobody's better, equal or worse.
+    """
+    tie = TIE * scores.nan_to_num(0.0).abs().amax(1)[:, None, None]
+    difference = scores.unsqueeze(1) - scores.unsqueeze(2)  # (prompts, this, other)
+    return (difference > tie).sum(2), (difference.abs() <= tie).sum(2), (difference < -tie).sum(2)
+
+
+def longest_with_words(tokenizer: Tokenizer, prompt: Prompt, config: OfflineConfig) -> int:
+    """Tokens of a prompt with the words that `conditional` puts in front of it; without them otherwise."""
+    words = (config.good, config.bad) if config.method == CONDITIONAL else ("",)
+    return max(len(with_words(tokenizer, prompt, said)) for said in words)
 
 
 def summary(scores: Tensor, weights: Tensor) -> Tensor:

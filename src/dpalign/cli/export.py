@@ -58,6 +58,7 @@ def _write(release: Path, folder: Path, merge: bool) -> None:
     """The export, for sharing whatever the umask is."""
     if merge:
         from ..models import Policy  # imports torch
+        from ..models.prompt_format import PROMPTS_FILE
         from ..models.verify import check_merged
 
         exact = ModelConfig(name_or_path=str(release), dtype="float32")  # a narrower base loses some of the adapter
@@ -65,8 +66,9 @@ def _write(release: Path, folder: Path, merge: bool) -> None:
         policy.model.merge_and_unload().save_pretrained(folder)
         check_merged(Policy.load(exact), folder)
         policy.tokenizer.save_pretrained(folder)
-        for name in ("privacy.json", "README.md"):
-            shutil.copy(release / name, folder / name)
+        for name in ("privacy.json", "README.md", PROMPTS_FILE):
+            if (release / name).exists():  # version 0.1.0 left no prompts.json
+                shutil.copy(release / name, folder / name)
     else:
         shutil.copytree(release, folder, dirs_exist_ok=True)
     for entry in [folder, *folder.rglob("*")]:

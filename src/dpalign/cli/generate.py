@@ -153,9 +153,10 @@ def _prompts(
         DPAlignError: one is empty, or too long.
     """
     from ..data.text import encode_prompt_text, template_options
-    from ..models.generation import Prompt
+    from ..models.generation import Prompt, padded
     from ..models.loading import positions_of
-    from ..release import PromptFormat, as_trained, prompt_format_of
+    from ..models.prompt_format import PromptFormat, prompt_format_of
+    from ..release import as_trained
     from ..rewards.load import given_columns
 
     said = prompt_format_of(given.model) or PromptFormat()
@@ -165,10 +166,10 @@ def _prompts(
     for record in asked:
         text, options = _text(record, as_chats), template_options(record)
         ids = encode_prompt_text(policy.tokenizer, text, prepend_bos=prepend_bos, options=options)
-        prompts.append(Prompt(ids, text, {name: record.get(name) for name in columns}))
+        prompts.append(Prompt(ids, text, {name: record.get(name) for name in columns}, options))
     if not all(prompt.ids for prompt in prompts):
         raise DPAlignError("an empty prompt needs --prepend_bos.")
-    longest = max(len(prompt.ids) for prompt in prompts) + given.max_completion_length
+    longest = padded(policy, prompts)[0].shape[1] + given.max_completion_length
     limit = positions_of(policy.model.config)
     if limit is not None and longest > limit:
         raise DPAlignError(

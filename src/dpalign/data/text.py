@@ -205,6 +205,23 @@ def encode_prompt_text(
     return _begin(tokenizer, front, ids, prepend_bos) + ids
 
 
+def worded(tokenizer: PreTrainedTokenizerBase, chat: list[Message], words: str) -> list[Message]:
+    """A chat with words in front: as its system message, or where its template has none, before its first words."""
+    first = chat[0] if chat else {"role": "user", "content": ""}
+    if first["role"] != "system" and _says_system(tokenizer):
+        return [{"role": "system", "content": words.strip()}, *chat]
+    return [first | {"content": f"{words.strip()}\n\n{first.get('content') or ''}"}, *chat[1:]]
+
+
+def _says_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes what a system message says."""
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    try:
+        return "Be kind." in _write(tokenizer, chat, {}, is_prompt=True)
+    except DPAlignError:
+        return False
+
+
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Any,

@@ -15,6 +15,7 @@ from ..data.overlap import DECLARED, check_contents, hash_texts
 from ..errors import DPAlignError
 from ..files import check_is_there
 from ..models import ModelConfig, Policy
+from ..models.generation import padded
 from ..models.loading import device_of, positions_of
 from ..privacy.ledger import Ledger
 from ..rewards import Reward, load_reward
@@ -350,7 +351,7 @@ def same_prompts(
     check_prompts(policy.tokenizer, prompts.records, sampling, data)
     if not all(prompt.ids for prompt in prompts.prompts):
         raise DPAlignError(f"a prompt of {data} has no token: give every record text, or prepend BOS (--prepend_bos).")
-    needed = max(len(prompt.ids) for prompt in prompts.prompts) + sampling.max_completion_length
+    needed = padded(policy, prompts.prompts)[0].shape[1] + sampling.max_completion_length
     limit = positions_of(policy.model.config)
     if limit is not None and needed > limit:
         raise DPAlignError(

@@ -18,7 +18,7 @@ from ..data.load import Record
 from ..data.text import as_string
 from ..errors import DPAlignError
 from ..models import Policy
-from ..models.generation import Prompt, answers, padded
+from ..models.generation import Prompt, answers, asked_again, padded
 from ..models.policy import Rollouts
 from ..rewards import Reward
 from ..settings.rollouts import SamplingConfig
@@ -163,7 +163,7 @@ def measure_policy(
     ids, mask = padded(policy, prompts.prompts)
     torch.manual_seed(seed)
     rollouts = sample(policy, ids, mask, config)
-    logprobs, reference_logprobs, base_logprobs = _logprobs(policy, rollouts, config)
+    logprobs, reference_logprobs, base_logprobs = _logprobs(policy, prompts.prompts, rollouts, config)
     texts = answers(policy, prompts.prompts, rollouts)
     asked = [prompt.text for prompt in prompts.prompts]
     scores = reward(asked, texts, prompts.columns)
@@ -197,19 +197,22 @@ def measure_policy(
     return Measured(evaluation, prompts.texts, texts, scores)
 
 
-def _logprobs(policy: Policy, rollouts: Rollouts, config: SamplingConfig) -> tuple[Tensor, Tensor, Tensor]:
+def _logprobs(
+    policy: Policy, prompts: list[Prompt], rollouts: Rollouts, config: SamplingConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """`(rows, completion)` log-probabilities under the policy, the model that its newest stage started from, and the
-    base; of a policy with fewer stages than two some of them are one model, which is asked once."""
+    base, each behind the prompts as it is asked; of a policy with fewer stages than two some of them are one model,
+    which is asked once."""
     stages = len(policy.adapters)
     logprobs = logprobs_under(policy, rollouts, config)
     if stages == 0:
         return logprobs, logprobs, logprobs
     with policy.base():
-        base = logprobs_under(policy, rollouts, config)
+        base = logprobs_under(policy, asked_again(policy, prompts, rollouts), config)
     if stages == 1:
         return logprobs, base, base
     with policy.reference():
-        return logprobs, logprobs_under(policy, rollouts, config), base
+        return logprobs, logprobs_under(policy, asked_again(policy, prompts, rollouts), config), base
 
 
 def _mean(values: Tensor) -> tuple[float, float, int]:

@@ -21,7 +21,7 @@ from ..data.load import Record
 from ..errors import DPAlignError
 from ..files import damaged, private_folder, read_own, write_json
 from ..models import Policy
-from ..models.generation import answers
+from ..models.generation import answers, asked, words_room
 from ..models.kernels import chunks
 from ..privacy.context import own_context
 from ..privacy.entropy import SystemEntropy
@@ -187,10 +187,11 @@ def _measure(
     values = torch.full((len(units), 3), torch.nan, dtype=torch.float64)
     if not rows:
         return values
-    ids, mask = policy.encode_prompts([prompt.ids for _, prompt in rows], config.max_prompt_length)
     prompts = [prompt for _, prompt in rows]
+    width = config.max_prompt_length + words_room(policy)
 
     def sampled() -> torch.Tensor:
+        ids, mask = policy.encode_prompts([asked(policy, prompt) for prompt in prompts], width)
         rollouts = sample(policy, ids, mask, config, coins)
         texts = [prompt.text for prompt in prompts]
         return reward(texts, answers(policy, prompts, rollouts), columns_of(prompts, config))

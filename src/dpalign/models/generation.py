@@ -7,24 +7,61 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from ..data.text import Text, encode_prompt_text, opening_of_a_turn, turn_lead
+from ..data.text import Text, encode_prompt_text, opening_of_a_turn, turn_lead, worded
 from ..errors import DPAlignError
 from .policy import Policy, Rollouts
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a prompt, what they say, and the columns of its record that a reward is given."""
+    """Token ids of a prompt and what they say.
+
+    columns: of its record, that a reward is given. options: of its record, that a chat template takes.
+    """
 
     ids: list[int]
     text: Text
     columns: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def asked(policy: Policy, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt as the policy is asked, as it is switched now."""
+    return with_words(policy.tokenizer, prompt, policy.asked_with)
+
+
+def with_words(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str) -> list[int]:
+    """Token ids of a prompt with words in front, behind its BOS; of a chat as its template writes them."""
+    if not words:
+        return prompt.ids
+    if not isinstance(prompt.text, str):
+        return encode_prompt_text(tokenizer, worded(tokenizer, prompt.text, words), options=prompt.options)
+    bos = prompt.ids[:1] if prompt.ids[:1] == [tokenizer.bos_token_id] else []
+    return bos + list(tokenizer(words, add_special_tokens=False).input_ids) + prompt.ids[len(bos) :]
+
+
+def words_room(policy: Policy) -> int:
+    """Tokens by which the words that the policy is asked with may lengthen a prompt: none without any."""
+    return 8 + 2 * len(policy.tokenizer(policy.asked_with).input_ids) if policy.asked_with else 0
 
 
 def padded(policy: Policy, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """`(prompts, longest)` ids and mask of prompts that are no one's, or public."""
-    return policy.encode_prompts([prompt.ids for prompt in prompts], max(len(prompt.ids) for prompt in prompts))
+    """`(prompts, longest)` ids and mask of prompts that are no one's, or public, as the policy is asked."""
+    ids = [asked(policy, prompt) for prompt in prompts]
+    return policy.encode_prompts(ids, max(map(len, ids)))
+
+
+def asked_again(policy: Policy, prompts: list[Prompt], rollouts: Rollouts) -> Rollouts:
+    """The same completions, behind the prompts as the policy is asked as it is switched now."""
+    width = rollouts.completion_mask.shape[1]
+    ids, mask = padded(policy, prompts)
+    return Rollouts(
+        torch.cat([ids, rollouts.completion_ids], 1),
+        torch.cat([mask, rollouts.attention_mask[:, -width:]], 1),
+        rollouts.completion_mask,
+    )
 
 
 def answers(policy: Policy, prompts: list[Prompt], rollouts: Rollouts) -> list[str]:

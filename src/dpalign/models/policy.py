@@ -21,14 +21,18 @@ from ..data.text import turn_end
 from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
 from ..settings.models import ModelConfig
+from . import embedded
 from .kernels import chunks
 from .loading import load_adapter, refuse_missing
 from .lora import check_layers
 from .objects import Given
 from .precision import settled
+from .prompt_format import prompt_format_of
 from .quantized import settings_of
 from .sampling import Dealt, DrawToken
 from .stack import AdapterStack, load_pretrained
+
+BASE = ""  # the place of an adapter where there is none
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Policy(AdapterStack):
         # generate fills every unset field from here: a base's own penalties or top-k would change the sampled law.
         base.generation_config = GenerationConfig(eos_token_id=self.stop_ids or None)  # type: ignore[no-untyped-call]
         self.asks_in_chats = False  # whether prompts that it writes itself are chats, as those of the run
+        self.words: dict[str, str] = {}  # that a prompt is asked with, by the adapter that has learned it
         self.value_head: nn.Linear | None = None
         accepted = inspect.signature(base.forward).parameters
         self._accepts_positions = "position_ids" in accepted
@@ -110,7 +115,15 @@ class Policy(AdapterStack):
             check_layers(policy.model, "earlier")
             policy.adapters.append("earlier")
             policy.eval()
+        said = prompt_format_of(embedded.resolve(config.name_or_path))
+        if said is not None and said.asked_with:
+            policy.words["earlier" if adapter else BASE] = said.asked_with
         return policy
+
+    @property
+    def asked_with(self) -> str:
+        """Words in front of every prompt, as the policy is switched now; none where its newest adapter learned none."""
+        return self.words.get(self.adapters[-1] if self.adapters else BASE, "")
 
     def heads(self) -> list[nn.Linear]:
         return [] if self.value_head is None else [self.value_head]

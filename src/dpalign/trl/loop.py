@@ -31,13 +31,14 @@ from ..errors import DPAlignError
 from ..models import Policy, embedded
 from ..models.objects import Given, folder_of
 from ..models.policy import Rollouts
+from ..models.prompt_format import PromptFormat
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
 from ..privacy.gate import PrivateStep
 from ..privacy.ledger import Ledger
 from ..privacy.parts import Part
 from ..privacy.statement import state_privacy
-from ..release import PromptFormat, write_release
+from ..release import write_release
 from ..reporting.progress import Reporter
 from ..settings.data import DataConfig
 from ..settings.models import AdapterConfig, ModelConfig
