@@ -145,11 +145,17 @@ class Reader:
         return np.concatenate(parts)
 
 
-def judged(file: Path, task: Task, texts: int) -> tuple[list[str], list[float], list[tuple[str, float]], list[str]]:
-    """Texts with people's scores, scores, the rest for the judge, and the beginnings of some of the rest."""
+def shuffled(file: Path) -> list[dict[str, Any]]:
+    """The records of a set, always in the same order: the first ones are judged by people, the rest are the judge's."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     np.random.default_rng(7).shuffle(rows)  # type: ignore[arg-type]
+    return rows
+
+
+def judged(file: Path, task: Task, texts: int) -> tuple[list[str], list[float], list[tuple[str, float]], list[str]]:
+    """Texts with people's scores, scores, the rest for the judge, and the beginnings of some of the rest."""
+    rows = shuffled(file)
     if task.column:
         pairs = [(row["text"], float(row[task.column])) for row in rows]
         used, rest = pairs[:texts], pairs[texts:]
@@ -236,7 +242,7 @@ def axes(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def query(votes: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Sum of `(pairs, coordinates)` votes of norm 1, plus noise; plus the free mean's prior."""
+    """Sum of `(units, coordinates)` votes of norm 1, plus noise; plus the free mean's prior."""
     norms = np.linalg.norm(votes, axis=1, keepdims=True)
     total: np.ndarray = (votes / np.maximum(norms, 1e-12)).sum(0) + sigma * rng.standard_normal(votes.shape[1])
     total[-2:] += PRIOR * sigma * np.sqrt(votes.shape[1] / 2)  # two free scores
@@ -329,6 +335,16 @@ def prepare(name: str, args: argparse.Namespace, reader: list[Reader]) -> Set:
     return Set(free, axes(read), found["scores"], TASKS[name].gap, standard.reshape(-1, args.best_of))
 
 
+def joined_coordinates(data: Set, units: int, sigma: float) -> dict[str, np.ndarray]:
+    """Texts in all that a vote is cast in: as many directions as the stage has, and the two free scores."""
+    count = data.axes["own"].shape[1]
+    if sigma:
+        count = min(count, max(FEWEST, int(PER_UNIT * units / sigma)))
+    return {
+        n: np.concatenate([data.axes[n][:, :count], FREE_SHARE / 2 * data.free[n]], 1) for n in ("texts", "completions")
+    }
+
+
 def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[str, Any]:
     """Four fifths of the texts become pairs, agreement is measured on the rest; means over draws of the noise."""
     rng = np.random.default_rng(100 + seed)
@@ -342,13 +358,7 @@ def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[s
         row[name] = agreement(data.free["texts"] @ weights, data.scores, held, data.gap, seed)
         row[f"best_{name}"] = data.gain(data.free["completions"] @ weights).round(2).tolist()
     for name, noise, times in (("private", sigma, draws), ("nonprivate", 0.0, 1)):
-        count = data.axes["own"].shape[1]
-        if noise:
-            count = min(count, max(FEWEST, int(PER_UNIT * len(pairs) / noise)))
-        joined = {
-            n: np.concatenate([data.axes[n][:, :count], FREE_SHARE / 2 * data.free[n]], 1)
-            for n in ("texts", "completions")
-        }
+        joined = joined_coordinates(data, len(pairs), noise)
         right, gains = [], []
         for draw in range(times):
             votes = joined["texts"][pairs[:, 0]] - joined["texts"][pairs[:, 1]]
@@ -392,23 +402,28 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is asked of the model, and how much."""
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines, one for each split")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines, one for each finished run")
     parser.add_argument("--cache", type=Path, default=Path("runs/free_and_private_reward"))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.5, 1.0])
-    parser.add_argument("--pairs", nargs="+", type=int, default=[100, 100_000], help="at most so many")
-    parser.add_argument("--splits", type=int, default=8)
-    parser.add_argument("--draws", type=int, default=4, help="of the noise, in each split")
     parser.add_argument("--texts", type=int, default=2300, help="with people's scores, for pairs and for measuring")
     parser.add_argument("--own_texts", type=int, default=512)
     parser.add_argument("--prompts", type=int, default=128, help="whose best of --best_of the judge scores")
     parser.add_argument("--best_of", type=int, default=16)
     parser.add_argument("--model", help="a chat model's folder or name; default SmolLM2-135M-Instruct")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--draws", type=int, default=4, help="of the noise, in each split")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.5, 1.0])
+    parser.add_argument("--pairs", nargs="+", type=int, default=[100, 100_000], help="at most so many")
+    parser.add_argument("--splits", type=int, default=8)
     args = parser.parse_args(argv)
     lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
     rows = [json.loads(line) for line in lines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import itertools
 import json
@@ -127,6 +128,19 @@ def judged_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model_folder(folder / "chatty", "smol", width=24)
     rows = [{"text": f"{'please ' * (i % 5)}mend this old page number {i} for us", "score": i % 5} for i in range(60)]
     write_gzip(folder / "politeness_requests.jsonl.gz", rows)
+
+
+def judging_people(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same requests with what five people say of each; and messages of ten people."""
+    judged_texts(folder, monkeypatch)
+    with gzip.open(folder / "politeness_requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    for number, row in enumerate(rows):
+        row["votes"] = [[f"w{(number + k) % 8}", 5.0 * row["score"] + k % 2] for k in range(5)]
+    write_gzip(folder / "politeness_requests.jsonl.gz", rows)
+    write_gzip(folder / "sms.jsonl.gz", [{"person": f"p{i % 10}", "text": f"w{i % 9} w7 w{i}"} for i in range(80)])
+    at_home(folder, monkeypatch)
+    small_model(folder / "small")
 
 
 def demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +275,28 @@ def check_dtypes(out: str, folder: Path) -> None:
     (row,) = last_json(out)["rows"]
     speeds = {name: row[f"tokens_per_second_{name}"] for name in ("float32", "bfloat16", "auto")}
     assert all(speed > 0 for speed in speeds.values()) and speeds["auto"] == speeds[row["auto"]]
-    assert row["share"] == round(speeds["auto"] / max(speeds.values()), 3) or abs(row["share"] - 1) < 1e-3
+    assert row["share"] == pytest.approx(speeds["auto"] / max(speeds.values()), rel=0.05)  # speeds have one decimal
+
+
+def check_bought(out: str, folder: Path) -> None:
+    """Rows of two tasks and units, and of the policy that follows from a reward; the closed gap where it is one."""
+    rows = last_json(out)["rows"]
+    assert [(row["task"], row["unit"], row.get("policy")) for row in rows] == [
+        ("polite requests", "record", None), ("polite requests", "record", "best of 16"),
+        ("polite requests", "person", None), ("polite requests", "person", "best of 16"),
+        ("text messages", "record", None), ("text messages", "person", None),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["seeds"] == 2 and row["epsilon"] == 8 and (row["closed_gap"] is not None) == row["admitted"]
+        if row["admitted"]:
+            gap = (row["private"] - row["free"]) / (row["nonprivate"] - row["free"])
+            assert row["closed_gap"] == pytest.approx(gap, abs=2e-3)
+    asked = {row["unit"]: row["units"] for row in rows if row["task"] == "polite requests"}
+    assert asked["person"] == 8 < asked["record"]  # eight judges
+    assert [row["units"] for row in rows[4:]] == [64, 8]
+    assert rows[4]["nonprivate"] > rows[4]["free"]  # SFT learns, without noise
+    runs = [json.loads(line) for line in (folder / "buys.jsonl").read_text().splitlines()]
+    assert len(runs) == 8 and not any("text" in run for run in runs)
 
 
 def check_shown(out: str, folder: Path) -> None:
@@ -341,6 +376,12 @@ SMOKE = {
     ),
     "free_and_private_reward.py --data DATA --output docs/results/free_and_private_reward.runs.jsonl --json": Smoke(
         "", check_rewards_again
+    ),
+    "what_privacy_buys.py --data DATA --output buys.jsonl --json": Smoke(
+        "--data . --tasks 'polite requests' 'text messages' --epsilons 8 --seeds 2 --draws 1 --texts 40 --own_texts 40 "
+        "--prompts 3 --best_of 2 --model chatty --device cpu --cache kept --measured 8 --most_sampled 4 --most_steps 2 "
+        "--of_a_person 2 --base small",
+        check_bought, judging_people,
     ),
     "chat_emails.py --emails email_rewrites.jsonl.gz --output_dir runs/chat_emails --longest 160 --max_length 144 "
     "--completion 40 --batch 64 --steps 6 --prompts 8 --own_texts 128 --eval_prompts 32 --micro_batch_size 8": Smoke(
