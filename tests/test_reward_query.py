@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dpalign.algorithms.reward import pair_texts
 from dpalign.algorithms.reward_query import RewardQuery, as_answers, whitening
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Policy, RewardModel, TextFormat
+from dpalign.models.features import body_of, maps_of, maps_read
 from dpalign.models.reward_model import normalization_of
 from dpalign.parsing import recipe_from
 from dpalign.rewards import Reward, RewardConfig, load_reward
@@ -230,6 +232,40 @@ def test_the_released_weights_are_the_sum_of_votes_in_layers_and_free_scores(lay
     found = torch.tensor(rewarded([""] * len(pairs), [pair["chosen"] for pair in pairs]))
     expected = read[0::2] @ cast.sum(0)[:-2] + free[0::2] @ saved["free"].double()
     assert torch.allclose(found.double(), expected, rtol=2e-3, atol=1e-3)
+
+
+def test_directions_are_of_what_the_policy_writes_itself_and_of_what_is_written_for_free_rewards(layered):
+    folder, _ = layered
+    policy, _ = reader()
+    model = RewardModel.from_policy(policy, TextFormat(20, True, False, "layers"))
+    (mean,) = (folder / "run" / "rewards").glob("mean-*")
+    public = PublicModels(PublicModel(policy, small_model()))
+    written = load_reward(RewardConfig(source=f"fitted:{mean}", is_public=True), public=public).function.written()
+    assert len(written) == 48 and len({*written}) > 24
+    own = own_texts(policy, 64, prompt_tokens=8, max_new_tokens=10, seed=0)
+    features = model.features(own + written)
+    (final,) = (folder / "run" / "private" / "reward_query" / "final").glob("step-*")
+    (directions,) = [t for name, t in load_file(final / "tensors.safetensors").items() if "directions" in name]
+    expected = whitening(features.reshape(len(features), model.maps, -1), 6, 1.0, 6)
+    assert torch.allclose(directions, expected, atol=1e-4)
+
+
+def test_layers_say_the_mean_of_all_tokens_but_the_first_and_the_last_token():
+    _, model = reader()
+    model.text = TextFormat(20, True, False, "layers")
+    config = SimpleNamespace(num_hidden_layers=30)
+    deep = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config)))
+    assert maps_read(deep) == ([15, 20, 25, 30], [15, 25])
+    assert maps_read(model) == ([1], [1]) and model.maps == 2  # it has one layer
+    rows = [[5, 6, 7, 8], [9, 10], [11]]
+    found = maps_of(model, *model.pad(rows))
+    for row, maps in zip(rows, found, strict=True):
+        ids = torch.tensor([row])
+        hidden = body_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        states = hidden.hidden_states[1][0]
+        mean = states[1:].mean(0) if len(row) > 1 else states[0]
+        assert torch.allclose(maps, torch.stack([mean, states[-1]]), atol=1e-5)
+    assert maps_of(model, *model.pad([[]]))[0, 0].isnan().all()  # nothing to take a mean of
 
 
 def test_people_move_weights_by_their_vote_and_nothing_that_it_is_cast_in(layered, tmp_path):
