@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import shlex
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -271,6 +272,22 @@ def check_rewards_again(out: str, folder: Path) -> None:
     assert last_json(out) == published and len(published["rows"]) == 16
 
 
+def check_own_pairs(out: str, folder: Path) -> None:
+    """Every policy has the reward's epsilon, and nothing but the reward has drawn."""
+    rows = [json.loads(line) for line in (folder / "runs" / "own_pairs.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["dpo, best and worst of 4, beta 0.5", "rloo, beta 0.2", "grpo, beta 0.1"]
+    assert all(row["drawn_by"] == ["reward_query"] and 0.99 < row["epsilon"] <= 1 for row in rows)
+    assert all(row["start"] == rows[0]["start"] and row["start"]["kl"] == 0 for row in rows)
+    assert out.count("\n| ") == 1 + len(rows) and "| grpo, beta 0.1 | " in out
+    ledger = sqlite3.connect(folder / "runs" / "own_pairs" / "ledger.sqlite")
+    assert ledger.execute("SELECT stage, count(*) FROM intents GROUP BY stage").fetchall() == [("reward_query", 1)]
+    ledger.close()
+
+
+def check_own_pairs_table(out: str, folder: Path) -> None:
+    assert out.strip() in (RESULTS / "own_pairs.md").read_text(encoding="utf-8")
+
+
 def check_dtypes(out: str, folder: Path) -> None:
     (row,) = last_json(out)["rows"]
     speeds = {name: row[f"tokens_per_second_{name}"] for name in ("float32", "bfloat16", "auto")}
@@ -354,6 +371,12 @@ SMOKE = {
         "", check_beside
     ),
     "preferences_bars.py docs/results/quickstart_preferences.runs.jsonl": Smoke("", check_preferences_bars),
+    "own_pairs.py --output runs/own_pairs.jsonl": Smoke(
+        "--arms 'dpo, best and worst of 4, beta 0.5' 'rloo, beta 0.2' 'grpo, beta 0.1' --completions 16 --steps 1 --prompts 4 "
+        "--own_texts 40 --directions 4 --model small",
+        check_own_pairs, demo,
+    ),
+    "own_pairs.py --seeds 0 --output docs/results/own_pairs.runs.jsonl": Smoke("", check_own_pairs_table),
     "reward_head.py": Smoke("--seeds 1 --epsilons 4 --batch-size 8 --steps 2", check_reward_head, demo),
     "quickstart_seeds.py --seeds 3": Smoke(
         f"--seeds 1 --output seeds.jsonl -- {STAGES} --model.name_or_path small --model.is_public true --ppo.adapter.init_rows 8 --eval_prompts 8",
