@@ -25,7 +25,7 @@ from .loading import loaded
 
 SMALL = 128  # hidden size below which a model is float32
 ROWS, INPUTS, OUTPUTS = 128, 576, 1536  # of the layer that is tried: tokens, and SmolLM2-135M's
-ROUNDS, SECONDS = 9, 0.4  # of trying, at most
+ROUNDS, SECONDS = 9, 0.3  # of trying, at most
 CLEARLY = 1.05  # times as fast is what bfloat16 has to be
 
 
