@@ -31,7 +31,6 @@ def align_inputs(
     max_new_tokens: int,
     min_new_tokens: int,
     micro_batch_size: int,
-    rows_at_once: int,
 ) -> None:
     """Sets every A of the newest adapter to the leading right singular vectors of the synthetic gradient.
 
@@ -39,11 +38,10 @@ def align_inputs(
         policy: with the newest adapter added; its B is still zero.
         score: the public reward of rollouts, `(rows,)`, NaN where there is none.
         rows: synthetic rollouts to estimate the gradient from; the prompts have `prompt_tokens` tokens after BOS.
-        micro_batch_size, rows_at_once: rows that have a gradient, or are sampled, together.
     """
-    prompts = write_prompts(policy, rows, prompt_tokens, rows_at_once)
+    prompts = write_prompts(policy, rows, prompt_tokens, micro_batch_size)
     rollouts = policy.sample(
-        *padded(policy, prompts), max_new_tokens, min_new_tokens=min_new_tokens, rows_at_once=rows_at_once
+        *padded(policy, prompts), max_new_tokens, min_new_tokens=min_new_tokens, rows_at_once=micro_batch_size
     )
     scores = score(prompts, rollouts, policy).to(policy.device)
     scores = torch.where(scores.isnan(), scores.nanmean(), scores)

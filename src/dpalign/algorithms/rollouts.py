@@ -24,7 +24,7 @@ from ..settings.rollouts import CompletionConfig, RolloutConfig, SamplingConfig,
 from .anchor import Anchor
 from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens
 from .basis import align_inputs
-from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample, sampled_at_once
+from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample
 
 W = TypeVar("W", bound=CompletionConfig)
 S = TypeVar("S", bound=ScoredConfig)
@@ -72,7 +72,6 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
                 max_new_tokens=config.max_completion_length,
                 min_new_tokens=config.min_completion_length,
                 micro_batch_size=config.micro_batch_size,
-                rows_at_once=sampled_at_once(policy, config, is_public=True),
             )
 
     def _score(self, prompts: list[Prompt], rollouts: Rollouts, policy: Policy) -> Tensor:
