@@ -241,6 +241,20 @@ def check_dpo_table(out: str, folder: Path) -> None:
     assert f"```\n{out}```\n" in (RESULTS / "dpo_pairs.md").read_text(encoding="utf-8") and out.count("\n") == 5
 
 
+def check_offline(out: str, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "runs" / "offline.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["best of 4", "filtered, best of 4", "conditional, 4", "rloo, beta 0.2"]
+    assert rows[0]["measured"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    assert all(row["measured"]["prompts"] == row["start"]["prompts"] == 4 and row["seconds"] > 0 for row in rows[1:])
+    start = [line for line in out.splitlines() if line.startswith("| the model as it comes")]
+    assert len(start) == 1 and "| 0.00 ± 0.00 |" in start[0] and out.count("\n") == 7
+
+
+def check_offline_table(out: str, folder: Path) -> None:
+    """The published table, computed again from the published runs."""
+    assert out in (RESULTS / "offline.md").read_text(encoding="utf-8") and out.count("\n") > 8
+
+
 def check_ukp(out: str, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "ukp.jsonl").read_text().splitlines()]
     assert [row["unit"] for row in rows] == ["pair", "annotator"] and rows[0]["units"] == 18 and rows[1]["units"] == 9
@@ -387,6 +401,11 @@ SMOKE = {
         "--output pairs.jsonl", check_dpo_pairs, demo
     ),
     "dpo_pairs.py --seeds 0 --least 8 --output docs/results/dpo_pairs.runs.jsonl": Smoke("", check_dpo_table),
+    "offline.py --output runs/offline.jsonl": Smoke(
+        "--arms 'best of 4' 'filtered, best of 4' 'conditional, 4' 'rloo, beta 0.2' --steps 1 --completions 8 --prompts 4 "
+        "--init_rows 8 --model small", check_offline, demo
+    ),
+    "offline.py --arms --output docs/results/offline.runs.jsonl": Smoke("", check_offline_table),
     "ukp_convincingness.py --data ukpconvarg1_full.jsonl.gz --threads 1 --max-votes 4": Smoke(
         "--epsilons 4 --pair-batch-size 4 --pair-steps 1 --annotator-batch-size 2 --annotator-steps 1 --max-length 16 "
         "--device cpu --model small --output ukp.jsonl",
