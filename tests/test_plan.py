@@ -108,6 +108,41 @@ def test_what_cannot_be_planned(capsys, arguments, says):
     assert says in call(capsys, "plan", "--units", 100, *arguments, "--json").error
 
 
+def test_a_plan_says_how_far_its_signal_stands_out_of_the_noise(tmp_path, capsys):
+    sizes = {"expected_batch_size": 64, "max_steps": 9, "target_epsilon": 2}
+    path = write_recipe(
+        tmp_path, sft=sizes, ppo=None, split=None, data={"name": "d", "declared_units": 200}, target_delta=1e-5
+    )
+    (stage,) = call(capsys, "plan", path, "--json").json["stages"]
+    found, sigma = stage["signal_to_noise"], stage["noise_multiplier"]
+    assert found["planned"] == pytest.approx(3 * 64 / sigma)  # the square root of nine steps
+    whole = accountant.noise_multiplier(stage["epsilon_alone"], 1e-5, sampling_rate=1.0, steps=1)
+    assert found["ceiling"] == pytest.approx(200 / whole, rel=2e-3) and found["planned"] < found["ceiling"]
+    ratio = {"metrics_noise_ratio": 10.0}
+    twice = accountant.noise_multiplier(stage["epsilon_alone"], 1e-5, sampling_rate=0.64, steps=9, **ratio)
+    assert found["doubled"] == pytest.approx(3 * 128 / twice, rel=2e-3) and found["doubled"] > found["planned"]
+    said = call(capsys, "plan", path).out
+    assert "200 units will buy little at epsilon" in " ".join(said.split()) and f"{found['planned']:.0f}" in said
+
+
+def test_a_plan_of_one_query_is_its_own_ceiling_and_enough_people_are_no_warning(tmp_path, capsys):
+    def stage_of(units: int, **sizes: object) -> tuple[dict, str]:
+        data = {"name": "d", "declared_units": units}
+        recipe = {"data": data, "target_delta": 1e-5, "target_epsilon": sizes["target_epsilon"]}
+        path = write_recipe(tmp_path, sft=sizes, ppo=None, split=None, **recipe)
+        (stage,) = call(capsys, "plan", path, "--json").json["stages"]
+        return stage["signal_to_noise"], call(capsys, "plan", path).out
+
+    one = {"max_steps": 1, "target_epsilon": 1, "metrics_noise_ratio": 0}
+    query, said = stage_of(100, expected_batch_size=100, **one)
+    assert query["planned"] == pytest.approx(query["ceiling"], rel=2e-3) and query["doubled"] is None
+    assert "buy little" not in said
+    many, said = stage_of(20_000, expected_batch_size=100, max_steps=2, target_epsilon=1)
+    assert many["ceiling"] > 500 and "buy little" not in said
+    free, said = stage_of(100, expected_batch_size=10, max_steps=2, target_epsilon=math.inf)
+    assert free is None and "buy little" not in said
+
+
 def test_planning_leaves_the_recipe_as_it_was(tmp_path):
     """The number of units is counted for the plan; a run with the same recipe still counts for itself."""
     given = recipe_from("plan", [str(write_recipe(tmp_path))])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from ..reporting.terminal import Terminal, plain
 from ..run import check_recipe
 from ..settings.prompts import PromptedConfig
 from ..survey import Survey
+from ..training.plan import signal_of
+
+FEW = 500  # of a ceiling: a tenth of the demo's, where little is left to try (docs/how_many_people.md)
 
 
 def run(recipe: Recipe, as_json: bool, with_data: bool) -> dict[str, Any]:
@@ -85,6 +88,7 @@ def _if_units_were_shared(plan: Plan) -> dict[str, Any]:
 
 def _stage(stage: PlannedStage, parameters: float | None) -> dict[str, Any]:
     plan, size = stage.plan, stage.batch_size
+    signal = signal_of(plan, stage.units.count)
     return {
         "stage": stage.name,
         "dataset": stage.part.dataset,
@@ -98,6 +102,7 @@ def _stage(stage: PlannedStage, parameters: float | None) -> dict[str, Any]:
         "noise_multiplier_alone": stage.alone.noise_multiplier,
         "noise_multiplier": plan.noise_multiplier,
         "noise_per_update": plan.noise_multiplier / size,
+        "signal_to_noise": None if signal is None else asdict(signal),
         "epsilon_alone": plan.epsilon,
         **_compute(stage, plan.steps * size, parameters),
     }
@@ -157,6 +162,9 @@ def _print(plan: dict[str, Any]) -> None:
         table.add_row(heading, *[plain(cell(stage)) for stage in plan["stages"]])
     if plan["stages"]:
         console.print(table)
+    for stage in plan["stages"]:
+        if sentence := _too_few(stage):
+            console.say(sentence)
     for own in plan["drawing_nothing"]:
         console.say(
             f"{own['stage']}: {own['steps']} updates of {own['batch_size']:,} prompts; it reads {own['reads']}, draws "
@@ -174,6 +182,18 @@ def _print(plan: dict[str, Any]) -> None:
         console.say(f"assumed: {assumption}")
 
 
+def _too_few(stage: dict[str, Any]) -> str | None:
+    """What is to be expected of many steps on few units."""
+    signal = stage["signal_to_noise"]
+    if signal is None or stage["steps"] == 1 or signal["ceiling"] >= FEW:
+        return None
+    return (
+        f"{stage['stage']}: {stage['units']:g} units will buy little at epsilon {at_most(stage['epsilon_alone'])}: "
+        f"even what all of them agree on, asked once, is {signal['ceiling']:.0f} times the noise in one direction, and "
+        "a training has thousands. Ask one query (reward_query), train fewer weights, or find more people."
+    )
+
+
 def _print_surveys(surveys: dict[str, Survey] | None) -> None:
     console = Terminal()
     if surveys is None:
@@ -186,6 +206,11 @@ def _print_surveys(surveys: dict[str, Survey] | None) -> None:
         console.print("The data: nothing is cut, and every record teaches something.")
 
 
+def _signal(stage: dict[str, Any], which: str) -> str:
+    found = (stage["signal_to_noise"] or {}).get(which)
+    return "" if found is None else f"{found:,.0f}"
+
+
 _CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
     "units": lambda s: f"{s['units']:g} ({s['unit']})",
     "part of the data": lambda s: f"{s['part'][0]:.3g} to {s['part'][1]:.3g}",
@@ -196,6 +221,9 @@ _CELLS: dict[str, Callable[[dict[str, Any]], str]] = {
     "noise multiplier, alone": lambda s: f"{s['noise_multiplier_alone']:.4f}",
     "noise multiplier": lambda s: f"{s['noise_multiplier']:.4f}",
     "noise per update (of C)": lambda s: f"{s['noise_per_update']:.6f}",
+    "signal to noise": lambda s: _signal(s, "planned"),
+    "of at most": lambda s: _signal(s, "ceiling"),
+    "twice the sample": lambda s: _signal(s, "doubled"),
     "epsilon alone": lambda s: at_most(s["epsilon_alone"]),
     "tokens": lambda s: f"{s['tokens_trained'] + s['tokens_read']:.1e}",
     "FLOPs": lambda s: "?" if s["flops"] is None else f"{s['flops']:.1e}",

@@ -74,6 +74,46 @@ class StagePlan:
         return replace(plan, epsilon=accountant.epsilon([plan.mechanism()], self.target_delta))
 
 
+@dataclass(frozen=True)
+class Signal:
+    """How far all updates of a stage together can stand out of their noise, in one direction in which all units agree.
+
+    sqrt(updates) x expected sample / noise multiplier: the updates' signals add up, and their noise as a random walk.
+
+    planned: of the plan. ceiling: of one query over all units at the stage's epsilon, which no plan exceeds.
+    doubled: of samples twice as large at that epsilon; None where they would be more than all units.
+    """
+
+    planned: float
+    ceiling: float
+    doubled: float | None
+
+
+def signal_of(plan: StagePlan, units: float) -> Signal | None:
+    """Of a stage on `units` units; None without noise."""
+    if plan.noise_multiplier == 0:
+        return None
+
+    def noise_at(rate: float, steps: int, passes: int, ratio: float) -> float:
+        return accountant.noise_multiplier(
+            plan.epsilon,
+            plan.target_delta,
+            sampling_rate=rate,
+            steps=steps,
+            passes=passes,
+            metrics_noise_ratio=ratio,
+        )
+
+    def signal(rate: float, sigma: float) -> float:
+        return math.sqrt(plan.steps * plan.passes) * rate * units / sigma
+
+    doubled, rate = None, 2 * plan.sampling_rate
+    if rate <= 1:
+        doubled = signal(rate, noise_at(rate, plan.steps, plan.passes, plan.metrics_noise_ratio))
+    planned = signal(plan.sampling_rate, plan.noise_multiplier)
+    return Signal(planned, max(planned, units / noise_at(1.0, 1, 1, 0.0)), doubled)
+
+
 def plan_stage(name: str, config: StageConfig, units: float) -> StagePlan:
     """Steps, rate and noise of a stage by itself, on `units` declared units.
 
