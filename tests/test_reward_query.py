@@ -119,6 +119,16 @@ def test_one_query_is_one_line_of_the_ledger_and_a_reward_for_a_policy(tmp_path,
     assert again["epsilon"] == done["epsilon"] and ledger_rows(tmp_path, stage="reward_query") == 1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "layers"])
+def test_a_base_in_half_precision_leaves_a_release_too(pooling, dtype, tmp_path, capsys):
+    """Mutant: a head in float32, which plain transformers round: everything was spent, and then nothing released."""
+    model = {"name_or_path": small_model(), "is_public": True, "dtype": dtype}
+    path = recipe(tmp_path, QUERY | {"pooling": pooling, "target_epsilon": 100}, model=model)
+    assert call(capsys, "run", path, "--json").json["reward_model_release"]
+    assert (tmp_path / "run" / "reward_model" / "privacy.json").exists()
+
+
 REFUSED = {
     "a rate": ({"learning_rate": 0.1}, "learning_rate means nothing for a reward from one query"),
     "an adapter": ({"adapter": {"r": 3}}, "adapter means nothing"),

@@ -332,6 +332,9 @@ class RewardModel(AdapterStack):
             if self.free_head is not None:
                 self.free_head.weight.mul_(self._free_share)
             self._free_share = 1.0
+        if self.reading is None:  # plain transformers hold a classifier's head in the base's dtype
+            for p in self.head.parameters():
+                p.copy_(p.to(self.model.dtype))
         super().finish_stage()
 
     @torch.no_grad()
