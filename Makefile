@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	$(BIN)/dpalign quickstart $(if $(filter 1,$(COMPARE)),--compare) $(ARGS)
 
 test: .venv/installed-test
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples tools
 	$(BIN)/mypy & types=$$!; \
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS); tests=$$?; \
 	wait $$types && exit $$tests

@@ -211,6 +211,7 @@ RUN = {
 }
 # Run by other tests, under these names.
 ELSEWHERE = {
+    "python tools/recompute.py release/privacy.json": "test_recompute.py::test_it_is_short_and_says_by_its_exit_status_whether_the_statement_holds",
     "pip install .": "test_wheel.py::test_the_installed_command_works",
     "python examples/one_private_step.py": "test_examples.py::test_one_private_step",
     "dpalign evaluate --private": "test_provenance.py::test_a_private_measurement_states_what_it_and_the_model_spent",
