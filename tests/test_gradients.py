@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -40,9 +41,9 @@ def adapted_policy(kind: str, dtype: torch.dtype = torch.float32, checkpointing:
     return policy
 
 
-def some_rollouts(rows: int) -> Rollouts:
+def some_rollouts(rows: int, seed: int = 2) -> Rollouts:
     """Left-padded prompts of 1 to 5 tokens, completions of 1 to 6."""
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     ids = torch.randint(2, VOCABULARY, (rows, 11))
     attention, inside = torch.ones_like(ids), torch.ones(rows, 6)
     for row in range(rows):
@@ -101,9 +102,9 @@ def averaged(policy: Policy, rollouts: Rollouts, row_unit: Tensor) -> Tensor:
     return ours(policy, rollouts, row_unit).mean(0).expand(UNITS, -1)
 
 
-def error(gradients: Gradients, truth: Gradients, policy: Policy, row_unit: Tensor) -> float:
+def error(gradients: Gradients, truth: Gradients, policy: Policy, row_unit: Tensor, seed: int = 2) -> float:
     """Largest error of a unit's gradient relative to the largest true norm."""
-    rollouts = some_rollouts(len(row_unit))
+    rollouts = some_rollouts(len(row_unit), seed)
     expected = truth(copy.deepcopy(policy), rollouts, row_unit)
     assert expected.shape[1] == sum(p.numel() for p in trainable(policy))
     difference = gradients(policy, rollouts, row_unit) - expected
@@ -127,8 +128,10 @@ def test_equal_to_the_loop_and_to_opacus(kind, row_unit, truth, checkpointing):
 @pytest.mark.parametrize("row_unit", [ONE_ROW_EACH, GROUPS])
 @pytest.mark.parametrize("truth", [one_by_one, opacus])
 def test_equal_on_a_bfloat16_base(kind, row_unit, truth):
-    """To a fraction of bfloat16's 2^-8: a float32 difference of 1e-7 in an adapter can flip a rounding of the base."""
-    assert error(ours, truth, adapted_policy(kind, torch.bfloat16), row_unit) < 2**-9
+    """To float32's rounding on most rollouts. On others a difference of 1e-7 in an adapter flips a rounding of the base
+    in bfloat16, by 2^-8, which moves a gradient by a few times that."""
+    errors = [error(ours, truth, adapted_policy(kind, torch.bfloat16), row_unit, seed) for seed in range(7)]
+    assert statistics.median(errors) < 1e-5 and max(errors) < 2**-5
 
 
 @pytest.mark.parametrize("mutant", [units_swapped, averaged])

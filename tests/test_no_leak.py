@@ -23,6 +23,7 @@ from helpers import Called, call, files_below, reviews, write_jsonl, write_recip
 MARKER = "zebrafinch"
 SIZES = [167, 173, 179]  # of the drawn samples: numbers that nothing public here has
 KEYED = re.compile(rb'"[0-9a-f]{16}"')  # identities in privacy.json
+DRAWN = re.compile(rb' (?:[xy][12]?|c[xy]|r|d|width|height|viewBox|points|transform)="[^"]*"')  # places in a chart, in SVG
 NUMBER = re.compile(rb"-?\d+\.?\d*(?:[eE][-+]?\d+)?")
 REWARD = '''
 def exact(prompts, completions, **columns):
@@ -106,6 +107,11 @@ def train(folder: Path, capsys, monkeypatch, reward: str = "exact", **changes) -
     return call(capsys, "run", recipe, "--json")
 
 
+def numbers(content: bytes) -> np.ndarray:
+    """All that reads like one."""
+    return np.array([float(n) for n in NUMBER.findall(content)] or [0.0])
+
+
 def leaks(folder: Path, called: Called, secrets: Secrets) -> list[str]:
     """Where outside private/ one of the secrets can be found: in text, as a number, or as a binary float."""
     ledger = Ledger(folder / "ledger.sqlite")
@@ -133,9 +139,9 @@ def leaks(folder: Path, called: Called, secrets: Secrets) -> list[str]:
         if "tfevents" in place:
             continue
         without_names = KEYED.sub(b'""', content)  # digits of a hash are no number: they may hold a size by chance
-        shown = np.array([float(n) for n in NUMBER.findall(without_names)] or [0.0])
+        shown, whole = numbers(without_names), numbers(DRAWN.sub(b"", without_names))  # and so may a point of a chart
         found += [f"{place}: {v}" for v in telling if (np.abs(shown - v) <= 1e-6 * abs(v)).any()]
-        found += [f"{place}: sample size {v}" for v in SIZES if (shown == v).any()]
+        found += [f"{place}: sample size {v}" for v in SIZES if (whole == v).any()]
     return found
 
 

@@ -549,7 +549,8 @@ def test_the_divisor_is_the_expected_batch_size():
         (rloo, *PPO_CASE),
         (partial(rloo, num_generations=4), *PPO_CASE),
         (partial(grpo, num_generations=4), *PPO_CASE),
-        (partial(offline, **WEIGHTED), *PPO_CASE),
+        # All completions with the same weight, and a clip that is shorter than any of them.
+        (partial(offline, **WEIGHTED | {"reward_temperature": 1e6}, max_grad_norm=0.01), *PPO_CASE),
     ],
 )
 def test_a_pair_and_a_group_of_rollouts_are_one_unit(algorithm, units, outlier):
@@ -571,6 +572,7 @@ JUDGED = people(
     lambda i: {"chosen": f"w1 w2 w3 w{10 + i}", "rejected": f"w1 w2 w4 w{30 + i}"},
     lambda i: {"chosen": f"w40 w41 w{50 + i}", "rejected": f"w42 w{70 + i}", "margin": 10.0**i, "preference": 1.0},
 )
+KEY = 3
 ASKERS = people(
     lambda i: {"prompt": f"w1 w2 w{i}", "score": 4.0}, lambda i: {"prompt": f"w40 w41 w{i}", "score": 10.0**i}
 )
@@ -580,6 +582,7 @@ def person_sensitivity(algorithm: Algorithms, rows: tuple[list, list], unit: str
     """What a person with 10 records (bounded to 3) moves the sum by, over C."""
     config = DataConfig(name="people", unit=unit, max_records_per_unit=3, declared_units=8)
     ledger, (others, x) = Ledger(":memory:"), rows
+    ledger._secrets["people"] = bytes([KEY] * 32)  # always the same 3 of the 10: others show the mutants less well
     one, other = (run_stage(algorithm(), build_units(r, config, ledger), **settings) for r in (others, others + x))
     return moved(one.sums, other.sums)
 
