@@ -37,8 +37,11 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from dpalign.algorithms.reward_query import FEWEST, FREE_SHARE, OF_A_LAYER, PER_UNIT, PRIOR, whitening
 from dpalign.models import smollm2
 from dpalign.models.features import LASTS, MEANS
+from dpalign.models.precision import faster_dtype
+from dpalign.models.sampling import DrawToken
 from dpalign.privacy import accountant
 from dpalign.rewards.contrast import discriminants, upper_layers
+from dpalign.settings.models import ModelConfig
 
 DELTA = 1e-5
 SHRINKAGE = 1.0  # the stage's default
@@ -84,12 +87,13 @@ class Reader:
 
     def __init__(self, name: str, device: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        faster = faster_dtype(ModelConfig(name_or_path=name, is_public=True), device)
+        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, faster)).to(device).eval()
         layers = self.model.config.num_hidden_layers
         self.read = [sorted({max(1, round(depth * layers)) for depth in depths}) for depths in (MEANS, LASTS)]
         self.contrasted = upper_layers(layers)
         self.means = sorted({*self.read[0], *self.contrasted})  # kept: means of these, then last tokens
-        self.device, self.at_once = device, 64 if device == "cuda" else 16
+        self.device, self.at_once = device, 64 if device == "cuda" else 32
         ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|endoftext|>")}
         self.ends = [token for token in ends if token is not None]
         self.front = next(t for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if t is not None)
@@ -122,8 +126,8 @@ class Reader:
         for start in range(0, len(prompts), rows):
             ids, mask = self._batch(prompts[start : start + rows], left=True)
             found = self.model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=tokens,
-                pad_token_id=self.ends[0], eos_token_id=self.ends,
+                input_ids=ids, attention_mask=mask, do_sample=False, logits_processor=[DrawToken()],
+                max_new_tokens=tokens, pad_token_id=self.ends[0], eos_token_id=self.ends,
             )  # fmt: skip
             texts += self.tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
         return texts
@@ -131,19 +135,21 @@ class Reader:
     @torch.no_grad()
     def features(self, texts: list[str]) -> np.ndarray:
         """`(texts, maps, width)` float32: means over the tokens, and last tokens, in several layers."""
+        rows_ids = [self.ids(text)[: MOST_TOKENS + 1] for text in texts]
+        order = np.argsort([len(row) for row in rows_ids], kind="stable")  # rows of one length need no padding
         parts = []
         for start in range(0, len(texts), self.at_once):
-            ids, mask = self._batch(
-                [self.ids(t)[: MOST_TOKENS + 1] for t in texts[start : start + self.at_once]], left=False
-            )
+            ids, mask = self._batch([rows_ids[n] for n in order[start : start + self.at_once]], left=False)
             hidden = self.model.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
             inner = mask.clone()
             inner[:, 0] = 0
             share = (inner / inner.sum(1, keepdim=True).clamp(min=1)).unsqueeze(2)
             rows, last = torch.arange(len(ids)), mask.sum(1) - 1
-            maps = [(hidden[n] * share).sum(1) for n in self.means] + [hidden[n][rows, last] for n in self.read[1]]
+            maps = [(hidden[n].float() * share).sum(1) for n in self.means]
+            maps += [hidden[n][rows, last].float() for n in self.read[1]]
             parts.append(torch.stack(maps, 1).cpu().numpy())
-        return np.concatenate(parts)
+        found: np.ndarray = np.concatenate(parts)[np.argsort(order)]
+        return found
 
 
 def shuffled(file: Path) -> list[dict[str, Any]]:
@@ -179,7 +185,8 @@ def collect(name: str, args: argparse.Namespace, reader: list[Reader]) -> dict[s
         own = model.write([[model.front]] * args.own_texts, OWN_TOKENS, 0)
         good = model.write([model.asked(task.wanted)] * half, OWN_TOKENS, 1)
         bad = model.write([model.asked(task.unwanted)] * half, OWN_TOKENS, 2)
-        begun = [start for start in starts[: args.prompts] for _ in range(args.best_of)]
+        prompts = [starts[number % len(starts)] for number in range(args.prompts)]  # again, where they are too few
+        begun = [start for start in prompts for _ in range(args.best_of)]
         done = model.write([model.ids(start) for start in begun], NEW_TOKENS, 3)
         completions = [start + text for start, text in zip(begun, done, strict=True)]
         texts = {"texts": used, "good": good, "bad": bad, "completions": completions, "own": own}
@@ -198,6 +205,8 @@ def collect(name: str, args: argparse.Namespace, reader: list[Reader]) -> dict[s
     parts = ["texts", "good", "bad", "completions", "own"]
     ends = np.cumsum([len(texts[part]) for part in parts])[:-1]
     features = dict(zip(parts, np.split(kept["f"] * kept["scale"], ends), strict=True))
+    for values in (texts, features):  # a cache may hold more of them
+        values["completions"] = values["completions"][: args.prompts * args.best_of]
     if texts["texts"] != used:
         raise SystemExit(f"{place}.json is of other texts: name another --cache.")
     layers = {name: kept[name] for name in ("contrasted", "read")}
@@ -410,7 +419,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/free_and_private_reward"))
     parser.add_argument("--texts", type=int, default=2300, help="with people's scores, for pairs and for measuring")
     parser.add_argument("--own_texts", type=int, default=512)
-    parser.add_argument("--prompts", type=int, default=128, help="whose best of --best_of the judge scores")
+    parser.add_argument("--prompts", type=int, default=512, help="whose best of --best_of the judge scores")
     parser.add_argument("--best_of", type=int, default=16)
     parser.add_argument("--model", help="a chat model's folder or name; default SmolLM2-135M-Instruct")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

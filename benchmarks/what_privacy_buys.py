@@ -29,6 +29,7 @@ from typing import Any
 import free_and_private_reward as judged
 import numpy as np
 
+from dpalign.data.units import same_text
 from dpalign.parsing import recipe_from
 from dpalign.privacy import accountant
 from dpalign.run import run_recipe
@@ -119,17 +120,17 @@ def message_runs(unit: str, args: argparse.Namespace, wanted: list[int]) -> Iter
         losses: dict[float, tuple[float, float]] = {}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            for file, is_public in (("private.jsonl", False), ("public.jsonl", True)):
-                kept = [row for row in rows if (row["person"] in public) == is_public]
-                kept = kept[: args.measured] if is_public else kept
+            shown = [row for row in rows if row["person"] in public][: args.measured]
+            known = {same_text(row["text"]) for row in shown}  # "ok", say: nobody's secret, and refused by a run
+            own = [row for row in rows if row["person"] not in public and same_text(row["text"]) not in known]
+            for file, kept in (("private.jsonl", own), ("public.jsonl", shown)):
                 (folder / file).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             for epsilon in (math.inf, *args.epsilons):
                 losses[epsilon] = message_losses(folder, unit, epsilon, seed, args)
         for epsilon in args.epsilons:
             base, private = losses[epsilon]
             row = {"task": MESSAGES, "unit": unit, "epsilon": epsilon, "seed": seed}
-            own = [row["person"] for row in rows if row["person"] not in public]
-            row["units"] = len({*own}) if unit == "person" else len(own)
+            row["units"] = len({r["person"] for r in own}) if unit == "person" else len(own)
             yield row | {"free": -base, "private": -private, "nonprivate": -losses[math.inf][1]}
 
 

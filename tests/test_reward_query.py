@@ -175,6 +175,14 @@ def test_whitening_shrinks_and_refuses_too_few_directions():
     assert torch.equal(whitening(features, 5, 1.0, 1)[3:], torch.zeros(2, 4))  # what own text does not show
 
 
+def test_more_directions_leave_the_leading_ones_as_they_were():
+    """And their scale, against which that of the public scores is fixed."""
+    features = torch.randn(600, 3, 70, generator=torch.Generator().manual_seed(0))
+    few, many = (whitening(features, count, 1.0, 1) for count in (8, 180))
+    torch.testing.assert_close(many[:8], few, rtol=1e-4, atol=1e-6)
+    assert many.norm(dim=1).min() > 0
+
+
 def test_directions_of_several_layers_are_the_leading_ones_of_all_together():
     generator = torch.Generator().manual_seed(0)
     said, once = torch.randn(4000, generator=generator), torch.randn(4000, 2, generator=generator)

@@ -166,7 +166,8 @@ def whitening(features: Tensor, count: int, shrinkage: float, fewest: int) -> Te
         DPAlignError: the texts differ in fewer directions than `fewest`.
     """
     kept = features[features.isfinite().flatten(1).all(1)].double()  # a text without a token has no mean
-    maps = [_whitened(kept[:, number], max(OF_A_LAYER, count), shrinkage) for number in range(kept.shape[1])]
+    each = max(OF_A_LAYER, math.ceil(count / kept.shape[1]))  # else the scale would follow from the count
+    maps = [_whitened(kept[:, number], each, shrinkage) for number in range(kept.shape[1])]
     read = torch.cat([kept[:, number] @ found.T for number, found in enumerate(maps)], 1)
     turn = _principal(read)[1][:, :count]
     if turn.shape[1] < fewest:
