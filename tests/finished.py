@@ -10,7 +10,7 @@ from typing import Any
 from dpalign.evaluation import Evaluation, PairEvaluation
 from dpalign.files import write_json
 from dpalign.privacy.accountant import SampledGaussian, epsilon
-from dpalign.privacy.statement import PrivacyStatement, StageStatement
+from dpalign.privacy.statement import PrivacyStatement, StageStatement, attack_success_of
 from dpalign.results import Results
 
 DELTA = 1e-5
@@ -38,6 +38,7 @@ def statement(said: str, unit: str = "customer", *, private: bool = True, demo: 
         versions={"dpalign": "0.2", "torch": "2.13"},
         assumptions=[f"assumed of {said}"],
         ledger=ledger,
+        attack_success=attack_success_of(stages),
     )
 
 

@@ -15,7 +15,7 @@ from .errors import DPAlignError
 from .privacy import accountant
 from .privacy.accountant import SampledGaussian
 from .privacy.budget import StageBudget, allocate
-from .privacy.parts import Part, Spending, epsilon_of, met
+from .privacy.parts import Part, Spending, attack_success, epsilon_of, met
 from .privacy.statement import StageStatement
 from .provenance import Origin, past_assumptions, past_stages
 from .recipe import Recipe
@@ -128,6 +128,12 @@ class Plan:
         """Names of the datasets that are public data playing private."""
         configs = [self.recipe.data_of(name) for name in self.stages]
         return {config.name for config in configs if config.is_demo}
+
+    @property
+    def attack_success(self) -> list[dict[str, float]]:
+        """How well anybody will be able to tell who took part, as the run's statement has it."""
+        before = [spending for stage in self.before for spending in stage.spendings()]
+        return attack_success([*before, *(stage.spending for stage in self.stages.values())])
 
     @property
     def is_all_demo(self) -> bool:

@@ -21,7 +21,7 @@ from .models.quantized import as_python
 from .models.verify import check_release
 from .printable import code_span
 from .privacy.statement import PrivacyStatement
-from .reporting.numbers import all_runs, at_most
+from .reporting.numbers import all_runs, at_most, attacks
 
 NOT_COVERED, BOUGHT = "## What the guarantee does not cover\n", "## What the private data bought\n"
 RELEASE, REWARD_MODEL = "release", "reward_model"  # folders of a run that are for sharing
@@ -38,6 +38,7 @@ This adapter was trained with dpalign **on no private data**: nothing was drawn 
 This adapter was trained with dpalign under **({{ statement.epsilon | at_most }}, {{ "%.3g"|format(statement.delta) }})
 differential privacy**: adding or removing all data of any one {{ units | code }} changes the probability of any
 outcome, this adapter included, by at most a factor e^epsilon, except for a delta.
+{{ statement.attack_success | attacks }}
 {%- else -%}
 **NOT PRIVATE.** At least one stage of this adapter was trained without a guarantee (no noise, or a known seed).
 {%- endif %}
@@ -204,7 +205,7 @@ def _describe(
 ) -> None:
     write_json(folder / "privacy.json", statement.as_dict())
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"at_most": at_most, "all_runs": all_runs, "code": code_span}
+    environment.filters |= {"at_most": at_most, "all_runs": all_runs, "attacks": attacks, "code": code_span}
     about = ModelCardData(
         base_model=base_model,
         library_name="peft",

@@ -69,6 +69,7 @@ class Results:
             "versions": statement.versions,
             "not_covered": statement.not_covered,
             "dtypes": statement.dtypes,
+            "attack_success": statement.attack_success,
         }
         if self.release is not None:
             value["release"] = str(self.release)

@@ -13,7 +13,7 @@ from ..privacy import accountant
 from ..privacy.ledger import Ledger, default_path
 from ..privacy.parts import epsilon_of
 from ..privacy.statement import account
-from ..reporting.numbers import all_runs, at_most
+from ..reporting.numbers import all_runs, at_most, attacks
 from ..reporting.terminal import Terminal, plain
 from .arguments import Parser, number
 
@@ -82,5 +82,7 @@ def _print(result: dict[str, Any]) -> None:
             table.add_row(plain(r["run"]), plain(", ".join(r["stages"])), str(r["draws"]), epsilon)
         console.print(table)
         console.say(f"all private runs together: {all_runs(dataset)}")
+        if sentence := attacks(dataset["attack_success_of_all_private_runs"]):
+            console.say(sentence)
         if dataset["runs_without_privacy"]:
             console.print(f"[bold]{dataset['runs_without_privacy']} run(s) without privacy are not in that number.[/]")

@@ -13,7 +13,8 @@ from ..errors import DPAlignError
 from ..parsing import recipe_from
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
-from ..reporting.numbers import at_most
+from ..privacy.parts import Part, Spending, attack_success
+from ..reporting.numbers import at_most, attacks
 from ..reporting.terminal import Terminal
 from . import manual
 from .arguments import Parser, number
@@ -123,6 +124,7 @@ def complete_plan(
         "sampling_rate": batch_size / units,
         "epochs": steps * batch_size / units,
         "noise_per_update": noise_multiplier / batch_size,
+        "attack_success": attack_success([Spending(Part("all"), mechanism)]),
         "adjacency": "add or remove one unit",
         "accountant": accountant.ACCOUNTANT,
     }
@@ -196,6 +198,8 @@ def _print(plan: dict[str, Any]) -> None:
     if plan["noise_multiplier"] == 0:
         console.print("NOT PRIVATE: epsilon is infinite without noise.")
         return
+    if sentence := attacks(plan["attack_success"]):
+        console.say(sentence)
     target = plan["target_epsilon"] or plan["epsilon"]
     table = Table(title=f"Larger samples: noise per update at epsilon {target:.3g} (per coordinate, in units of C)")
     for column in ("batch size", "steps", "noise multiplier", "noise per update", "compute"):

@@ -18,7 +18,7 @@ from ..privacy.parts import Part, epsilon_of
 from ..provenance import check_provenance
 from ..recipe import Recipe
 from ..records import count_undeclared, stages_without_data
-from ..reporting.numbers import at_most
+from ..reporting.numbers import at_most, attacks
 from ..reporting.terminal import Terminal, plain
 from ..run import check_recipe
 from ..settings.prompts import PromptedConfig
@@ -60,6 +60,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "delta": plan.delta,
         "composition": recipe.composition,
         "epsilon": plan.epsilon,
+        "attack_success": plan.attack_success,
         "stages": [_stage(stage, parameters) for stage in plan.stages.values()],
         "drawing_nothing": [_own(s, parameters) for name, s in plan.order.items() if name not in plan.stages],
         "assumptions": list(plan.assumptions),
@@ -171,6 +172,8 @@ def _print(plan: dict[str, Any]) -> None:
             "nothing and spends nothing."
         )
     console.print(f"The whole run: epsilon [bold]{at_most(plan['epsilon'], 4)}[/] (target {plan['target_epsilon']:g}).")
+    if plan["stages"] and (sentence := attacks(plan["attack_success"])):
+        console.say(sentence)
     if len(plan["stages"]) > 1 and plan["inflation"] is not None:
         console.print(
             f"A unit in all stages would pay epsilon {at_most(plan['sequential_epsilon'], 4)} at the noise that each "

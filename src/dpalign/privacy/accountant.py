@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import DPAlignError
 
@@ -23,6 +23,9 @@ ACCOUNTANT = "dp-accounting PLD, add-or-remove-one, pessimistic"
 HEADROOM = 1.0003
 LARGEST_NOISE_MULTIPLIER = 1e5
 LARGEST_STEPS, LARGEST_DRAWS = 200_000, 10_000  # of one mechanism, and of a unit in it: composed within seconds
+FALSE_POSITIVES = (0.001, 0.01, 0.05)  # at which a statement bounds the true positives
+ROUNDING = 1e-9  # of them: more than sums of floats lose
+Steps: TypeAlias = tuple[tuple[tuple[float, float], int], ...]  # by sampling rate and effective noise multiplier
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,28 @@ def epsilon(mechanisms: Iterable[SampledGaussian], delta: float, *, quick: bool 
     `quick` uses a grid ten times coarser: still an upper bound, up to about 0.1% larger.
     """
     check_delta(delta)
-    steps_of: dict[tuple[float, float], int] = {}
-    for mechanism in mechanisms:
-        if mechanism.steps == 0:
-            continue
-        key = (mechanism.sampling_rate, mechanism.effective_noise_multiplier)
-        if key[1] == 0:
-            return math.inf
-        steps_of[key] = steps_of.get(key, 0) + mechanism.steps
+    steps_of = _steps_of(mechanisms)
+    if any(sigma == 0 for (_, sigma), _ in steps_of):
+        return math.inf
+    return _epsilon(steps_of, delta, _interval(_count(steps_of)) / (1 if quick else 10)) if steps_of else 0.0
+
+
+def true_positives(
+    mechanisms: Iterable[SampledGaussian], false_positives: tuple[float, ...] = FALSE_POSITIVES
+) -> tuple[float, ...]:
+    """Most true positives that any test of whether a unit took part has, at each of these rates of false positives.
+
+    Whichever of the two, taking part or not, the test calls positive, and whatever else is known to it. The bound is
+    that of all (epsilon, delta) which `mechanisms` together keep (the trade-off function of Dong, Roth and Su, Gaussian
+    Differential Privacy, 2022), not of one of them. 1 if any of them adds no noise. From the coarse grid of `epsilon`:
+    an upper bound.
+    """
+    steps_of = _steps_of(mechanisms)
     if not steps_of:
-        return 0.0
-    return _epsilon(tuple(sorted(steps_of.items())), delta, _interval(sum(steps_of.values())) / (1 if quick else 10))
+        return false_positives
+    if any(sigma == 0 for (_, sigma), _ in steps_of):
+        return (1.0,) * len(false_positives)
+    return _true_positives(steps_of, _interval(_count(steps_of)), false_positives)
 
 
 def noise_multiplier(
@@ -123,11 +137,7 @@ def noise_multiplier(
     def excess(log_sigma: float) -> float:
         sigma = math.exp(log_sigma)
         new = with_metrics(SampledGaussian(sampling_rate, sigma, steps, passes), metrics_noise_ratio)
-        steps_of: dict[tuple[float, float], int] = {}
-        for m in (*spent, new):
-            key = (m.sampling_rate, m.effective_noise_multiplier)
-            steps_of[key] = steps_of.get(key, 0) + m.steps
-        return _epsilon(tuple(sorted(steps_of.items())), target_delta, interval) - target_epsilon
+        return _epsilon(_steps_of((*spent, new)), target_delta, interval) - target_epsilon
 
     low, high = math.log(0.5 * math.sqrt(passes)), math.log(2.0 * math.sqrt(passes))
     while excess(high) > 0:
@@ -180,6 +190,20 @@ def check_delta(delta: float) -> None:
         raise DPAlignError(f"delta {delta} is impossible: it must lie strictly between 0 and 1, well below 1/units.")
 
 
+def _steps_of(mechanisms: Iterable[SampledGaussian]) -> Steps:
+    """Steps by sampling rate and noise of all that is released on a sample."""
+    steps_of: dict[tuple[float, float], int] = {}
+    for m in mechanisms:
+        if m.steps > 0:
+            key = (m.sampling_rate, m.effective_noise_multiplier)
+            steps_of[key] = steps_of.get(key, 0) + m.steps
+    return tuple(sorted(steps_of.items()))
+
+
+def _count(steps_of: Steps) -> int:
+    return sum(steps for _, steps in steps_of)
+
+
 def _interval(steps: int) -> float:
     # The pessimistic rounding costs about steps * interval^2 / 2 in epsilon; hold that below 0.0025.
     return min(5e-3, max(1e-5, math.sqrt(5e-3 / max(1, steps))))
@@ -198,8 +222,26 @@ def _single(sampling_rate: float, sigma: float, interval: float) -> PrivacyLossD
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(steps_of: tuple[tuple[tuple[float, float], int], ...], delta: float, interval: float) -> float:
+def _epsilon(steps_of: Steps, delta: float, interval: float) -> float:
+    return float(_composed(steps_of, interval).get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=4096)
+def _true_positives(steps_of: Steps, interval: float, false_positives: tuple[float, ...]) -> tuple[float, ...]:
+    import numpy as np
+
+    epsilons = np.linspace(0.0, 40.0, 4001)  # every one gives a bound, the best of them the tightest
+    deltas = np.maximum(_composed(steps_of, interval).get_delta_for_epsilon(epsilons), 0.0)  # of both directions
+    found = []
+    for rate in false_positives:
+        named_wrongly = np.exp(epsilons) * rate + deltas  # P(positive) <= e^epsilon Q(positive) + delta
+        missed = 1 - np.exp(-epsilons) * (1 - rate - deltas)  # Q(negative) <= e^epsilon P(negative) + delta
+        found.append(min(1.0, float(named_wrongly.min()) + ROUNDING, float(missed.min()) + ROUNDING))
+    return tuple(found)
+
+
+def _composed(steps_of: Steps, interval: float) -> PrivacyLossDistribution:
     # Below sigma 0.1 the loss distribution is so wide that a fine grid does not fit in memory.
     interval = max(interval, 1e-5 / min(sigma for (_, sigma), _ in steps_of) ** 2)
     parts = [_single(rate, sigma, interval).self_compose(steps) for (rate, sigma), steps in steps_of]
-    return float(reduce(lambda one, other: one.compose(other), parts).get_epsilon_for_delta(delta))
+    return reduce(lambda one, other: one.compose(other), parts)

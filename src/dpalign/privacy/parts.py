@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .accountant import SampledGaussian, epsilon
+from .accountant import FALSE_POSITIVES, SampledGaussian, epsilon, true_positives
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,23 @@ def epsilon_of(spendings: Iterable[Spending], delta: float, *, quick: bool = Fal
 
     `quick` uses the accountant's coarse grid: still an upper bound.
     """
+    return max((epsilon(mechanisms, delta, quick=quick) for mechanisms in _met_anywhere(spendings)), default=0.0)
+
+
+def attack_success(spendings: Iterable[Spending]) -> list[dict[str, float]]:
+    """How well anybody can tell who took part in all spendings together, as a statement has it.
+
+    For each rate of `false_positives` the most `true_positives`, of the unit that is easiest to tell at that rate.
+    """
+    found = [FALSE_POSITIVES, *map(true_positives, _met_anywhere(spendings))]
+    return [
+        {"false_positives": rate, "true_positives": max(ones)}
+        for rate, *ones in zip(FALSE_POSITIVES, *found, strict=True)
+    ]
+
+
+def _met_anywhere(spendings: Iterable[Spending]) -> set[tuple[SampledGaussian, ...]]:
+    """What units of all datasets may meet, as `met` has it."""
     spendings = list(spendings)
     wholes = set()
     for dataset in {s.part.dataset for s in spendings}:
@@ -69,5 +86,4 @@ def epsilon_of(spendings: Iterable[Spending], delta: float, *, quick: bool = Fal
         # Under several identities no part can be told from another: a frame that none of them has widens them all.
         frame = identities.pop() if len(identities) == 1 else "\0"
         wholes.add(Part(dataset, frame))
-    sets = {mechanisms for whole in wholes for mechanisms in met(spendings, whole)}
-    return max((epsilon(mechanisms, delta, quick=quick) for mechanisms in sets), default=0.0)
+    return {mechanisms for whole in wholes for mechanisms in met(spendings, whole)}

@@ -130,7 +130,11 @@ class StageStatement:
 
 @dataclass
 class PrivacyStatement:
-    """What privacy.json holds. dtypes: of the frozen weights that the run computed with, by the recipe's models."""
+    """What privacy.json holds.
+
+    dtypes: of the frozen weights that the run computed with, by the recipe's models. attack_success: for each rate of
+    false positives the most true positives of any test of whether a unit took part; none in statements of before.
+    """
 
     private: bool
     epsilon: float
@@ -143,6 +147,7 @@ class PrivacyStatement:
     ledger: list[dict[str, Any]] = field(default_factory=list)
     not_covered: list[str] = field(default_factory=lambda: list(NOT_COVERED))
     dtypes: dict[str, str] = field(default_factory=dict)
+    attack_success: list[dict[str, float]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -220,6 +225,16 @@ def epsilon_of(stages: list[StageStatement], delta: float) -> float:
     return parts.epsilon_of([spending for stage in stages for spending in stage.spendings()], delta)
 
 
+def attack_success_of(stages: list[StageStatement]) -> list[dict[str, float]]:
+    """How well anybody can tell who took part in stages together; certainty if any stage is not private."""
+    found = parts.attack_success([spending for stage in stages for spending in stage.spendings()])
+    return found if all(stage.private for stage in stages) else _certainty(found)
+
+
+def _certainty(found: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [at | {"true_positives": 1.0} for at in found]
+
+
 def unnamed_attempt(intent: Intent) -> str:
     """The name that all attempts at a stage of a run have where none was given to each."""
     return hashlib.sha256(json.dumps([intent.run, intent.dataset, intent.stage]).encode()).hexdigest()[:16]
@@ -271,6 +286,7 @@ def state_privacy(
         versions={name: version(name) for name in ("dpalign", "dp-accounting", "torch", "transformers", "peft")},
         assumptions=assumptions,
         ledger=[account(ledger, name, delta, demo=name in demo) for name in sorted({s.dataset for s in stages})],
+        attack_success=attack_success_of(stages),
     )
 
 
@@ -283,6 +299,7 @@ def account(ledger: Ledger, dataset: str, delta: float, *, demo: bool = False) -
     spendings = ledger.spendings(dataset=dataset)
     private = [s for s in spendings if s.mechanism.noise_multiplier > 0]
     kinds = sorted({intent.unit for intent in ledger.intents(dataset=dataset)})
+    success = parts.attack_success(private)
     return {
         "dataset": dataset,
         "unit_kinds": kinds,
@@ -291,6 +308,7 @@ def account(ledger: Ledger, dataset: str, delta: float, *, demo: bool = False) -
         "epsilon_of_all_private_runs": parts.epsilon_of(private, delta) if len(kinds) <= 1 else math.inf,
         "delta": delta,
         "demo_data": demo,
+        "attack_success_of_all_private_runs": success if len(kinds) <= 1 else _certainty(success),
     }
 
 

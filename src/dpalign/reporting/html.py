@@ -19,7 +19,7 @@ from ..files import read_lines, write_text
 from ..printable import printable
 from ..stages import STAGES
 from .charts import Curves, Intervals, Measured, Series, curves, intervals
-from .numbers import all_runs, at_most
+from .numbers import all_runs, at_most, attacks
 from .tables import FULL, OUTSIDE, about_texts, cell, unscored
 
 REPORT = "report.html"
@@ -184,6 +184,7 @@ def page_of(run: FoundRun, beside: Sequence[FoundRun]) -> dict[str, Any]:
         "private": run.is_private,
         "epsilon": at_most(float(summary["epsilon"])),
         "delta": _short(summary["delta"]),
+        "attacks": attacks(summary.get("attack_success", [])),
         "units": " or ".join(sorted({stage["unit"] for stage in summary["stages"]})),
         "stages": [stage_of(stage, summary["delta"]) for stage in summary["stages"]],
         "models": [Model(m.name, m.style, m.cost, m.row, cells_of(m.row, columns)) for m in models],

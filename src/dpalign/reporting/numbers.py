@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -12,6 +13,19 @@ def at_most(epsilon: float, digits: int = 3) -> str:
         return "inf"
     scale = 10**digits
     return f"{math.ceil(epsilon * scale - 1e-6) / scale:.{digits}f}"  # 1e-6: what floats add to a round number
+
+
+def attacks(success: Sequence[Mapping[str, Any]]) -> str:
+    """What `attack_success` of a statement says, as a sentence; empty without a bound, or of a statement of before."""
+    found = [(100 * float(at["false_positives"]), 100 * float(at["true_positives"])) for at in success]
+    if not found or min(share for _, share in found) >= 100:
+        return ""
+    (wrong, right), *others = [(f"{rate:g}%", f"{at_most(share, 2)}%") for rate, share in found]
+    more = f" ({', '.join(f'at {rate} {share}' for rate, share in others)})" if others else ""
+    return (
+        f"Whoever guesses whose data was used, and is wrong about {wrong} of the units whose data was not, is right "
+        f"about at most {right} of those whose data was{more}."
+    )
 
 
 def all_runs(entry: dict[str, Any]) -> str:

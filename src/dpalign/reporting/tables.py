@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..printable import printable
-from .numbers import all_runs, at_most
+from .numbers import all_runs, at_most, attacks
 from .terminal import Terminal, plain
 
 if TYPE_CHECKING:  # it imports torch
@@ -53,6 +53,8 @@ def print_results(results: Results) -> None:
     console = Terminal()
     summary = results.to_json()
     console.say(guarantee(summary))
+    if results.statement.stages and (sentence := attacks(results.statement.attack_success)):
+        console.say(sentence)
     for entry in results.statement.ledger:
         if entry["runs"] > 1:
             console.say(
