@@ -15,6 +15,7 @@ ROOMS = [
     ["compared"],
     ["run"],
     ["hub", "records", "survey", "workspace"],
+    ["boundary"],
     ["plan", "release"],
     ["parsing", "provenance"],
     ["recipe"],

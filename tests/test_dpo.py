@@ -18,6 +18,7 @@ from dpalign.algorithms.dpo import encode_answers
 from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, Policy
+from dpalign.models.bases import base_path
 from helpers import call, files_below, judged, ledger_rows, statement, write_jsonl, write_recipe
 from tiny import tiny_object, tiny_policy, tiny_tokenizer, words
 
@@ -154,7 +155,7 @@ def test_dpalign_dpo(tmp_path, capsys):
     assert again.json["dpo"] == pytest.approx(done["dpo"]) and ledger_rows(tmp_path, stage="dpo") == 3
     assert "stage dpo is already done" in again.err
     release = tmp_path / "run" / "release"
-    base = json.loads((release / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = base_path(release)
     policy = Policy.load(
         type(
             "Named", (), {"name_or_path": base, "dtype": "float32", "trust_remote_code": False, "quantization": "none"}

@@ -120,7 +120,7 @@ def test_no_path_of_this_machine_is_told(run, api, tmp_path, capsys):
 
 def test_a_base_that_nobody_else_has_is_refused_with_the_cure(run, api, capsys):
     said = call(capsys, "export", run, "--push_to_hub", "me/x").error
-    assert f"the base {small_model()} is a folder of this machine" in said and "--base_model USER/NAME" in said
+    assert f"the base ./{Path(small_model()).name} is a folder of this machine" in said and "--base_model USER/NAME" in said
     assert "no name of the Hub" in call(capsys, "export", run, "--push_to_hub", "me/x/y").error
     assert "no name of the Hub" in call(capsys, "export", run, "--push_to_hub", "me/x", "--base_model", "/org/b").error
     assert "say where the release goes" in call(capsys, "export", run).error
@@ -198,6 +198,7 @@ def test_a_trainer_sends_its_release(api, tmp_path, monkeypatch):
     with pytest.raises(DPAlignError, match="the base org/base is a folder of this machine"):
         trainer("org/base", tmp_path / "run", push_to_hub=True)
     monkeypatch.setattr(DPSFTTrainer, "_base", lambda self: "org/other")  # as where there is no such folder
+    monkeypatch.setattr("dpalign.release.told", lambda base: base)
     made = trainer("org/base", tmp_path / "my-run", push_to_hub=True)
     share = hub.share
     monkeypatch.setattr("dpalign.trainers.base.share", lambda *given: (shutil.rmtree("org"), share(*given))[1])

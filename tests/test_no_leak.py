@@ -7,6 +7,8 @@ import struct
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.reporting.progress import Reporter
 from dpalign.training import Stage
-from helpers import Called, call, files_below, reviews, write_jsonl, write_recipe
+from helpers import Called, call, files_below, judged, reviews, small_model, write_jsonl, write_recipe
 
 MARKER = "zebrafinch"
 SIZES = [167, 173, 179]  # of the drawn samples: numbers that nothing public here has
 KEYED = re.compile(rb'"[0-9a-f]{16}"')  # identities in privacy.json
+HOST, USER, SEED = "planted-host", "planted-user", 918273645
 DRAWN = re.compile(rb' (?:[xy][12]?|c[xy]|r|d|width|height|viewBox|points|transform)="[^"]*"')  # places in a chart, in SVG
 NUMBER = re.compile(rb"-?\d+\.?\d*(?:[eE][-+]?\d+)?")
 REWARD = '''
@@ -114,17 +117,8 @@ def numbers(content: bytes) -> np.ndarray:
 
 def leaks(folder: Path, called: Called, secrets: Secrets) -> list[str]:
     """Where outside private/ one of the secrets can be found: in text, as a number, or as a binary float."""
-    ledger = Ledger(folder / "ledger.sqlite")
-    key = ledger.secret("reviews")
-    words = {w.encode() for w in secrets.texts}
-    for raw in {key, *secrets.coins}:
-        words |= {raw, raw.hex().encode(), str(int.from_bytes(raw, "little")).encode()}
-    run = folder / "run"
-    files = files_below(run, lambda path: path.parts[0] != "private")
-    assert any("tfevents" in f.name for f in files) and run / "summary.json" in files and run / "metrics.jsonl" in files
+    places, words = told(folder, called), spelled(folder, secrets)
     public = {f.read_bytes() for f in Path(embedded.resolve(embedded.TINY_REVIEW_LM)).iterdir()}
-    places = {str(f.relative_to(run)): f.read_bytes() for f in files}
-    places |= {"stdout": called.out.encode(), "stderr": called.err.encode()}
     telling = {v for v in secrets.numbers if v != round(v, 3)}  # 6.0 tokens is nobody's fingerprint
     assert len(telling) > 20
     found = []
@@ -143,6 +137,23 @@ def leaks(folder: Path, called: Called, secrets: Secrets) -> list[str]:
         found += [f"{place}: {v}" for v in telling if (np.abs(shown - v) <= 1e-6 * abs(v)).any()]
         found += [f"{place}: sample size {v}" for v in SIZES if (whole == v).any()]
     return found
+
+
+def told(folder: Path, called: Called) -> dict[str, bytes]:
+    """What lies outside private/, with the names of the files, and what the terminal was told."""
+    run = folder / "run"
+    files = files_below(run, lambda path: path.parts[0] != "private")
+    assert any("tfevents" in f.name for f in files) and run / "summary.json" in files and run / "metrics.jsonl" in files
+    places = {str(f.relative_to(run)): f.read_bytes() for f in files}
+    return places | {"stdout": called.out.encode(), "stderr": called.err.encode(), "names": "\n".join(places).encode()}
+
+
+def spelled(folder: Path, secrets: Secrets) -> set[bytes]:
+    """The secret texts and bytes, as they might be written."""
+    words = {w.encode() for w in secrets.texts}
+    for raw in {Ledger(folder / "ledger.sqlite").secret("reviews"), *secrets.coins}:
+        words |= {raw, raw.hex().encode(), str(int.from_bytes(raw, "little")).encode()}
+    return words
 
 
 def test_nothing_private_leaves(tmp_path, capsys, monkeypatch, secrets):
@@ -238,3 +249,95 @@ def test_a_reward_that_raises_and_quotes_its_row_is_not_heard(tmp_path, capsys, 
     assert called.status == 0 and called.json["epsilon"] < 100
     assert MARKER not in called.out + called.err and "cannot score" not in called.err
     assert leaks(tmp_path, called, secrets) == []
+
+
+# Every stage ---------------------------------------------------------------------------------------------------------
+
+SHORT = {"prompt_max_tokens": 4, "max_prompt_length": 5, "max_completion_length": 6}
+TOGETHER = {  # all stages, in as few runs as a recipe's rules allow
+    "ppo": ["sft", "reward_model", "dpo", "ppo", "measurement"],
+    "rloo": ["reward_query", "rloo"],
+    "grpo": ["grpo"],
+    "offline": ["offline"],
+}
+
+
+def train_together(folder: Path, kind: str, capsys: Any, monkeypatch: Any) -> Called:
+    """The stages, each on records of its own that are marked, on a machine with a name and by somebody who has one."""
+    monkeypatch.setattr("socket.gethostname", lambda: HOST)
+    for name in ("LOGNAME", "USER", "HOSTNAME"):
+        monkeypatch.setenv(name, HOST if name == "HOSTNAME" else USER)
+    monkeypatch.chdir(folder)
+    source = {"source": "reward_model"} if kind == "ppo" else {"source": "vader"}
+    common = {"expected_batch_size": 160, "noise_multiplier": 1.0, "micro_batch_size": 64, "max_steps": 1, "seed": SEED}
+    common |= {"adapter": {"r": 2}, "prepend_bos": True}
+    own = {
+        "sft": {"max_length": 16},
+        "reward_model": {"max_length": 20},
+        "reward_query": {"max_length": 20, "directions": 4, "own_texts": 40, "noise_multiplier": 4.0, "seed": SEED},
+        "dpo": {"max_length": 20},
+        "measurement": {"noise_multiplier": 4.0},
+    }
+    changes: dict[str, Any] = {"sft": None, "ppo": None}
+    for start, stage in enumerate(TOGETHER[kind]):
+        pairs = stage in ("reward_model", "reward_query", "dpo")
+        records = judged(190, MARKER, 200 * start) if pairs else reviews(190, f"{MARKER}{start}")
+        path = write_jsonl(folder / f"{stage}.jsonl", records)
+        changes[f"{stage}_data"] = {"name": "reviews" if not start else stage, "path": path.name}
+        section = own.get(stage, SHORT | {"reward": source})
+        changes[stage] = section if stage in ("reward_query", "measurement") else common | section
+    recipe = write_recipe(
+        folder, output_dir="run", report_to="tensorboard", target_epsilon=1000, units_disjoint="declared", **changes
+    )
+    return call(capsys, "run", recipe, "--json")
+
+
+def planted(folder: Path, called: Called, secrets: Secrets) -> list[str]:
+    """Where one of the secret words can be found."""
+    secrets.texts |= {HOST, USER, str(SEED), str(folder), small_model()}
+    words = spelled(folder, secrets)
+    places = told(folder, called).items()
+    found = [f"{place}: {word!r}" for place, content in places for word in words if word in content]
+    listed = [(place, content) for place, content in places if place.endswith((".json", ".jsonl", ".md", "stdout", "stderr"))]
+    sizes = [(place, numbers(KEYED.sub(b'""', content))) for place, content in listed if "tokenizer" not in place]
+    return found + [f"{place}: sample size {v}" for place, shown in sizes for v in SIZES if (shown == v).any()]
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_no_stage_lets_out_what_is_planted(kind, tmp_path, capsys, monkeypatch, secrets):
+    called = train_together(tmp_path, kind, capsys, monkeypatch)
+    assert called.status == 0, called.err
+    assert [stage["stage"] for stage in called.json["stages"]] == TOGETHER[kind] and len(secrets.coins) > 2
+    assert planted(tmp_path, called, secrets) == []
+
+
+def where_the_base_lies(monkeypatch):
+    """A release names its base as it was loaded."""
+    monkeypatch.setattr("dpalign.release.told", lambda base: base)
+
+
+def the_machines_name(monkeypatch):
+    """TensorBoard puts it into the name of its file."""
+    import tensorboard.summary.writer.event_file_writer as writer
+
+    monkeypatch.setattr("dpalign.reporting.trackers._options", lambda *of: {})
+    monkeypatch.setattr(writer, "socket", SimpleNamespace(gethostname=lambda: HOST))
+
+
+def the_seed(monkeypatch):
+    """The card says how to train it again."""
+    monkeypatch.setattr("dpalign.release.heldout_line", lambda measured: f"Trained with seed {SEED}.")
+
+
+@pytest.mark.parametrize(
+    ("mutant", "place"),
+    [
+        (where_the_base_lies, "release/adapter_config.json: b'/"),
+        (the_machines_name, "names: b'planted-host'"),
+        (the_seed, f"release/README.md: b'{SEED}'"),
+    ],
+)
+def test_the_search_finds_what_is_planted(mutant, place, tmp_path, capsys, monkeypatch, secrets):
+    mutant(monkeypatch)
+    called = train_together(tmp_path, "offline", capsys, monkeypatch)
+    assert any(found.startswith(place) for found in planted(tmp_path, called, secrets)), called.err

@@ -334,5 +334,7 @@ def test_first_steps_on_summaries(tmp_path, capsys, ran, asked, name):
     assert reward.adapters == (["reward_model"] if small else ["sft", "reward_model"])
     released = Path(summary["reward_model_release"])
     adapter = json.loads((released / "adapter_config.json").read_text())
-    assert (adapter["r"], adapter["base_model_name_or_path"]) == ((4, str(small)) if small else (8, str(base)))
+    assert (adapter["r"], adapter["base_model_name_or_path"]) == (
+        (4, f"./{Path(small).name}") if small else (8, f"./{Path(base).name}")
+    )
     assert (ran[2].algorithm.reward.low, ran[2].algorithm.reward.high) == (-4, 4)

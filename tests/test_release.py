@@ -19,6 +19,7 @@ from dpalign.algorithms import PPOConfig, SFTConfig
 from dpalign.data import DataConfig
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Normalization, Policy, RewardModel, TextFormat, verify
+from dpalign.models.bases import base_path, remember_base
 from dpalign.models.verify import check_merged, check_release, probe_ids, probe_logits
 from dpalign.privacy.statement import PrivacyStatement
 from dpalign.recipe import Recipe
@@ -48,10 +49,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
-texts = json.loads(sys.argv[1])
+texts, bases = json.loads(sys.argv[1]), json.loads(sys.argv[2])  # where they lie is in no release
 found = {}
-for release in sys.argv[2:]:
-    base = json.load(open(release + "/adapter_config.json"))["base_model_name_or_path"]
+for release, base in bases.items():
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(release)
     ids = torch.tensor([tokenizer(texts[release]).input_ids])
@@ -107,7 +107,7 @@ def runs(tmp_path_factory):
     trained = {case: run(case, tmp_path_factory.mktemp(case.replace(" ", "-"))) for case in CASES}
     texts = {str(release): text for _, release, text in trained.values()}
     process = subprocess.run(
-        [sys.executable, "-c", PLAIN, json.dumps(texts), *texts],
+        [sys.executable, "-c", PLAIN, json.dumps(texts), json.dumps({name: base_path(name) for name in texts})],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd="/",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -256,6 +256,8 @@ def test_a_merged_export_is_checked_and_keeps_its_stop_ids(tmp_path, capsys, mon
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     policy, name = trained(tmp_path)
     write_release(tmp_path / "release", policy, STATEMENT, name, "t", PromptFormat())
+    (tmp_path / "private").mkdir()
+    remember_base(tmp_path / "private", name)
     assert call(capsys, "export", tmp_path / "release", "--to", tmp_path / "out", "--merge").status == 0
     assert Policy.load(ModelConfig(str(tmp_path / "out"))).stop_ids == [1, 5]
     check_merged(policy, tmp_path / "out")

@@ -17,20 +17,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from jinja2.utils import htmlsafe_json_dumps
 
+from .boundary import ADAPTER, README, STATEMENT, check_files
 from .errors import RECORDS_READ, DPAlignError
 from .files import write_json, write_text
 from .printable import code_span, printable
+from .release import EMBEDDED, FOLDER
+from .settings.models import TINY_REVIEW_LM
 from .version import __version__
 
-CARD, ADAPTER, STATEMENT = "README.md", "adapter_config.json", "privacy.json"
-OURS = {CARD, STATEMENT, "prompts.json", "reward.json", "reward.safetensors"}
-WEIGHTS = r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-TOKENIZERS = {
-    "added_tokens.json", "bpe.codes", "chat_template.jinja", "merges.txt", "sentencepiece.bpe.model",
-    "special_tokens_map.json", "spiece.model", "spm.model", "tekken.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "vocab.bpe", "vocab.json", "vocab.txt",
-}  # fmt: skip
-TEMPLATES = "additional_chat_templates"  # a folder, of tokenizers that have several
 # In quotes, a path from the root, behind a kind (`classifier:`) or not.
 HERE = re.compile(r"""(?<=['"`])((?:\w+:)?)(/[^'"`/]+/[^'"`]*)(?=['"`])""")
 
@@ -61,7 +55,7 @@ class Repository:
                 raise DPAlignError(f"{printable(name)} is no name of the Hub: write USER/NAME.")
         if base is None:
             return
-        if is_hub_name(base) and not Path(base).exists():
+        if is_on_hub(base):
             if self.base_model not in (None, base):
                 raise DPAlignError(f"the base is {base}, and base_model says {self.base_model}: leave that out.")
         elif self.base_model is None:
@@ -97,6 +91,11 @@ def is_hub_name(name: str) -> bool:
     return True
 
 
+def is_on_hub(base: str) -> bool:
+    """Whether a release's base may be a model of the Hub: neither a folder nor one that comes with this package."""
+    return is_hub_name(base) and base != TINY_REVIEW_LM and not Path(base).exists()
+
+
 def base_of(folder: Path) -> str | None:
     """The base model that a release's adapter names; None of full weights.
 
@@ -109,27 +108,6 @@ def base_of(folder: Path) -> str | None:
         return str(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DPAlignError(f"{folder / ADAPTER} names no base model: copy the release again.") from None
-
-
-def check_files(folder: Path) -> list[str]:
-    """The names of the files in a folder that may leave: weights, tokenizer, card and statement.
-
-    Raises:
-        DPAlignError: there is something else in it.
-    """
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not _is_folder_of_templates(path))
-    for name in names:
-        known = name in OURS | TOKENIZERS or re.fullmatch(f"{WEIGHTS}|{TEMPLATES}/[\\w-]+\\.jinja", name)
-        if not known or (folder / name).is_symlink() or not (folder / name).is_file():
-            raise DPAlignError(
-                f"{folder} holds {printable(name)}, which is no part of a release: nothing was sent. Share the folder "
-                "as the run wrote it."
-            )
-    return names
-
-
-def _is_folder_of_templates(path: Path) -> bool:
-    return path.name == TEMPLATES and path.is_dir() and not path.is_symlink()
 
 
 # The card and the configuration --------------------------------------------------------------------------------------
@@ -145,14 +123,15 @@ def make_fit(folder: Path, repository: Repository, base: str | None, results: li
         DPAlignError: metadata that huggingface_hub refuses, or a path that would still be told.
     """
     files = check_files(folder)
-    is_public = base is not None and is_hub_name(base) and not Path(base).exists()
+    is_public = base is not None and is_on_hub(base)
     named = base if is_public else repository.base_model
-    local = None if is_public else base
+    local = None if is_public or (named is None and base == TINY_REVIEW_LM) else base
     for name in {ADAPTER, "config.json", "tokenizer_config.json"} & set(files):
         _rewrite(folder / name, lambda text: named if text == local else text)
     _rewrite(folder / STATEMENT, lambda text: _without_paths(text, local, named))
-    card = _card((folder / CARD).read_text(encoding="utf-8"), repository, named, results, (folder / ADAPTER).is_file())
-    write_text(folder / CARD, _without_paths(card, local, named))
+    text, is_adapter = (folder / README).read_text(encoding="utf-8"), (folder / ADAPTER).is_file()
+    card = _card(text, repository, named, results, is_adapter)
+    write_text(folder / README, _without_paths(card, local, named))
     for name in files if local is not None else ():
         text = (folder / name).read_text(encoding="utf-8") if not name.endswith((".safetensors", ".model")) else ""
         if any(spelled in text for spelled in _spellings(str(local))):
@@ -199,6 +178,8 @@ def _card(text: str, repository: Repository, named: str | None, results: list[Ev
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise DPAlignError(f"the card's metadata are refused: {printable(str(error), longest=200)}") from None
     body = card.text.replace("path/to/this/folder", repository.name)
+    for sentence in (EMBEDDED, FOLDER):
+        body = body.replace(f"{sentence}\n", "")
     if not is_adapter:
         use = FULL.replace("NAME", repository.name)
         body = re.sub(r"(?<=## Use\n)```python\n.*?```", lambda found: use, body, flags=re.DOTALL)
@@ -253,7 +234,7 @@ def push(folder: Path, repository: Repository, message: str = "A release of dpal
     names = check_files(folder)
     api = HfApi(library_name="dpalign", library_version=__version__)
     try:
-        ModelCard.load(folder / CARD).validate()
+        ModelCard.load(folder / README).validate()
         full = str(api.create_repo(repository.name, private=repository.private, exist_ok=True).repo_id)
         is_open = repository.private and not api.repo_info(full).private
         if not is_open:

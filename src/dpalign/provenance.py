@@ -10,11 +10,12 @@ from typing import Any
 from .errors import DPAlignError
 from .files import dumps
 from .models import ModelConfig, RewardModel, embedded
+from .models.bases import told
 from .privacy.statement import StageStatement, merge_stages, read_statement
 from .recipe import Recipe
 from .rewards import RewardConfig, is_reward_model
 from .rewards.load import models_named, needs_declaring, singles
-from .rewards.weighted import terms_of
+from .rewards.weighted import PLUS, terms_of
 from .settings.models import TINY_REVIEW_LM
 from .settings.rewards import RELEASED
 from .stages import STAGES, kind
@@ -80,8 +81,8 @@ def _origins_of_reward(recipe: Recipe, reward: RewardConfig, name: str) -> dict[
 def _origin(recipe: Recipe, entering: RewardConfig) -> Origin | None:
     """None of what is public by itself, made by a stage of the recipe, or by models it names; of a reward that is made
     of others, all that these have."""
-    source = entering.source
-    declared = f"reward {source!r} was made without the private data, and scores each row by itself (declared)"
+    source, named = entering.source, _told_source(entering.source)
+    declared = f"reward {named!r} was made without the private data, and scores each row by itself (declared)"
     if (parts := list(singles(entering))) != [entering]:
         is_sum = bool(terms_of(source))  # which is declared as a whole, with its weights
         found = [o for part in parts if not (is_sum and needs_declaring(part)) and (o := _origin(recipe, part))]
@@ -100,6 +101,16 @@ def _origin(recipe: Recipe, entering: RewardConfig) -> Origin | None:
     return Origin(source, (), (declared,)) if needs_declaring(entering) else None
 
 
+def _told_source(source: str) -> str:
+    """The source of a reward, or of a sum of them, with the folders in it as a statement names them."""
+
+    def term(text: str) -> str:
+        kind, colon, rest = text.partition(":")
+        return f"{told(kind) if '/' in kind else kind}{colon}{told(rest)}"
+
+    return PLUS.join(map(term, source.split(PLUS)))
+
+
 def _past(recipe: Recipe, name: str, is_public: bool, declaration: str = "model.is_public") -> Origin:
     stated = read_statement(embedded.resolve(name))
     if stated is None:
@@ -110,7 +121,7 @@ def _past(recipe: Recipe, name: str, is_public: bool, declaration: str = "model.
                 f"model {name!r} must be declared public ({declaration}: true), or be a dpalign release: weights "
                 "made from the private data would void the guarantee."
             )
-        return Origin(name, (), (f"model {name!r} was made without the private data (declared)",))
+        return Origin(name, (), (f"model {told(name)!r} was made without the private data (declared)",))
     value, stages = stated
     assumptions = set(value["assumptions"])
     if not value["private"] and _asks_for_privacy(recipe):

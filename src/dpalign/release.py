@@ -16,15 +16,19 @@ from .errors import DPAlignError
 from .evaluation import TextEvaluation
 from .files import replace_folder, write_json, write_text
 from .models import Normalization, Policy, RewardModel
+from .models.bases import told
 from .models.prompt_format import PROMPTS_FILE, PromptFormat, prompt_format_of
 from .models.quantized import as_python
 from .models.verify import check_release
 from .printable import code_span
 from .privacy.statement import PrivacyStatement
 from .reporting.numbers import all_runs, at_most, attacks
+from .settings.models import TINY_REVIEW_LM
 
 NOT_COVERED, BOUGHT = "## What the guarantee does not cover\n", "## What the private data bought\n"
 RELEASE, REWARD_MODEL = "release", "reward_model"  # folders of a run that are for sharing
+EMBEDDED = "The base comes with dpalign: it is the folder `dpalign/assets/tiny-review-lm` of the package."
+FOLDER = "The base was a folder of that name: put the same model there, or give its path."
 
 # Whatever a stranger's statement, a data set or a path may have named is code: nothing in it is markup.
 CARD = """\
@@ -78,6 +82,9 @@ base = {{ auto_class }}.from_pretrained({{ base_model | tojson }}{{ options }})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
+{% if where_base -%}
+{{ where_base }}
+{% endif -%}
 {% if asked_with -%}
 It has learned to be asked with {{ asked_with | code }} in front of the prompt (`prompts.json`); `dpalign generate` and
 `evaluate` do so by themselves.
@@ -135,7 +142,7 @@ def write_release(
         DPAlignError: plain peft makes something else of it than what was trained; the old one stays.
     """
     with replace_folder(folder) as temporary:
-        policy.save_adapter(temporary, base_model)
+        policy.save_adapter(temporary, told(base_model))
         check_release(policy, temporary, base_model)
         write_json(temporary / PROMPTS_FILE, asdict(prompts))
         options = {"auto_class": "AutoModelForCausalLM", "options": as_python(policy.quantization), "pooling": ""}
@@ -156,7 +163,7 @@ def write_reward_model(
         DPAlignError: plain peft makes something else of it than what was trained; the old one stays.
     """
     with replace_folder(folder) as temporary:
-        model.save(temporary, base_model, normalization)
+        model.save(temporary, told(base_model), normalization)
         check_release(model, temporary, base_model)
         _describe(
             temporary,
@@ -203,6 +210,7 @@ def _describe(
     measured: Mapping[str, TextEvaluation] | None,
     **texts: str,
 ) -> None:
+    base_model = told(base_model)
     write_json(folder / "privacy.json", statement.as_dict())
     environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined)
     environment.filters |= {"at_most": at_most, "all_runs": all_runs, "attacks": attacks, "code": code_span}
@@ -222,6 +230,7 @@ def _describe(
     front_matter = yaml.safe_dump(metadata, sort_keys=False, width=math.inf)
     units = " or ".join(sorted({s.unit for s in statement.stages})) or "unit"
     fields: dict[str, Any] = {"statement": statement, "base_model": base_model, "title": title, "units": units}
+    fields["where_base"] = EMBEDDED if base_model == TINY_REVIEW_LM else FOLDER if base_model.startswith("./") else ""
     fields["heldout"] = heldout_line(measured or {})
     card = environment.from_string(CARD).render(front_matter=front_matter, **fields, **texts)
     write_text(folder / "README.md", card)

@@ -40,6 +40,7 @@ from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import measure_privately
 from .files import write_json
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
+from .models.bases import remember_base
 from .models.loading import check_ids, check_targets, device_of, embedding_rows, positions_of
 from .models.precision import faster_dtype
 from .models.prompt_format import PromptFormat
@@ -624,6 +625,7 @@ class Run:
             results.release = folder / RELEASE
             with self.reporter.status("writing the release"):
                 base, prompts = self.base_of(policy, plan.recipe.model), self.prompt_format(policy)
+                remember_base(self.workspace.private, base)
                 write_release(results.release, policy, statement, base, title, prompts, texts)
         self.measure_on_public_prompts(texts)
         resources = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
@@ -656,12 +658,14 @@ class Run:
         if (folder / "privacy.json").exists():
             return
         own = stage.kind.entering(stage.config).get("model")
+        base = self.base_of(model, own or self.plan.recipe.model)
+        remember_base(self.workspace.private, base)
         with self.reporter.status("writing the reward model"):
             write_reward_model(
                 folder,
                 model,
                 self.statement(),
-                self.base_of(model, own or self.plan.recipe.model),
+                base,
                 f"{self.workspace.folder.name}, reward model",
                 self.normalization(model, seed),
             )

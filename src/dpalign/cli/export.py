@@ -15,13 +15,18 @@ from .arguments import Parser, Switch
 DESCRIPTION = """Copies the release of a run (adapter, tokenizer, card, privacy.json) to a folder, or with --merge
 writes full float32 weights that load without peft. With --push_to_hub it is sent to the Hub, as a private repository
 unless you say otherwise; your login there is huggingface_hub's (`hf auth login` or $HF_TOKEN). Nothing private is
-copied or sent."""
+copied or sent.
+
+With --check it reads a folder that is about to leave, and ends with an error if anything in it is not on the list of
+what may: a file, a field, metadata, a link, a path of this machine, its name or yours, a statement that says
+NOT PRIVATE."""
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     """Returns where the export lies."""
     parser = Parser(prog="dpalign export", description=DESCRIPTION)
-    parser.add_argument("run", help="a run's folder, or its release folder")
+    parser.add_argument("run", help="a run's folder, or its release folder; with --check any folder")
+    parser.add_argument("--check", action="store_true", help="whether the folder may leave; nothing is written")
     parser.add_argument("--to", help="the folder to write: a new one, or an empty one")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the base model's weights")
     hub = parser.add_argument_group("on the Hub")
@@ -30,6 +35,8 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     hub.add_argument("--base_model", metavar="USER/NAME", help="the base's name there, where it is a folder here")
     hub.add_argument("--license", help="the Hub's name of a licence, such as apache-2.0")
     given = parser.parse_args(arguments)
+    if given.check:
+        return _checked(given, as_json)
     if given.to is None and given.push_to_hub is None:
         raise DPAlignError("say where the release goes: --to FOLDER, or --push_to_hub USER/NAME.")
     if given.push_to_hub is None and (given.base_model or given.license or not given.private):
@@ -52,6 +59,25 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         for key in said.keys() & made.keys():
             Terminal().say(f"{said[key]} {made[key]}")
     return made
+
+
+def _checked(given: Any, as_json: bool) -> dict[str, Any]:
+    """Says that a folder may leave.
+
+    Raises:
+        DPAlignError: it must not, with all that was found.
+    """
+    from ..boundary import found_in, names_in  # imports torch
+
+    if given.to is not None or given.push_to_hub is not None or given.merge:
+        raise DPAlignError("--check only reads: leave --to, --merge and --push_to_hub out.")
+    folder = Path(given.run)
+    if found := found_in(folder):
+        raise DPAlignError(f"{folder} must not leave: {'; '.join(found)}.")
+    files = names_in(folder)
+    if not as_json:
+        Terminal().say(f"{folder} may leave: {len(files)} files, all on the list; nothing in them names this machine.")
+    return {"checked": str(folder), "files": files}
 
 
 def _write(release: Path, folder: Path, merge: bool) -> None:

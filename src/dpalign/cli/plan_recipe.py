@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from ..models import embedded
+from ..models.bases import base_path
 from ..plan import Past, Plan, PlannedStage, RecipeStage, declared_units, make_plan
 from ..privacy import accountant
 from ..privacy.budget import StageBudget, allocate
@@ -139,12 +140,11 @@ def _compute(stage: RecipeStage, turns: float, parameters: float | None) -> dict
 def parameter_count(recipe: Recipe) -> float | None:
     """Weights of the model, from its configuration alone; None where that is not here."""
     import torch
-    from peft import LoraConfig
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = embedded.resolve(recipe.model.name_or_path)
     if (Path(path) / "adapter_config.json").exists():
-        path = embedded.resolve(str(LoraConfig.from_pretrained(path).base_model_name_or_path))
+        path = base_path(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.device("meta"):

@@ -145,6 +145,7 @@ def load_adapter(base: Any, folder: str, **options: Any) -> Any:
     expected = {name.replace(".earlier.", ".") for name, _ in model.named_parameters() if ".lora_" in name}
     refuse_missing(folder, expected - saved)
     check_weights(model, f"the release {folder}")
+    model.peft_config["earlier"].base_model_name_or_path = base.name_or_path  # where it lies, however it is called
     return model
 
 

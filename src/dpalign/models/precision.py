@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch.nn.functional import linear
 from transformers import AutoConfig
 
 from ..settings.models import ModelConfig
 from . import embedded
+from .bases import base_path
 from .loading import loaded
 
 SMALL = 128  # hidden size below which a model is float32
@@ -58,7 +58,7 @@ def is_small(config: ModelConfig) -> bool:
     def read() -> Any:
         path = embedded.resolve(config.name_or_path)
         if (Path(path) / "adapter_config.json").exists():
-            path = embedded.resolve(LoraConfig.from_pretrained(path).base_model_name_or_path)
+            path = base_path(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
     text = loaded("a model and tokenizer", config.name_or_path, read).get_text_config()

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import DPAlignError
 from ..settings.models import AdapterConfig, ModelConfig
 from . import embedded
+from .bases import base_path
 from .kernels import constant_kernels
 from .loading import check_configuration, check_tokenizer, check_weights, loaded
 from .lora import check_adapter_folder, check_layers
@@ -284,8 +285,8 @@ def load_pretrained(
     adapter = None
     if (Path(path) / "adapter_config.json").exists():
         check_adapter_folder(path, has_head="num_labels" in options)
-        adapter = path
-        path = embedded.resolve(loaded("an adapter", path, lambda: _base_of(path)), f"the base of {path}, model")
+        adapter = release = path
+        path = loaded("an adapter", path, lambda: base_path(release))
     trust = {"trust_remote_code": config.trust_remote_code}
     quantized = quantization_config(config.quantization, config.dtype)
     if quantized is not None:  # such a model stays where it is loaded
@@ -309,14 +310,6 @@ def load_pretrained(
         check_adapter(given, adapter or path)
     reader = tokenizer if given.tokenizer is None else copy.deepcopy(given.tokenizer)
     return base, reader, adapter, sorted(loading["missing_keys"])
-
-
-def _base_of(adapter: str) -> str:
-    """The model that an adapter was trained on."""
-    base = LoraConfig.from_pretrained(adapter).base_model_name_or_path
-    if not base:
-        raise DPAlignError(f"the adapter in {adapter} names no base model.")
-    return str(base)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -25,6 +25,10 @@ from .parts import Part, Spending
 
 FORMAT = 1
 UNNAMED = "unnamed "
+ACCOUNT = (  # fields of what the ledger knows of a dataset: `account`
+    "dataset", "unit_kinds", "runs", "runs_without_privacy", "epsilon_of_all_private_runs", "delta", "demo_data",
+    "attack_success_of_all_private_runs",
+)  # fmt: skip
 
 NOT_COVERED = [
     "facts about a unit that other units, the public model or the public reward also reveal",

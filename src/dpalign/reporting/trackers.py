@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..errors import DPAlignError
@@ -142,6 +143,9 @@ def _options(report_to: str, files: Path, run: str) -> dict[str, Any]:
         return {"project_name": PROJECT, "task_name": run, "reuse_last_task_id": False, **CLEARML}
     if report_to == "dvclive":
         return {"dir": str(files / "dvclive"), "save_dvc_exp": False, "dvcyaml": False, "monitor_system": False}
+    if report_to == "tensorboard":  # the machine's name would be in the name of its file
+        named = importlib.import_module("tensorboard.summary.writer.event_file_writer")
+        named.socket = SimpleNamespace(gethostname=lambda: PROJECT)  # type: ignore[attr-defined]
     if report_to == "swanlab":
         return {"name": run, "log_dir": str(files), "settings": SWANLAB}
     return {}

@@ -28,6 +28,7 @@ from ..domains import check_settings
 from ..errors import DPAlignError
 from ..hub import Repository, base_of, share
 from ..models import AdapterConfig, ModelConfig, Policy, RewardModel, embedded
+from ..models.bases import base_path
 from ..models.loading import device_of
 from ..models.lora import check_to_train
 from ..models.objects import Given, check_tokenizer, folder_of
@@ -263,7 +264,7 @@ class Trainer:
         """
         if self._trained is None:
             release, dtype = self._release(), self._dtype()
-            base = str(LoraConfig.from_pretrained(str(release)).base_model_name_or_path)
+            base = base_path(release)
             scores = self.algorithm.model_kind is RewardModel
             options: dict[str, Any] = {"num_labels": 1} if scores else {}
             quantized = quantization_config(self._recipe.model.quantization, dtype)
