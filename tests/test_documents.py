@@ -212,6 +212,7 @@ RUN = {
 # Run by other tests, under these names.
 ELSEWHERE = {
     "dpalign export runs/x/release --check": "test_boundary.py::test_a_release_as_it_is_written_may_leave",
+    "dpalign report runs/x --nist": "test_nist.py::test_the_numbers_are_the_runs",
     "python tools/recompute.py release/privacy.json": "test_recompute.py::test_it_is_short_and_says_by_its_exit_status_whether_the_statement_holds",
     "pip install .": "test_wheel.py::test_the_installed_command_works",
     "python examples/one_private_step.py": "test_examples.py::test_one_private_step",

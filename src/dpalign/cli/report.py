@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import DPAlignError
 from ..reporting.html import FoundRun, write_report
+from ..reporting.nist import write_nist
 from ..reporting.terminal import Terminal
 from .arguments import Parser
 
@@ -17,6 +18,9 @@ data holder.
 
 Of a sweep's folder it writes the table of all settings: reward, KL and cost, private against free and without
 privacy; on private data, what ran without privacy is in private/report.html only.
+
+With --nist it writes RUN/nist-sp-800-226.md instead: answers to what NIST SP 800-226 asks of a claim of differential
+privacy, from the run's published numbers; what only the data holder knows is left open.
 
 `dpalign run` and `dpalign sweep` write both at their end. Nothing is drawn, and no model is loaded."""
 
@@ -32,7 +36,10 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         metavar="RUN",
         help="other finished runs to compare with; one without privacy on private data is in private/ only",
     )
+    parser.add_argument("--nist", action="store_true", help="answers to the questions of NIST SP 800-226, as Markdown")
     given = parser.parse_args(arguments)
+    if given.nist:
+        return _nist(given, as_json)
     if (Path(given.run) / "sweep.json").is_file():
         if given.beside:
             raise DPAlignError("--beside is for a run's report: a sweep's compares its own settings.")
@@ -42,6 +49,15 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     beside = [Path(folder) for folder in given.beside]
     page = write_report(Path(given.run), beside)
     return told(page, [str(folder) for folder in beside if not may_be_shown(Path(given.run), folder)], as_json)
+
+
+def _nist(given: Any, as_json: bool) -> dict[str, Any]:
+    if given.beside:
+        raise DPAlignError("--beside is for a run's report: --nist answers for one run.")
+    page = write_nist(Path(given.run))
+    if not as_json:
+        Terminal().say(f"answers to NIST SP 800-226: {page}")
+    return {"nist": str(page)}
 
 
 def told(page: Path, hidden: list[str], as_json: bool) -> dict[str, Any]:
