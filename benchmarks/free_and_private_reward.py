@@ -34,7 +34,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from dpalign.algorithms.reward_query import FEWEST, FREE_SHARE, OF_A_LAYER, PER_UNIT, PRIOR, whitening
+from dpalign.algorithms.reward_query import FEWEST, OF_A_LAYER, PER_UNIT, PRIOR, free_share, whitening
 from dpalign.models import smollm2
 from dpalign.models.features import LASTS, MEANS
 from dpalign.models.precision import faster_dtype
@@ -350,9 +350,8 @@ def joined_coordinates(data: Set, units: int, sigma: float) -> dict[str, np.ndar
     count = data.axes["own"].shape[1]
     if sigma:
         count = min(count, max(FEWEST, int(PER_UNIT * units / sigma)))
-    return {
-        n: np.concatenate([data.axes[n][:, :count], FREE_SHARE / 2 * data.free[n]], 1) for n in ("texts", "completions")
-    }
+    share = free_share(units, sigma) / 2  # of each of the two
+    return {n: np.concatenate([data.axes[n][:, :count], share * data.free[n]], 1) for n in ("texts", "completions")}
 
 
 def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpalign.algorithms.reward import pair_texts
-from dpalign.algorithms.reward_query import RewardQuery, as_answers, whitening
+from dpalign.algorithms.reward_query import RewardQuery, as_answers, free_share, whitening
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Policy, RewardModel, TextFormat
 from dpalign.models.features import body_of, maps_of, maps_read
@@ -240,16 +240,23 @@ def test_the_released_weights_are_the_sum_of_votes_in_layers_and_free_scores(lay
     folder, _ = layered
     pairs = vivid(24)
     read, free = coordinates(folder, [text for pair in pairs for text in pair_texts(pair)])  # chosen, rejected, ...
-    cast = torch.cat([read[0::2] - read[1::2], 0.2 * (free[0::2] - free[1::2])], 1)
+    share = 24**-0.5
+    cast = torch.cat([read[0::2] - read[1::2], share * (free[0::2] - free[1::2])], 1)
     cast = cast / (cast.norm(dim=1, keepdim=True) + GAMMA)
     saved = weights_of(folder / "run")
-    assert torch.allclose(saved["free"].double(), 0.2 * cast.sum(0)[-2:], rtol=1e-3, atol=1e-4)
+    assert torch.allclose(saved["free"].double(), share * cast.sum(0)[-2:], rtol=1e-3, atol=1e-4)
     assert float(saved["free"][0]) > 0.1  # the lexicon has something to say
     source = f"reward_model:{folder / 'run' / 'reward_model'}"
     rewarded = load_reward(RewardConfig(source=source), public=PublicModels()).function
     found = torch.tensor(rewarded([""] * len(pairs), [pair["chosen"] for pair in pairs]))
     expected = read[0::2] @ cast.sum(0)[:-2] + free[0::2] @ saved["free"].double()
     assert torch.allclose(found.double(), expected, rtol=2e-3, atol=1e-3)
+
+
+def test_the_more_people_are_heard_the_less_free_scores_count():
+    """Mutants: the noise left out, or the votes' own."""
+    assert free_share(400, 0.0) == pytest.approx(0.05) and free_share(400, 3.0) == pytest.approx(0.0889, abs=1e-4)
+    assert free_share(100, 7.0) == pytest.approx(0.2659, abs=1e-4) and free_share(2, 7.0) == 1.0
 
 
 def test_directions_are_of_what_the_policy_writes_itself_and_of_what_is_written_for_free_rewards(layered):
@@ -299,7 +306,7 @@ def test_people_move_weights_by_their_vote_and_nothing_that_it_is_cast_in(layere
     assert json.loads((folder / "run/reward_model/reward.json").read_text())["free"] == json.loads(
         (tmp_path / "run/reward_model/reward.json").read_text()
     )["free"]
-    moved = (two["free"] - one["free"]) / 0.2
+    moved = (two["free"] - one["free"]) * 24**0.5
     assert 0 < float(moved.norm()) <= 2 + 1e-3
 
 

@@ -37,7 +37,6 @@ SMALLEST = 1e-6  # of the largest variance: a direction with less is rounding
 OF_A_LAYER = 64  # directions that are looked at
 # Chosen on three sets of people's judgements, and tried on a fourth: docs/results/free_and_private_reward.md.
 PER_UNIT, FEWEST = 0.5, 8  # directions, over the noise multiplier
-FREE_SHARE = 0.2  # of a public score in a vote
 PRIOR = 0.3  # of the expected length of the noise, towards the mean of the public scores
 
 
@@ -81,7 +80,8 @@ class RewardQuery(ScoredPairs[RewardQueryConfig]):
         width, count = model.features_width, self.directions(model)
         if count > width:
             raise DPAlignError(f"directions {count} are more than the model's {width} features: ask for fewer.")
-        model.vote_in(torch.randn(count, width) / math.sqrt(width), self.free, FREE_SHARE)  # until own text is there
+        directions = torch.randn(count, width) / math.sqrt(width)  # until own text is there
+        model.vote_in(directions, self.free, free_share(self.declared_units, self.noise_multiplier))
 
     def directions(self, model: RewardModel) -> int:
         """How many: as set, or as many as the noise leaves readable; all, where there is none."""
@@ -145,6 +145,15 @@ class RewardQuery(ScoredPairs[RewardQueryConfig]):
         count = model.free_head.in_features
         noise = self.noise_multiplier * self.config.max_grad_norm * math.sqrt(self.directions(model) + count)
         model.free_head.weight.grad -= PRIOR * noise / math.sqrt(count)  # which is subtracted
+
+
+def free_share(units: float, noise_multiplier: float) -> float:
+    """What the public scores count for in a vote, beside directions of about 1: the less, the more people are heard.
+
+    The sum of all votes is as good as their number over their own noise (1) and the one that is added. A score that needs
+    nobody is a place to start from, as a prior is: it weighs as that quality's inverse square root.
+    """
+    return math.sqrt(min(1.0, math.hypot(1.0, noise_multiplier) / max(1.0, units)))
 
 
 def as_answers(written: Sequence[str], own: Sequence[Text]) -> list[Text]:
