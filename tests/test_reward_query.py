@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -408,19 +409,26 @@ def test_a_damaged_release_is_refused(layered, tmp_path):
             "reward.safetensors": lambda text: text[:-9],
         }.items()
     ):
-        copy = tmp_path / str(number)
-        shutil.copytree(folder / "run" / "reward_model", copy)
+        copy = copied(folder, tmp_path / str(number))
         content = (copy / file).read_bytes()
         changed = change(content) if file.endswith("s") else change(content.decode()).encode()
         (copy / file).write_bytes(changed)
         with pytest.raises(DPAlignError, match="is not the release of this reward model"):
             load_reward(RewardConfig(source=f"reward_model:{copy}"))
-    shutil.copytree(folder / "run" / "reward_model", tmp_path / "free")
-    described = json.loads((tmp_path / "free" / "reward.json").read_text())
+    copy = copied(folder, tmp_path / "free")
+    described = json.loads((copy / "reward.json").read_text())
     described["free"]["reward"]["of"] = [{"source": "contrast", "wanted": "w1"}]
-    (tmp_path / "free" / "reward.json").write_text(json.dumps(described))
+    (copy / "reward.json").write_text(json.dumps(described))
     with pytest.raises(DPAlignError):
-        load_reward(RewardConfig(source=f"reward_model:{tmp_path / 'free'}"))
+        load_reward(RewardConfig(source=f"reward_model:{copy}"))
+
+
+def copied(folder, run) -> Path:
+    """A copy of the release, which still knows where its base lies."""
+    shutil.copytree(folder / "run" / "reward_model", run / "reward_model")
+    (run / "private").mkdir()
+    shutil.copy(folder / "run" / "private" / "bases.json", run / "private")
+    return run / "reward_model"
 
 
 def test_it_is_no_classifier_that_is_trained_further(layered, tmp_path, capsys):

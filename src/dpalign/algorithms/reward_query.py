@@ -150,8 +150,8 @@ class RewardQuery(ScoredPairs[RewardQueryConfig]):
 def free_share(units: float, noise_multiplier: float) -> float:
     """What the public scores count for in a vote, beside directions of about 1: the less, the more people are heard.
 
-    The sum of all votes is as good as their number over their own noise (1) and the one that is added. A score that needs
-    nobody is a place to start from, as a prior is: it weighs as that quality's inverse square root.
+    The sum of all votes is as good as their number over their own noise (1) and the one that is added. A score that
+    needs nobody is a place to start from, as a prior is: it weighs as that quality's inverse square root.
     """
     return math.sqrt(min(1.0, math.hypot(1.0, noise_multiplier) / max(1.0, units)))
 

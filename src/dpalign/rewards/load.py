@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.text import TEMPLATE_COLUMNS
 from ..errors import DPAlignError
 from ..models import ModelConfig, Normalization, RewardModel
+from ..models.bases import base_path
 from ..models.loading import check_ids, embedding_rows
 from ..models.reward_model import FORMAT_FILE, WEIGHTS_FILE, normalization_of
 from ..settings.rewards import BASE, CONTRAST, FITTED, JUDGE, MEAN, RELEASED, RewardConfig
@@ -246,9 +247,8 @@ def _free_of(release: Path, public: PublicModels) -> Mean:
     try:
         described = json.loads((release / FORMAT_FILE).read_text(encoding="utf-8"))["free"]
         saved = load_file(release / WEIGHTS_FILE)
-        base = json.loads((release / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         constants = {name.removeprefix("free."): value for name, value in saved.items() if name.startswith("free.")}
-        section, made = from_kept(described, constants, base, public)
+        section, made = from_kept(described, constants, base_path(release), public)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
         raise DPAlignError(f"the free rewards in {release} cannot be read: copy the release again.") from None
     return Mean(section, [load_reward(part, public.device, public=made) for part in section.parts], made)
