@@ -21,6 +21,7 @@ ROOMS = [
     ["recipe"],
     ["reporting"],
     ["results"],
+    ["audit"],
     ["evaluation"],
     ["training"],
     ["algorithms"],

@@ -135,13 +135,10 @@ def errors_p_value(n: int, guesses: int, errors: int, mu: float) -> float:
         return float(stats.binom.cdf(errors, n, special.ndtr(-mu / 2)))
     levels = (np.arange(512) + 0.5) / 512
     beyond = stats.beta.ppf(levels, guesses + 1, n - guesses)  # P(|x| > t) of the first that is not guessed
-    low, high = np.zeros_like(beyond), np.full_like(beyond, 12.0 + mu)
-    for _ in range(60):
-        t = (low + high) / 2
-        above = special.ndtr(-t - mu / 2) + special.ndtr(-t + mu / 2) > beyond
-        low, high = np.where(above, t, low), np.where(above, high, t)
-    wrong = special.ndtr(-low - mu / 2)
-    wrong = wrong / (wrong + special.ndtr(-low + mu / 2))
+    t = np.linspace(0.0, 12.0 + mu, 4096)
+    t = np.interp(-beyond, -(special.ndtr(-t - mu / 2) + special.ndtr(-t + mu / 2)), t)
+    wrong = special.ndtr(-t - mu / 2)
+    wrong = wrong / (wrong + special.ndtr(-t + mu / 2))
     return float(stats.binom.cdf(errors, guesses, wrong).mean())
 
 

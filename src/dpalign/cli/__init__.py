@@ -30,6 +30,7 @@ COMMANDS = {
     "sweep": "a recipe over epsilons and seeds: the privacy-utility table and figure",
     "report": "one page about a finished run: guarantee, mechanisms, curves, results, completions",
     "ledger": "what has been spent on which data, by all runs",
+    "audit": "the guarantee tried from outside: lower bounds on epsilon beside the claim",
     "export": "copy a release, or merge it into full weights",
 }
 EXAMPLES = """examples:
