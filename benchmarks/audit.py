@@ -1,6 +1,6 @@
 """What the audit finds: honest runs, whose bounds must stay below the claim, and runs with one planted fault each.
 
-    .venv/bin/python benchmarks/audit.py --runs 100 --output docs/results/audit.runs.jsonl --summary docs/results/audit.json
+    .venv/bin/python benchmarks/audit.py --output runs/audit.jsonl
 
 Every run is one of `dpalign audit` on its model of two layers: 1,000 canaries, epsilon 4 at delta 1e-5, bounds of 99.9%
 confidence. A fault is planted by patching the library in this process, never in its source. Layers are asked in order (the
@@ -287,7 +287,7 @@ def all_that_see(rows: list[dict]) -> dict[str, int]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100, help="of honest code, and of each fault")
-    parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=[*FAULTS, []])
+    parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--canaries", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("runs/audit.jsonl"))
     parser.add_argument("--summary", type=Path, help="a JSON file for what all rows say together")

@@ -339,6 +339,16 @@ def check_profile(out: str, folder: Path) -> None:
     assert [row["variant"] for row in rows] == ["private", "nonprivate", "plain"]
 
 
+def check_audit(out: str, folder: Path) -> None:
+    """One honest run that all layers pass, and a fault that the first of them finds."""
+    found = json.loads(out)
+    assert found["honest"]["runs"] == 1 and found["honest"]["exceeded"] == found["honest"]["rejected"] == 0
+    assert {name: fault["found"] for name, fault in found["faults"].items()} == {"noise_halved": 1}
+    assert found["faults"]["noise_halved"]["by"] == {"step": 1}
+    honest, fault = [json.loads(line) for line in (folder / "runs" / "audit.jsonl").read_text().splitlines()]
+    assert 3.9 < honest["claim"] <= 4 and "run: noise" in fault["rejected"]  # the first run is asked about everywhere
+
+
 def check_malformed(out: str, folder: Path) -> None:
     found = last_json(out)
     assert found["inputs"] == 3 and not found["faults"] and found["slowest_s"] < 20
@@ -433,6 +443,7 @@ SMOKE = {
     ),
     "profile_iteration.py --show docs/results/profile_h200_first.jsonl": Smoke("", check_shown),
     "profile_iteration.py --show docs/results/profile_h200.jsonl": Smoke("", check_shown),
+    "audit.py --output runs/audit.jsonl": Smoke("--runs 1 --canaries 60 --faults noise_halved", check_audit),
     "malformed.py --output malformed.jsonl": Smoke("--groups together file ledgers --most 1", check_malformed),
     "profile_iteration.py --device cuda --dtype bfloat16 --model gpt2 --micro_batch_size 512 --output FILE": Smoke(
         "--device cpu --model tiny --micro_batch_size 2 --prompts 2 --prompt_tokens 2 --completion_tokens 2 --repeats 1 "
