@@ -1,7 +1,8 @@
 """Demo data: 10,605 movie-review snippets that come in the sdist of vaderSentiment (MIT, Hutto and Gilbert 2014).
 
 Each snippet has the mean of about 20 people's ratings, -4 to 4. The files are named `demo:movie-snippets/private`,
-`demo:movie-preferences/pairs` and so on; all of them are public text, some of which plays private.
+`demo:movie-preferences/pairs` and so on; all of them are public text, some of which plays private. Beside them are
+requests for a sentence about a film, `demo:film-prompts/asked` and `demo:film-prompts/public`, which are our own words.
 """
 
 from __future__ import annotations
@@ -31,6 +32,26 @@ PREFIX = "demo:"
 TEXTS = 1_500
 PAIRS = 3_000
 MIN_DIFFERENCE = 1.0
+WORDINGS = (
+    "Write one sentence about {}.",
+    "In one sentence, what did you think of {}?",
+    "Tell a friend about {} in one sentence.",
+    "Give your opinion of {} in a single sentence.",
+    "Write one line of a review of {}.",
+    "Say in one sentence how {} was.",
+)
+FILMS = (
+    "a film you have just seen", "a new comedy", "a horror film", "a war film", "a science fiction film",
+    "the acting in a film", "the ending of a film", "the script of a film", "a documentary", "a film for children",
+    "a thriller", "a sequel", "a film with many special effects", "a film from a new director", "a western",
+    "a film about a family",
+)  # fmt: skip
+OTHER_FILMS = (
+    "a film you saw last night", "a romantic comedy", "a ghost story on the screen", "a crime film", "an animated film",
+    "the leading actor of a film", "the opening of a film", "the music of a film", "a remake of an old film",
+    "a film for the whole family", "an adventure film", "a film that won many prizes", "a film with no dialogue",
+    "a film that everybody talks about", "a musical", "a film about a friendship",
+)  # fmt: skip
 
 
 def movie_snippets(cache: Path | None = None) -> tuple[Path, Path]:
@@ -90,6 +111,23 @@ def movie_preferences(cache: Path | None = None) -> dict[str, Path]:
     return files
 
 
+def film_prompts(cache: Path | None = None) -> dict[str, Path]:
+    """Paths of asked.jsonl and public.jsonl: chats of one request each for a sentence about a film, in our own words.
+
+    Every request of the one file is about another kind of film than those of the other, in an order fixed by hashes.
+    """
+    folder = (cache or cache_folder()) / "film-prompts"
+    files = {"asked": folder / "asked.jsonl", "public": folder / "public.jsonl"}
+    if all(file.exists() for file in files.values()):
+        return files
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, films in (("asked", FILMS), ("public", OTHER_FILMS)):
+        asked = sorted((wording.format(film) for wording in WORDINGS for film in films), key=_digest)
+        chats = [{"prompt": [{"role": "user", "content": text}]} for text in asked]
+        write_text(files[name], "".join(dumps(chat, indent=None) + "\n" for chat in chats))
+    return files
+
+
 def rated_pairs(snippets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Pairs with columns id, chosen, rejected, difference.
 
@@ -127,8 +165,13 @@ def demo_file(name: str) -> Path:
         files = dict(zip(("private", "public"), movie_snippets(), strict=True))
     elif family == "movie-preferences":
         files = movie_preferences()
+    elif family == "film-prompts":
+        files = film_prompts()
     else:
-        raise DPAlignError(f"there is no demo data {name!r}; there is demo:movie-snippets and demo:movie-preferences.")
+        raise DPAlignError(
+            f"there is no demo data {name!r}; there is demo:movie-snippets, demo:movie-preferences and "
+            "demo:film-prompts."
+        )
     if file not in files:
         raise DPAlignError(f"the demo {family} has the files {', '.join(files)}, not {file!r}.")
     return files[file]
