@@ -28,7 +28,7 @@ class OwnPairs(CompletionAlgorithm[DPOConfig]):
 
     @classmethod
     def tokens(cls, config: DPOConfig) -> Tokens:
-        return Tokens(trained=2 * config.positions, read=2 * config.num_generations * config.positions)
+        return Tokens(trained=2 * config.positions, read=(config.num_generations + 2) * config.positions)
 
     def __init__(self, config: DPOConfig, reward: Reward) -> None:
         super().__init__(config, reward)
@@ -38,7 +38,7 @@ class OwnPairs(CompletionAlgorithm[DPOConfig]):
         with policy.reference():
             return super().sampled(policy, ids, mask, coins)
 
-    def prepare(self, policy: Policy, rows: Rows) -> Rows:
+    def learned(self, rows: Rows) -> Rows:
         """The best and the worst completion of every prompt: chosen, rejected, chosen, rejected, ...
 
         None of a prompt whose completions score alike, or of which one has no score.

@@ -115,22 +115,26 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
         unit = torch.tensor([number for number, _ in drawn], dtype=torch.int64, device=policy.device)
         ids, mask = policy.encode_prompts([prompt.ids for _, prompt in drawn], config.max_prompt_length)
         rollouts = self.sampled(policy, ids, mask, coins)
-        with torch.no_grad(), policy.reference():
-            ref_logprobs = in_micro_batches(policy, rollouts, config)[0]
         scores = self._score([prompt for _, prompt in drawn], rollouts, policy)
         tensors = {
             "input_ids": rollouts.input_ids,
             "attention_mask": rollouts.attention_mask,
             "completion_mask": rollouts.completion_mask,
-            "ref_logprobs": ref_logprobs,
             "scores": scores.to(policy.device) - config.missing_eos_penalty * (1 - _has_eos(policy, rollouts)),
             "prompt": torch.arange(len(scores), device=policy.device) // config.num_generations,
         }
-        return self.prepare(policy, Rows(unit, tensors))
+        rows = self.learned(Rows(unit, tensors))
+        with torch.no_grad(), policy.reference():
+            ref_logprobs = in_micro_batches(policy, rollouts_of(rows), config)[0]
+        return self.prepare(policy, Rows(rows.unit, rows.tensors | {"ref_logprobs": ref_logprobs}))
 
     def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: SystemEntropy | None) -> Rollouts:
         """Completions of `(rows, prompt)` ids, by the policy as it is."""
         return sample(policy, ids, mask, self.config, coins)
+
+    def learned(self, rows: Rows) -> Rows:
+        """The scored rows that are learned from: all of them."""
+        return rows
 
     def prepare(self, policy: Policy, rows: Rows) -> Rows:
         """Adds what later passes over the same rollouts need; nothing, on-policy."""

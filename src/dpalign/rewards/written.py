@@ -108,6 +108,7 @@ class PublicModels:
     is_fixed: bool = False
     _loaded: dict[str, PublicModel] = field(default_factory=dict)
     _found: list[tuple[dict[str, Any], dict[str, Tensor]]] = field(default_factory=list)  # by section
+    _written: dict[tuple[str, int, int], tuple[list[Text], list[str]]] = field(default_factory=dict)
 
     def named(self, name: str) -> PublicModel:
         """A public model or a release, loaded once."""
@@ -143,9 +144,12 @@ class PublicModels:
         return self.judge(config) if alone else self.base(config)
 
     def own_rows(self, config: RewardConfig) -> tuple[list[Text], list[str]]:
-        """Prompts and completions that show a score's scale."""
-        lengths = self.prompt_tokens, self.completion_tokens
-        return self.writer(config).own_rows(2 * config.written_texts, *lengths, config.written_seed)
+        """Prompts and completions that show a score's scale; written once for all sections that ask for the same."""
+        writer, count, seed = self.writer(config), 2 * config.written_texts, config.written_seed
+        key = writer.name, count, seed
+        if key not in self._written:
+            self._written[key] = writer.own_rows(count, self.prompt_tokens, self.completion_tokens, seed)
+        return self._written[key]
 
     def constants(self, config: RewardConfig, fit: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `fit` finds for a section, or what was found for it when the run began.
