@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from .reporting.html import write_report
 from .reporting.progress import Reporter
 from .results import Results
 from .rewards import RewardConfig, is_reward_model
-from .run import run_recipe
+from .run import REWARDS, run_recipe
 from .settings.base import StageConfig
 from .settings.data import DataConfig
 from .settings.prompts import SELF_WRITTEN
@@ -63,6 +64,7 @@ def free_recipe(recipe: Recipe) -> Recipe:
     )
     others: dict[str, Any] = {section: None for stage in STAGES for section in (stage, f"{stage}_data")}
     others |= {"split": None, "allocation": "equal", "composition": "parallel", "data": data}
+    others |= {"eval_best_of": None}  # of the free reward the recipe's own run says it too
     others[name] = dataclasses.replace(config, **changes)
     found = dataclasses.replace(recipe, output_dir=f"{recipe.output_dir}/{FREE}", **others)
     try:
@@ -176,11 +178,14 @@ def run_compared(
     else:
         reporter.note("what is free, for comparison: no private data is read")
         beside[FREE] = run_recipe(free, reporter=reporter).to_json()
+        _hand_on(free, recipe)
         reporter.note("the recipe itself")
     found = Compared(run_recipe(recipe, reporter=reporter, command=command))
     if is_all_demo(recipe):
         reporter.note("the same without privacy, for comparison")
-        beside[NONPRIVATE] = run_recipe(nonprivate_recipe(recipe, tuned), reporter=reporter).to_json()
+        bare = nonprivate_recipe(recipe, tuned)
+        _hand_on(recipe, bare)
+        beside[NONPRIVATE] = run_recipe(bare, reporter=reporter).to_json()
     else:
         said.append(
             "Nothing was run without privacy: on private data that stays in the ledger, and its numbers have no "
@@ -190,6 +195,13 @@ def run_compared(
     _add_up(found, recipe, said, notes)
     _write(found, Path(recipe.output_dir))
     return found
+
+
+def _hand_on(done: Recipe, following: Recipe) -> None:
+    """What one run found for rewards that need nobody's data, for the next: the same text would give the same again."""
+    found, wanted = Path(done.output_dir) / REWARDS, Path(following.output_dir) / REWARDS
+    if found.is_dir() and not wanted.exists():
+        shutil.copytree(found, wanted)
 
 
 def _add_up(found: Compared, recipe: Recipe, said: list[str], notes: list[str]) -> None:

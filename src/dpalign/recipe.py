@@ -68,6 +68,9 @@ class Recipe:
             or public (form letters, say), and the statement says so.
         eval_prompts: most public prompts that are measured at the end; default: all.
         eval_seed: seed of the sampling that is measured.
+        eval_best_of: measure also what the reward is worth where it is used: among so many completions of each public
+            prompt, by the model that the policy stage starts from, what does the reference reward say of the one that
+            the reward chooses? And of the one that the free rewards do, if it starts from some.
         reference_reward: a second reward for the measurement at the end, which trains nothing and decides nothing: a
             reward model without privacy, say. Its numbers are outside the guarantee, and stay in private/ unless all
             data is demo data.
@@ -111,6 +114,7 @@ class Recipe:
     shared_texts: Literal["checked", "declared"] = "checked"
     eval_prompts: int | None = within(None, COUNT)
     eval_seed: int = within(0, SEEDS)
+    eval_best_of: int | None = within(None, "[2, 1024]")
     reference_reward: RewardConfig | None = None
     free_reward: RewardConfig | None = None
     ledger: str | None = None
@@ -163,6 +167,11 @@ class Recipe:
         scoring = [name for name, config in self.stages.items() if isinstance(config, RewardModelConfig)]
         if len(scoring) > 1:
             raise DPAlignError(f"the recipe has both {' and '.join(scoring)}: keep one of them.")
+        if self.eval_best_of is not None and (self.reference_reward is None or not sampling):
+            raise DPAlignError(
+                "eval_best_of has a judge say what the reward chooses among completions: it needs a reference_reward, "
+                "and a stage that samples."
+            )
         for name in self.stages.keys() - self.drawing.keys():
             self._check_without_records(name)
         for name in STAGES:

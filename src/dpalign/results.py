@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from .evaluation import Evaluation, PairEvaluation, TextEvaluation
+from .evaluation import BestOf, Evaluation, PairEvaluation, TextEvaluation
 from .privacy.statement import PrivacyStatement
 
 PRETRAINED = "0"  # the epsilon of a trial in which nothing is trained
@@ -27,6 +27,7 @@ class Results:
     release: the folder to share. reward_model_release: the reward model's, if the run has trained one. pairs: by stage,
     agreement with public pairs. evaluation: by stage, measured on public prompts, or on public texts where nothing
     samples; `pretrained` is the base model.
+    best_of: what the reward is worth where it is used, and the free ones that it starts from, in a judge's eyes.
     measurements: by stage, noised, on held-out private units; None for one that an interruption lost.
     outside_the_guarantee: columns of `evaluation` that no guarantee covers. resources: seconds and memory, where no
     data is private.
@@ -38,6 +39,7 @@ class Results:
     pairs: dict[str, PairEvaluation] = field(default_factory=dict)
     evaluation: dict[str, Evaluation | TextEvaluation] = field(default_factory=dict)
     measurements: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    best_of: dict[str, BestOf] = field(default_factory=dict)
     outside_the_guarantee: list[str] = field(default_factory=list)
     resources: dict[str, float] = field(default_factory=dict)
 
@@ -79,6 +81,8 @@ class Results:
             value["reward_model_release"] = str(self.reward_model_release)
         if self.evaluation:
             value["evaluation"] = {stage: found.as_dict() for stage, found in self.evaluation.items()}
+        if self.best_of:
+            value["best_of"] = {name: found.as_dict() for name, found in self.best_of.items()}
         if self.outside_the_guarantee:
             value["outside_the_guarantee"] = self.outside_the_guarantee
         return value | self.resources

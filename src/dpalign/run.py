@@ -30,6 +30,7 @@ from .evaluation import (
     Evaluation,
     TextEvaluation,
     agreement_on,
+    best_of,
     evaluate_stages,
     of_each_stage,
     public_prompts,
@@ -84,6 +85,7 @@ from .workspace import Workspace
 
 SURVEY = "data.json"  # in the private folder
 REWARDS = "rewards"  # of the run: what was found for rewards that need nobody's data
+FREE = "free"  # the setting that names rewards of which a stage learns a correction
 SAMPLES = 20  # public completions that are kept for people to read
 NORMALIZATION_ROWS = 512  # self-written texts that fix the scale of a reward model
 M = TypeVar("M", bound=AdapterStack)
@@ -398,6 +400,7 @@ class Run:
     rewards: list[tuple[RewardConfig, Reward]] = field(default_factory=list)
     reference: Reward | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # that a step is expected to take, by stage
+    written: dict[tuple[int, int], list[Text]] = field(default_factory=dict)  # own texts, by seed and number
 
     def __post_init__(self) -> None:
         self.results = Results(self.statement())
@@ -425,11 +428,24 @@ class Run:
         given = self.plan.recipe.reference_reward if self.plan.recipe.rollouts is not None else None  # else none scores
         if not wanted and given is None:
             return
+        if self.plan.recipe.eval_best_of is not None:
+            self.check_best_of()
         with self.reporter.status("loading the rewards"):
             for reward in wanted:
                 self.reward(reward)
             if given is not None:
                 self.reference = load_reward(given, self.models.of(Policy).device, public=self.public_models())
+
+    def check_best_of(self) -> None:
+        """Raises DPAlignError for a judge whose numbers no guarantee covers, and for no prompts to measure on."""
+        given = self.plan.recipe.reference_reward
+        if given is not None and is_outside_the_guarantee(given) and not self.plan.is_all_demo:
+            raise DPAlignError(
+                "eval_best_of is judged by the reference reward, whose numbers are outside the guarantee: name a "
+                "public one, or leave eval_best_of out."
+            )
+        if not any(samples(s.config) and name in self.public for name, s in self.plan.order.items()):
+            raise DPAlignError("eval_best_of needs public prompts: give data an eval_path and eval_is_public: true.")
 
     def check_prompts_of_rewards(self, records: Records) -> None:
         """Refuses prompts that a reward model cannot read: their completions would have no reward."""
@@ -506,11 +522,12 @@ class Run:
         else:
             self.train_on_own_text(stage, algorithm, model)
         if isinstance(model, RewardModel):
-            self.release_reward_model(stage, model, algorithm.config.seed)
+            self.release_reward_model(stage, model, algorithm.config)
         if isinstance(algorithm, PairAlgorithm) and stage.name in self.public:
             pairs, _ = self.public[stage.name]
             with self.reporter.status("measuring on the public pairs"):
-                self.results.pairs[stage.name] = agreement_on(algorithm.differences(model, pairs), pairs)
+                own, free = algorithm.compared(model, pairs)
+                self.results.pairs[stage.name] = agreement_on(own, pairs, free)
 
     def train(self, planned: PlannedStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack) -> None:
         """One private stage, from its newest checkpoint if there is one."""
@@ -652,7 +669,7 @@ class Run:
         given = [config.prepend_bos for config in configs if hasattr(config, "prepend_bos")]
         return PromptFormat(bool(given and given[-1]), policy.asks_in_chats, policy.asked_with)
 
-    def release_reward_model(self, stage: RecipeStage, model: RewardModel, seed: int) -> None:
+    def release_reward_model(self, stage: RecipeStage, model: RewardModel, config: RewardModelConfig) -> None:
         """Written once, when its stage ends, with its scale on text that the SFT model writes itself."""
         folder = self.workspace.folder / REWARD_MODEL
         if (folder / "privacy.json").exists():
@@ -667,20 +684,21 @@ class Run:
                 self.statement(),
                 base,
                 f"{self.workspace.folder.name}, reward model",
-                self.normalization(model, seed),
+                self.normalization(model, config),
             )
 
-    def normalization(self, model: RewardModel, seed: int) -> Normalization:
+    def normalization(self, model: RewardModel, config: RewardModelConfig) -> Normalization:
         """1 where no policy is at hand."""
-        write = self.writer(model, seed)
-        return Normalization() if write is None else normalize(model, write(NORMALIZATION_ROWS))
+        write = self.writer(model, config.seed)
+        return Normalization() if write is None else normalize(model, write(config.scale_texts or NORMALIZATION_ROWS))
 
     def writer(self, model: RewardModel, seed: int) -> Callable[[int], list[Text]] | None:
-        """Writes so many texts as the policy stages will, for a reward model to read; None where there is no policy."""
+        """Writes so many texts as the policy stages will, for a reward model to read, the same ones once; None if there
+        is no policy."""
         policy, rollouts = self.models.get(Policy), self.plan.recipe.rollouts
         if policy is None:
             return None
-        return partial(
+        new = partial(
             own_texts,
             policy,
             seed=seed,
@@ -688,6 +706,13 @@ class Run:
             max_new_tokens=rollouts.max_completion_length if rollouts else model.text.max_length // 2,
             text=rollouts.reward.text if rollouts else None,
         )
+
+        def write(count: int) -> list[Text]:
+            if (seed, count) not in self.written:
+                self.written[seed, count] = new(count)
+            return self.written[seed, count]
+
+        return write
 
     def base_of(self, model: AdapterStack, config: ModelConfig) -> str:
         """The model that a release's adapter is for."""
@@ -712,6 +737,17 @@ class Run:
         ]
         write_json(self.workspace.folder / "completions.json", samples)
         self.show({stage: found.with_text(texts.get(stage)) for stage, (found, _) in measured.items()})
+        if recipe.eval_best_of is not None and self.reference is not None:
+            rewards = {"reward": reward, **self.free_rewards()}
+            with self.reporter.status("measuring what the reward chooses"), policy.reference():
+                how = config, recipe.eval_best_of
+                self.results.best_of = best_of(policy, prompts, rewards, self.reference, *how, seed=recipe.eval_seed)
+
+    def free_rewards(self) -> dict[str, Reward]:
+        """Those that a stage of the run learns a correction of."""
+        stages = self.plan.order.values()
+        found = [entering for stage in stages for entering in stage.kind.entering(stage.config).items()]
+        return {name: self.reward(c) for name, c in found if name == FREE and isinstance(c, RewardConfig)}
 
     def sampled_public_prompts(self) -> tuple[CompletionConfig, Reward, list[Record]] | None:
         """Those of the stage that samples, with its settings and its reward."""

@@ -30,6 +30,10 @@ class PairAlgorithm(Algorithm[T, Model, Example], Generic[T, Model, Example], is
     def differences(self, model: Model, records: list[Record]) -> Tensor:
         """`(pairs,)` float32: by how much the model prefers `chosen` of public pairs, as a difference of scores."""
 
+    def compared(self, model: Model, records: list[Record]) -> tuple[Tensor, Tensor | None]:
+        """`differences`, and those of the scores that need nobody's data; None without any."""
+        return self.differences(model, records), None
+
 
 def check_pair(record: Record) -> None:
     """Raises DPAlignError unless a pair is two texts of one kind, with a valid margin and preference if there are."""

@@ -124,6 +124,14 @@ def encode_pair(model: RewardModel, record: Record) -> Pair:
 
 def score_differences(model: RewardModel, records: list[Record]) -> Tensor:
     """`(pairs,)` score of `chosen` minus that of `rejected`."""
+    return differences_and_free(model, records)[0]
+
+
+def differences_and_free(model: RewardModel, records: list[Record]) -> tuple[Tensor, Tensor | None]:
+    """`score_differences`, and `(pairs,)` those of the mean of the model's free scores; None if it has none."""
     options = [template_options(record) for record in records for _ in range(2)]
-    scores = model.score([text for record in records for text in pair_texts(record)], options)
-    return scores[0::2] - scores[1::2]
+    texts = [text for record in records for text in pair_texts(record)]
+    free = model.free_scores(texts)
+    scores = model.score(texts, options, free=free)
+    mean = None if free is None else free.sum(1)
+    return scores[0::2] - scores[1::2], None if mean is None else mean[0::2] - mean[1::2]

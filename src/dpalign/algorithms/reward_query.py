@@ -31,7 +31,7 @@ from ..settings.models import AdapterConfig
 from ..settings.reward_query import RewardQueryConfig
 from .base import Entering, Reading, Rows, Tokenizer, Tokens
 from .pairs import measured
-from .reward import Pair, ScoredPairs, pair_texts
+from .reward import Pair, ScoredPairs, differences_and_free, pair_texts
 
 SMALLEST = 1e-6  # of the largest variance: a direction with less is rounding
 OF_A_LAYER = 64  # directions that are looked at
@@ -130,6 +130,9 @@ class RewardQuery(ScoredPairs[RewardQueryConfig]):
         rows = super().rows(model, kept, coins)
         free = pairs[usable].flatten(0, 1).to(rows.unit.device)
         return Rows(rows.unit, rows.tensors | {"free": free})
+
+    def compared(self, model: RewardModel, records: list[Record]) -> tuple[Tensor, Tensor | None]:
+        return differences_and_free(model, records)
 
     def row_losses(self, model: RewardModel, rows: Rows) -> tuple[Tensor, Tensor]:
         scores = model(rows.tensors["ids"], rows.tensors["mask"], rows.tensors.get("free"))

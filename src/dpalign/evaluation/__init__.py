@@ -1,5 +1,6 @@
 """Measuring models: exactly on public prompts and pairs, or by one noisy release on private units."""
 
+from .best_of import BestOf, best_of
 from .compare import Compared, Comparison, compare
 from .guarantee import stated_epsilon
 from .metrics import (
@@ -19,6 +20,7 @@ from .texts import TextEvaluation, text_loss
 from .win_rate import WinRate, higher_wins, judged, load_judge, win_rate
 
 __all__ = [
+    "BestOf",
     "Compared",
     "Comparison",
     "Evaluation",
@@ -28,6 +30,7 @@ __all__ = [
     "TextEvaluation",
     "WinRate",
     "agreement_on",
+    "best_of",
     "compare",
     "evaluate_pairs",
     "evaluate_policy",

@@ -5,7 +5,7 @@ Accuracy, calibration and margins; exact, so for public pairs only.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class PairEvaluation:
     accuracy: share of pairs whose better text scores higher (equal scores count half); accuracy_ci95: half-width of its
     95% interval. calibration_error: expected difference between the stated probability that a text is the better one
     and how often it is, over 10 bins (Guo et al. 2017). nll: nats per pair. margin, margin_std: score of the better
-    text minus that of the other.
+    text minus that of the other. free_accuracy: that of the scores which need nobody's data and the reward starts from,
+    if it has any: what people's data bought is above it.
     """
 
     accuracy: float
@@ -37,9 +38,12 @@ class PairEvaluation:
     margin: float
     margin_std: float
     pairs: int
+    free_accuracy: float | None = None
+    free_accuracy_ci95: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what was not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def evaluate_pairs(model: RewardModel, records: list[Record]) -> PairEvaluation:
@@ -51,9 +55,17 @@ def evaluate_pairs(model: RewardModel, records: list[Record]) -> PairEvaluation:
     return agreement_on(score_differences(model, records), records)
 
 
-def agreement_on(differences: Tensor, records: list[Record]) -> PairEvaluation:
-    """`agreement` of score differences `(pairs,)` with what people preferred in public pairs."""
-    return agreement(differences, torch.tensor([preference_of(record) for record in records]))
+def agreement_on(differences: Tensor, records: list[Record], free: Tensor | None = None) -> PairEvaluation:
+    """`agreement` of score differences `(pairs,)` with what people preferred in public pairs.
+
+    free: differences of the scores that the reward starts from, if it has any.
+    """
+    preferred = torch.tensor([preference_of(record) for record in records])
+    found = agreement(differences, preferred)
+    if free is None:
+        return found
+    alone = agreement(free, preferred)
+    return replace(found, free_accuracy=alone.accuracy, free_accuracy_ci95=alone.accuracy_ci95)
 
 
 def agreement(difference: Tensor, preference: Tensor) -> PairEvaluation:

@@ -395,15 +395,22 @@ class RewardModel(AdapterStack):
 
     @torch.no_grad()
     def score(
-        self, texts: Sequence[Text], options: Sequence[Mapping[str, Any]] | None = None, rows_at_once: int = 64
+        self,
+        texts: Sequence[Text],
+        options: Sequence[Mapping[str, Any]] | None = None,
+        rows_at_once: int = 64,
+        free: Tensor | None = None,
     ) -> Tensor:
         """Scores `(rows,)` of texts, each by itself; `options` as in `encode`, one a text.
+
+        Args:
+            free: `free_scores` of the texts, where they are known already.
 
         Raises:
             DPAlignError: it adds free scores, and nobody has loaded them.
         """
         encoded = [self.encode(text, o) for text, o in zip(texts, options or [{}] * len(texts), strict=True)]
-        free = self.free_scores(texts)
+        free = self.free_scores(texts) if free is None else free
         parts = [
             self(*self.pad([encoded[i] for i in chunk]), None if free is None else free[chunk])[:count].cpu()
             for chunk, count in chunks(len(texts), rows_at_once)

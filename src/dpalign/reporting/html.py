@@ -312,9 +312,12 @@ def interval_chart(key: str, columns: Mapping[str, str], models: Sequence[Model]
 
 def pairs_of(found: Mapping[str, Any]) -> dict[str, str]:
     """Agreement with public pairs."""
+    free = "free_accuracy" in found
+    alone = f"{_shown(found['free_accuracy'])} ± {_shown(found['free_accuracy_ci95'])}" if free else ""
     return {
         "pairs": f"{found['pairs']:,}",
         "accuracy": f"{_shown(found['accuracy'])} ± {_shown(found['accuracy_ci95'])}",
+        **({"accuracy of the free rewards": alone} if free else {}),
         "calibration error": _shown(found["calibration_error"]),
         "negative log-likelihood": _shown(found["nll"]),
         "margin": f"{_shown(found['margin'])} (deviation {_shown(found['margin_std'])})",

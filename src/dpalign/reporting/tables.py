@@ -70,7 +70,8 @@ def print_results(results: Results) -> None:
     for stage, pairs in results.pairs.items():
         console.print(
             f"{stage} on {pairs.pairs:,} public pairs: accuracy {pairs.accuracy:.3f} ± {pairs.accuracy_ci95:.3f}, "
-            f"calibration error {pairs.calibration_error:.3f}, margin {pairs.margin:.2f}."
+            f"{free_agreement(pairs.as_dict())}calibration error {pairs.calibration_error:.3f}, margin "
+            f"{pairs.margin:.2f}."
         )
     for stage, found in results.measurements.items():
         if found is None:
@@ -87,6 +88,13 @@ def about_texts(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """What the column of losses on texts is, where there is one."""
     counts = [row["text_records"] for row in rows.values() if row.get("text_records") is not None]
     return f"text loss: nats per token of {counts[0]:,} held-out public texts; lower is better." if counts else ""
+
+
+def free_agreement(pairs: Mapping[str, Any]) -> str:
+    """How often the scores agree that need nobody's data, where a reward has some."""
+    if "free_accuracy" not in pairs:
+        return ""
+    return f"free rewards {pairs['free_accuracy']:.3f} ± {pairs['free_accuracy_ci95']:.3f}, "
 
 
 def print_compared(rows: dict[str, dict[str, Any]], said: Sequence[str], outside: Collection[str]) -> None:

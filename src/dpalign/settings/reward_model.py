@@ -45,3 +45,8 @@ class RewardModelConfig(TrainingConfig):
     def text(self) -> TextFormat:
         """How the model reads a text."""
         return TextFormat(self.max_length, self.prepend_bos, self.append_eos, self.pooling)
+
+    @property
+    def scale_texts(self) -> int | None:
+        """Self-written texts that its scale is taken from, where the stage has the policy write some anyway."""
+        return None

@@ -85,5 +85,9 @@ class RewardQueryConfig(RewardModelConfig):
         parts = [part if part.get("source") == "vader" else length | part for part in self.free]
         return RewardConfig(source=MEAN, of=parts) if parts else None
 
+    @property
+    def scale_texts(self) -> int:
+        return self.own_texts
+
     def schedule(self, stage: str, units: float) -> Schedule:
         return Schedule(sampling_rate=1.0, steps=1)
