@@ -30,15 +30,20 @@ def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     cache = folder / ".cache" / "dpalign"
     snippets, preferences = cache / "movie-snippets", cache / "movie-preferences"
-    public = reviews(8, "morning")
+    public = rated(reviews(8, "morning"))
     files = {snippets / "private": reviews(64), snippets / "public": public}
-    files |= {preferences / "texts": reviews(32), preferences / "prompts": reviews(32, "noon")}
+    files |= {preferences / "texts": rated(reviews(32)), preferences / "prompts": rated(reviews(32, "noon"))}
     files |= {preferences / "public_prompts": public}
     files |= {preferences / "pairs": judged(32), preferences / "public_pairs": judged(8, start=900)}
     for file, records in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(file.with_suffix(".jsonl"), records)
     return cache
+
+
+def rated(records: list[dict]) -> list[dict]:
+    """With people's mean ratings, which follow the adjectives."""
+    return [record | {"mean": number % 10 - 4.5} for number, record in enumerate(records)]
 
 
 def small_model(folder: Path) -> Path:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from chats import model_folder
 from dpalign import cli, sweep
 from dpalign.parsing import recipe_from
 from dpalign.stages import STAGES
@@ -91,13 +92,21 @@ QUICK = (
     "--sft.micro_batch_size 4 --ppo.expected_batch_size 4 --ppo.max_steps 1 --ppo.micro_batch_size 4 "
     "--ppo.adapter.init_rows 8"
 )
+# A model with one token a byte that chats stands for SmolLM2, and eight short texts for those that show a contrast.
+QUICK_SMOLLM2 = (
+    "--eval_prompts 4 --eval_best_of 2 --split null --reward_query.own_texts 24 --reward_query.directions 4 "
+    "--reward_query.max_length 16 --reward_query.micro_batch_size 4 --reward_query.free "
+    "'[{source: vader}, {source: contrast, wanted: a, unwanted: b, written_texts: 8, written_tokens: 6, max_length: 12}]' "
+    "--dpo.max_prompt_length 200 --dpo.max_completion_length 6 --dpo.expected_batch_size 2 --dpo.max_steps 1 "
+    "--dpo.num_generations 2 --dpo.micro_batch_size 2"
+)
 RUN = {
     "dpalign COMMAND --help": Small(instead={"COMMAND": "ppo"}, says="explained by --ppo.help"),
     "dpalign quickstart": Small(QUICK, leaves="runs/quickstart/report.html"),
-    "dpalign quickstart --model smollm2": Small(QUICK, leaves="runs/quickstart-smollm2/report.html"),
-    "dpalign quickstart --model smollm2 --sft.max_steps 1 --sft.expected_batch_size 4 --ppo.max_steps 1 "
-    "--ppo.expected_batch_size 8 --ppo.micro_batch_size 8 --sft.micro_batch_size 8 --ppo.adapter.init_rows 16 "
-    "--eval_prompts 8": Small(leaves="runs/quickstart-smollm2/report.html"),
+    "dpalign quickstart --model smollm2": Small(QUICK_SMOLLM2, leaves="runs/quickstart-smollm2/judged.png"),
+    "dpalign quickstart --model smollm2 --compare": Small(
+        f"{QUICK_SMOLLM2} --output_dir runs/beside_smollm2", leaves="runs/beside_smollm2/completions_to_read.json"
+    ),
     "dpalign quickstart --output_dir runs/x --ppo.FIELD VALUE ...": Small(
         f"{QUICK} --output_dir runs/changed", {"--ppo.FIELD VALUE ...": "--ppo.beta 0.05"}, "runs/changed/release"
     ),
@@ -274,6 +283,7 @@ def shared(tmp_path_factory) -> Path:
     """A small model, a release of one stage on the embedded model, and a reference reward model."""
     folder = tmp_path_factory.mktemp("shared")
     small_model(folder / "little")
+    model_folder(folder / "chatty", "smol", 512)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPALIGN_LEDGER", str(folder / "ledger.sqlite"))
         patch.chdir(folder)
@@ -294,8 +304,9 @@ def reader(shared, tmp_path, monkeypatch) -> Path:
     for name in ("runs", "HuggingFaceTB", "recipes"):
         (folder / name).mkdir(parents=True)
     cache = at_home(folder, monkeypatch)
-    models = ("little", "HuggingFaceTB/SmolLM2-135M", str(cache / "smollm2-135m"))
+    models = ("little", "HuggingFaceTB/SmolLM2-135M")
     links = dict.fromkeys(models, shared / "little") | {"docs": ROOT / "docs", "runs/reference": shared / "reference"}
+    links |= {str(cache / "smollm2-135m"): shared / "chatty"}
     links |= dict.fromkeys(("runs/x", "runs/a", "runs/b"), shared / "run")
     for name, target in links.items():
         (folder / name).symlink_to(target)
