@@ -60,7 +60,7 @@ def rows_of(scores: list[float]) -> Rows:
 
 
 def chosen_and_rejected(scores: list[float]) -> list[tuple[int, int]]:
-    rows = own_pairs(num_generations=3).prepare(tiny_policy("gpt2"), rows_of(scores))
+    rows = own_pairs(num_generations=3).learned(rows_of(scores))
     places = rows.tensors["place"].tolist()
     assert rows.unit.tolist() == [place // 3 for place in places]
     return [*zip(places[0::2], places[1::2], strict=True)]

@@ -59,12 +59,16 @@ class Quickstart:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A quickstart that has run. evaluation: rows by what they are called here: pretrained, private, free, ..."""
+    """A quickstart that has run. evaluation: rows by what they are called here: pretrained, private, free, ...
+
+    reporter: shows what still takes time.
+    """
 
     recipe: Recipe
     compared: Compared
     summary: dict[str, Any]
     evaluation: dict[str, dict[str, Any]]
+    reporter: Reporter
 
     @property
     def folder(self) -> Path:
@@ -99,7 +103,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         compared = run_compared(recipe, reporter, command, quickstart.tuned)
     else:
         compared = Compared(run_recipe(recipe, reporter=reporter, command=command))
-    done = finished(recipe, compared)
+    done = finished(recipe, compared, reporter)
     summary = done.summary | ({"comparison": compared.as_dict()} if given.compare else {})
     done = dataclasses.replace(done, summary=summary)
     summary |= quickstart.shown(done, as_json)
@@ -109,7 +113,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     return summary
 
 
-def finished(recipe: Recipe, compared: Compared) -> Finished:
+def finished(recipe: Recipe, compared: Compared, reporter: Reporter) -> Finished:
     """A run and those beside it, under the names that the quickstart gives them."""
     summary = compared.results.to_json()
     *_, last = summary["evaluation"]  # the stage that samples
@@ -118,7 +122,7 @@ def finished(recipe: Recipe, compared: Compared) -> Finished:
     for name in compared.folders:
         evaluation[BESIDE[name]] = [*compared.summaries[name]["evaluation"].values()][-1]
         summary[f"seconds_{name}"] = compared.summaries[name]["seconds"]
-    return Finished(recipe, compared, summary | flat_summary(evaluation), evaluation)
+    return Finished(recipe, compared, summary | flat_summary(evaluation), evaluation, reporter)
 
 
 def flat_summary(evaluation: dict[str, dict[str, Any]]) -> dict[str, float]:

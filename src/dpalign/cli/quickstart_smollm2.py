@@ -49,7 +49,8 @@ def show(done: Finished, as_json: bool) -> dict[str, Any]:
     rows = [*rows_of(done)]
     policies = {row["model"]: _as_judged(done.evaluation[row["policy"]]) for row in rows if row["policy"] is not None}
     plot_evaluation(policies, done.folder / "judged.png", title="The judge's score of what each policy writes")
-    said = completions_to_read(done)
+    with done.reporter.status(f"writing completions at temperature {TEMPERATURE}"):
+        said = completions_to_read(done)
     write_json(done.folder / SAID, {"temperature": TEMPERATURE, "completions": said})
     if not as_json:
         _print(rows, said, next(iter(done.evaluation.values()))["prompts"])

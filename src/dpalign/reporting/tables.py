@@ -73,6 +73,12 @@ def print_results(results: Results) -> None:
             f"{free_agreement(pairs.as_dict())}calibration error {pairs.calibration_error:.3f}, margin "
             f"{pairs.margin:.2f}."
         )
+    for name, best in results.best_of.items():
+        who = "free rewards choose" if name == "free" else "reward chooses"
+        console.say(
+            f"among {best.completions} completions of {best.prompts} public prompts, what the {who} has reference "
+            f"reward {best.judge:.3f} ± {best.judge_ci95:.3f}: {best.gain:.3f} ± {best.gain_ci95:.3f} above their mean."
+        )
     for stage, found in results.measurements.items():
         if found is None:
             console.print(f"{stage} was lost by an interruption.")

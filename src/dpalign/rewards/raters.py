@@ -44,7 +44,7 @@ class Ridge:
         self.rarity = torch.tensor([math.log(len(texts) / counts[gram]) for gram in known])
         rows, wanted = self._rows(texts), torch.tensor(values, dtype=torch.float32)
         self.shift, self.scale = float(wanted.mean()), 1.0
-        alike = rows @ rows.T + RIDGE * torch.eye(len(rows))  # (texts, texts): fewer than grams
+        alike = torch.sparse.mm(rows.to_sparse(), rows.T) + RIDGE * torch.eye(len(rows))  # (texts, texts)
         self.weights = rows.T @ torch.linalg.solve(alike, wanted - self.shift)
 
     def scaled_on(self, texts: Sequence[str]) -> Ridge:
