@@ -196,7 +196,7 @@ def test_a_private_reward_then_pairs_of_its_own(tmp_path, capsys):
     assert [s["stage"] for s in plan["stages"]] == ["reward_query"] and plan["stages"][0]["units"] == 24
     (own,) = plan["drawing_nothing"]
     assert (own["stage"], own["steps"], own["batch_size"]) == ("dpo", 3, 8)
-    assert (own["tokens_trained"], own["tokens_read"]) == (3 * 8 * 2 * 11, 3 * 8 * 2 * 4 * 11)
+    assert (own["tokens_trained"], own["tokens_read"]) == (3 * 8 * 2 * 11, 3 * 8 * (4 + 2) * 11)
     done = call(capsys, "run", recipe, "--json").json
     assert [s["stage"] for s in done["stages"]] == ["reward_query"] and 0 < done["epsilon"] <= 100
     assert ledger_rows(tmp_path) == ledger_rows(tmp_path, stage="reward_query") == 1
