@@ -16,8 +16,9 @@ import pytest
 import torch
 from scipy import special, stats
 
+from dpalign.algorithms import SFT
 from dpalign.algorithms.base import encode_units, rows_of_units
-from dpalign.audit import Canaries, audit_stage, bounds, ghosts
+from dpalign.audit import Canaries, audit_stage, black_box, bounds, ghosts
 from dpalign.audit.bounds import Scores
 from dpalign.audit.checks import FALSE_ALARM, noise_scale, normal, uncorrelated
 from dpalign.audit.small import small_subject, two_layers
@@ -25,9 +26,11 @@ from dpalign.audit.stage import nobody, step_of
 from dpalign.audit.step import check_step
 from dpalign.errors import DPAlignError
 from dpalign.gradients import PerUnitGradients
+from dpalign.models import AdapterConfig
 from dpalign.privacy import accountant
 from dpalign.privacy.accountant import SampledGaussian
 from dpalign.privacy.ledger import Ledger
+from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.settings.sft import SFTConfig
 from dpalign.training import plan_stage
 from dpalign.training.loop import unit_gradients
@@ -299,9 +302,6 @@ def test_what_has_no_claim_is_refused(subject, tmp_path):
 
 def test_other_stages_can_be_haunted(tmp_path):
     """A stage of one row a unit, with a metrics block of its own; several micro-batches a step."""
-    from dpalign.algorithms import SFT
-    from dpalign.models import AdapterConfig
-
     config = SFTConfig(
         target_epsilon=4.0, target_delta=DELTA, expected_batch_size=5, max_steps=4, micro_batch_size=8, max_length=6,
         adapter=AdapterConfig(r=1),
@@ -359,6 +359,41 @@ def test_the_white_box_sees_rows_that_are_clipped_alone(subject, tmp_path, bench
     assert bound > accountant.epsilon(seen.claims, DELTA)
 
 
+# The black box -------------------------------------------------------------------------------------------------------
+
+
+def texts_to_learn() -> ghosts.Subject:
+    """Thirty steps of SFT on a few short texts, at a rate at which a model of two layers learns them by heart."""
+    config = SFTConfig(
+        target_epsilon=4.0, target_delta=DELTA, expected_batch_size=10, max_steps=30, micro_batch_size=64, max_length=8,
+        learning_rate=3e-2, save_steps=30, adapter=AdapterConfig(r=8),
+    )  # fmt: skip
+    return ghosts.Subject(SFT, config, plan_stage("sft", config, 20), two_layers, 20.0, 4, False, {})
+
+
+def attacked(folder, canaries: int = 100):
+    return black_box.attack_of(black_box.train_and_score(texts_to_learn(), Canaries.draw(canaries), folder), DELTA, 0.99)
+
+
+def test_the_black_box_tells_members_where_there_is_no_noise(tmp_path, monkeypatch):
+    (tmp_path / "honest").mkdir()
+    honest = attacked(tmp_path / "honest")
+    assert max(bound.epsilon for bound in honest.bounds) < 4
+    real = GaussianMechanism._noise
+    monkeypatch.setattr(GaussianMechanism, "_noise", lambda self, count, deviation: 0 * real(self, count, deviation))
+    bare = attacked(tmp_path)
+    assert bare.area > 0.85 and bare.area > honest.area and bare.bounds[0].epsilon > 4
+    assert [bound.epsilon for bound in bare.bounds] == sorted((b.epsilon for b in bare.bounds), reverse=True)
+
+
+def test_coins_that_nobody_used_show_nothing(tmp_path):
+    """The coins behind the bounds are those of the run: other ones are no better than guesses."""
+    scored = black_box.train_and_score(texts_to_learn(), Canaries.draw(100), tmp_path)
+    other = replace(scored, canaries=Canaries.draw(100))
+    assert 0.3 < black_box.attack_of(other, DELTA, 0.999).area < 0.7
+    assert all(bound.epsilon < 0.5 for bound in black_box.attack_of(other, DELTA, 0.999).bounds)
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 
@@ -387,10 +422,11 @@ def test_what_is_found_is_shown_and_fails(tmp_path, monkeypatch, capsys, benchma
 def test_a_recipes_stage_is_audited_without_its_data(tmp_path, capsys):
     path = write_recipe(tmp_path, data={"declared_units": 60}, sft={"max_steps": 2, "max_length": 8})
     (tmp_path / "data.jsonl").write_text("")
-    done = call(capsys, "audit", path, "--stage", "sft", "--canaries", 60, "--json", "--sft.micro_batch_size", 16)
+    done = call(capsys, "audit", path, "--stage", "sft", "--canaries", 60, "--json", "--black_box", "--sft.micro_batch_size", 16)
     assert done.status == 0, done.err
     (stage,) = done.json["stages"]
     assert stage["stage"] == "sft" and stage["steps"] == 2 and stage["passed"]
+    assert 0 <= stage["attack"]["area"] <= 1 and len(stage["attack"]["bounds"]) == 3
     assert not (tmp_path / "run").exists() and not (tmp_path / "ledger.sqlite").exists()
 
 
@@ -401,6 +437,7 @@ def test_a_recipes_stage_is_audited_without_its_data(tmp_path, capsys):
         (["--stage", "sft"], "belongs to a recipe"),
         (["recipe.yaml", "--epsilon", "3"], "--target_epsilon"),
         (["recipe.yaml", "--stage", "dpo"], "no stage dpo"),
+        (["recipe.yaml", "--stage", "ppo", "--black_box"], "samples completions"),
         (["--canaries", "3"], "must be"),
     ],
 )

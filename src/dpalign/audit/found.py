@@ -23,11 +23,23 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class Attack:
+    """What the trained model shows of canary texts.
+
+    area: under the receiver operating characteristic; 0.5 tells nothing. bounds: lower bounds that follow.
+    """
+
+    area: float
+    bounds: tuple[Bound, ...]
+
+
+@dataclass(frozen=True)
 class Audit:
     """One audited stage.
 
     epsilon, delta: the claim, replayed from the audit's own ledger. canaries: tried, in or left out by a fair coin.
     confidence: of each bound by itself. bounds: of the white box. checks: by layer.
+    attack: of the black box, if it was asked for.
     """
 
     stage: str
@@ -40,11 +52,17 @@ class Audit:
     confidence: float
     bounds: tuple[Bound, ...]
     checks: dict[str, tuple[Check, ...]]
+    attack: Attack | None = None
+
+    @property
+    def all_bounds(self) -> tuple[Bound, ...]:
+        """Of the white box and of the black box."""
+        return self.bounds + (() if self.attack is None else self.attack.bounds)
 
     @property
     def exceeded(self) -> list[str]:
         """Methods whose lower bound is above the claim."""
-        return [bound.method for bound in self.bounds if bound.epsilon > self.epsilon]
+        return [bound.method for bound in self.all_bounds if bound.epsilon > self.epsilon]
 
     @property
     def rejected(self) -> list[str]:

@@ -12,13 +12,13 @@ from ..errors import DPAlignError
 from ..privacy import accountant
 from ..privacy.context import own_context
 from ..privacy.gate import PrivateStep
-from . import bounds, ghosts
+from . import black_box, bounds, ghosts
 from .checks import Check, count, noise_scale
 from .found import Audit, Bound
 from .ghosts import Canaries, Seen, Subject
 from .step import check_step
 
-STEP, RUN, EMPTY = "step", "white box", "nobody"
+STEP, RUN, EMPTY, OUTSIDE = "step", "white box", "nobody", "black box"
 FEWEST = 20  # canaries
 
 
@@ -29,12 +29,14 @@ def audit_stage(
     *,
     canaries: int = 1000,
     confidence: float = 0.999,
+    with_black_box: bool = False,
     tell: Callable[[str], None] = lambda message: None,
 ) -> Audit:
     """Audits one stage; what it writes lies in `folder`, and its ledger there is no one else's.
 
     Args:
         confidence: that each bound is not above the true epsilon.
+        with_black_box: also train once more, on canary texts, and attack what was trained.
 
     Raises:
         DPAlignError: there is no claim to audit, too few canaries, or no confidence.
@@ -42,7 +44,9 @@ def audit_stage(
     if canaries < FEWEST or not 0.5 < confidence < 1:
         raise DPAlignError(f"an audit needs at least {FEWEST} canaries and a confidence between 0.5 and 1.")
     ghosts.check_subject(subject)
-    for name in (STEP, RUN, EMPTY):
+    if with_black_box:
+        black_box.check_attackable(subject)
+    for name in (STEP, RUN, EMPTY, OUTSIDE):
         (folder / name).mkdir(parents=True)
     tell("the step on known inputs")
     of_step = check_step(step_of(subject), folder / STEP)
@@ -50,7 +54,11 @@ def audit_stage(
     of_nobody = nobody(subject, canaries, folder / EMPTY)
     tell(f"a run with {canaries} canaries")
     seen = ghosts.run(subject, Canaries.draw(canaries), folder / RUN)
-    delta = subject.plan.target_delta
+    delta, attack = subject.plan.target_delta, None
+    if with_black_box:
+        tell("a run with canary texts")
+        scored = black_box.train_and_score(subject, Canaries.draw(canaries), folder / OUTSIDE)
+        attack = black_box.attack_of(scored, delta, confidence)
     return Audit(
         stage=subject.kind.name,
         epsilon=accountant.epsilon(seen.claims, delta),
@@ -62,6 +70,7 @@ def audit_stage(
         confidence=confidence,
         bounds=bounds_of(seen, delta, confidence),
         checks={STEP: tuple(of_step), RUN: (*ghosts.checks(seen), *of_nobody)},
+        attack=attack,
     )
 
 

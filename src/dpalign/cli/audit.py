@@ -24,6 +24,8 @@ recipe: their rates, noise, clipping, micro-batches and rewards, on their own mo
   white box  one run, interrupted and resumed, with canaries: units more than there are, each of which pushes a
              parameter of its own that nothing else touches. Fair coins say which are in. From what is released,
              four methods bound epsilon from below; and the run's noise, updates and canaries' shares are checked
+  black box  with --black_box: one more run, on canary texts that the audit writes, and lower bounds from how much
+             the trained model has learned of them
 
 A bound is not above the true epsilon with the confidence asked for, by itself; a check is rejected once in a million
 times by chance. Exit status 1: a bound is above the claim, or a check is rejected.
@@ -49,7 +51,8 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         raise DPAlignError("what a recipe's stages claim stands in it: --target_epsilon and --target_delta change it.")
     recipe = recipe_from("plan", [arguments[0], *fields]) if of_recipe else None
 
-    from ..audit.small import small_subject  # these import torch
+    from ..audit.black_box import check_attackable  # these import torch
+    from ..audit.small import small_subject
     from ..audit.stage import audit_stage
     from ..reporting.audits import plot_audit, print_audit
     from ..reporting.progress import Reporter
@@ -61,10 +64,20 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         from .audit_recipe import subjects_of
 
         subjects = subjects_of(recipe, given.stage)
+    for subject in subjects if given.black_box else []:
+        check_attackable(subject)
     audits = []
     for subject in subjects:
         with tempfile.TemporaryDirectory(prefix="dpalign-audit-") as folder, reporter.status("auditing"):
-            audits.append(audit_stage(subject, Path(folder), canaries=given.canaries, confidence=given.confidence))
+            audits.append(
+                audit_stage(
+                    subject,
+                    Path(folder),
+                    canaries=given.canaries,
+                    confidence=given.confidence,
+                    with_black_box=given.black_box,
+                )
+            )
         if not as_json:
             print_audit(audits[-1])
     shown = {"stages": [audit.to_json() for audit in audits], "passed": all(audit.passed for audit in audits)}
@@ -100,6 +113,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--confidence", type=number(float, "(0.5, 1)"), default=0.999, help="of each lower bound (default 0.999)"
+    )
+    parser.add_argument(
+        "--black_box",
+        action="store_true",
+        help="also train on canary texts and attack the model (stages that read texts or pairs)",
     )
     parser.add_argument("--to", metavar="FOLDER", help="write audit.json and one plot for each stage there")
     return parser
