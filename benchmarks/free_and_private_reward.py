@@ -361,7 +361,7 @@ def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[s
     cut = len(order) * 4 // 5
     pairs, held = disjoint_pairs(data.scores, order[:cut], data.gap, rng)[:most], order[cut:]
     sigma = accountant.noise_multiplier(epsilon, DELTA, sampling_rate=1.0, steps=1)
-    row: dict[str, Any] = {"pairs": len(pairs), "sigma": sigma}
+    row: dict[str, Any] = {"pairs": len(pairs), "sigma": sigma, "prompts": len(data.judged)}
     free = {"vader": [1, 0], "contrast": [0, 1], "free": [1, 1]}
     for name, weights in free.items():
         row[name] = agreement(data.free["texts"] @ weights, data.scores, held, data.gap, seed)
@@ -398,6 +398,7 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "task": key[0],
                 "pairs": round(mean("pairs")),
+                "prompts": these[0]["prompts"],
                 "epsilon": key[2],
                 **{n: mean(n) for n in ("vader", "contrast", "free", "private", "nonprivate")},
                 "ci95": interval(np.array([row["private"] - row["free"] for row in these])),
@@ -418,7 +419,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/free_and_private_reward"))
     parser.add_argument("--texts", type=int, default=2300, help="with people's scores, for pairs and for measuring")
     parser.add_argument("--own_texts", type=int, default=512)
-    parser.add_argument("--prompts", type=int, default=512, help="whose best of --best_of the judge scores")
+    parser.add_argument("--prompts", type=int, default=768, help="whose best of --best_of the judge scores")
     parser.add_argument("--best_of", type=int, default=16)
     parser.add_argument("--model", help="a chat model's folder or name; default SmolLM2-135M-Instruct")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

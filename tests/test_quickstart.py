@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -161,16 +162,17 @@ def test_the_judge_learns_what_words_are_worth():
 def test_the_judge_solves_the_ridge_in_its_dual():
     generator = torch.Generator().manual_seed(0)
     texts = [" ".join(f"w{'abcdefgh'[i]}" for i in torch.randint(0, 8, (6,), generator=generator)) for _ in range(20)]
-    values = torch.randn(20, generator=generator)
+    values = torch.randn(20, generator=generator).double().numpy()
     ridge = Ridge(texts, values.tolist())
-    rows = ridge._rows(texts)
-    plain = torch.linalg.solve(rows.T @ rows + torch.eye(rows.shape[1]), rows.T @ (values - values.mean()))
-    assert torch.allclose(ridge.weights, plain, atol=1e-5)
+    rows = ridge._rows(texts).toarray()
+    assert np.linalg.norm(rows, axis=1) == pytest.approx(np.ones(20))
+    plain = np.linalg.solve(rows.T @ rows + np.eye(rows.shape[1]), rows.T @ (values - values.mean()))
+    assert np.allclose(ridge.weights, plain, atol=1e-5)
 
 
 def test_the_judge_reads_the_answer_of_a_chat(monkeypatch):
     monkeypatch.setattr(
-        raters, "_learned", lambda: Mock(scores=lambda texts: torch.tensor([float(len(t)) for t in texts]))
+        raters, "_learned", lambda: Mock(scores=lambda texts: np.array([float(len(t)) for t in texts]))
     )
     answer = [{"role": "assistant", "content": "Good."}]
     assert raters.judge([[{"role": "user", "content": "Well?"}]], [answer]) == [5.0] and words(answer) == "Good."

@@ -15,8 +15,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from scipy.sparse import csr_matrix
 
 from ..data.demo import demo_file
 from ..data.load import Record, read_records
@@ -41,11 +41,11 @@ class Ridge:
         counts = Counter(gram for text in texts for gram in grams(text))
         known = sorted(gram for gram, count in counts.items() if count >= FEWEST)
         self.places = {gram: place for place, gram in enumerate(known)}
-        self.rarity = torch.tensor([math.log(len(texts) / counts[gram]) for gram in known])
-        rows, wanted = self._rows(texts), torch.tensor(values, dtype=torch.float32)
+        self.rarity = np.array([math.log(len(texts) / counts[gram]) for gram in known])
+        rows, wanted = self._rows(texts), np.array(values)
         self.shift, self.scale = float(wanted.mean()), 1.0
-        alike = torch.sparse.mm(rows.to_sparse(), rows.T) + RIDGE * torch.eye(len(rows))  # (texts, texts)
-        self.weights = rows.T @ torch.linalg.solve(alike, wanted - self.shift)
+        alike = (rows @ rows.T).toarray() + RIDGE * np.eye(len(wanted))  # (texts, texts)
+        self.weights = rows.T @ np.linalg.solve(alike, wanted - self.shift)
 
     def scaled_on(self, texts: Sequence[str]) -> Ridge:
         """With mean 0 and deviation 1 on these."""
@@ -54,18 +54,21 @@ class Ridge:
         self.shift, self.scale = self.shift - float(found.mean()), 1 / deviation
         return self
 
-    def scores(self, texts: Sequence[str]) -> Tensor:
-        """`(texts,)` float32."""
-        found: Tensor = self.scale * (self._rows(texts) @ self.weights + self.shift)
+    def scores(self, texts: Sequence[str]) -> np.ndarray:
+        """`(texts,)` float64."""
+        found: np.ndarray = self.scale * (self._rows(texts) @ self.weights + self.shift)
         return found
 
-    def _rows(self, texts: Sequence[str]) -> Tensor:
-        """`(texts, grams)`, each of length 1, or 0 where no word is known."""
-        rows = torch.zeros(len(texts), len(self.places))
-        for row, text in enumerate(texts):
-            places = [self.places[gram] for gram in grams(text) if gram in self.places]
-            rows[row, places] = self.rarity[places]
-        return torch.nn.functional.normalize(rows)
+    def _rows(self, texts: Sequence[str]) -> Any:
+        """Sparse `(texts, grams)`, each of length 1, or 0 where no word is known."""
+        numbers, places = [], []
+        for number, text in enumerate(texts):
+            known = sorted(self.places[gram] for gram in grams(text) if gram in self.places)
+            numbers += [number] * len(known)
+            places += known
+        values = self.rarity[places]
+        lengths = np.sqrt(np.bincount(numbers, values**2, len(texts)))[numbers].clip(min=1e-12)
+        return csr_matrix((values / lengths, (numbers, places)), (len(texts), len(self.places)))
 
 
 def grams(text: str) -> set[str]:
