@@ -31,7 +31,8 @@ FEWEST = 2  # texts that a gram must be in
 
 def judge(prompts: Sequence[Text], completions: Sequence[Text], **columns: list[Any]) -> list[float]:
     """What people would rate each completion, in deviations of public snippets; about -4 to 4."""
-    return _learned().scores([words(completion) for completion in completions]).tolist()
+    scores: list[float] = _learned().scores([words(completion) for completion in completions]).tolist()
+    return scores
 
 
 class Ridge:
