@@ -13,20 +13,30 @@ from dpalign import boundary
 from dpalign.boundary import found_in
 from dpalign.models import ModelConfig, Policy, embedded
 from dpalign.models.bases import base_path, told
-from helpers import call, small_model, write_recipe
+from helpers import call, judged, small_model, write_jsonl, write_recipe
 
 FORMATS = Path(__file__).with_name("formats")
 
 
+RELEASES = {"folder": "run/release", "embedded": "run/reward_model"}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of SFT on a base that is a folder of this machine, and one on the embedded model."""
+    """A policy on a base that is a folder of this machine, and a reward model of several layers of the embedded model."""
     from dpalign.cli import main
 
     folder = tmp_path_factory.mktemp("leaving")
-    for name, changes in (("folder", {}), ("embedded", {"model": {"name_or_path": "tiny-review-lm"}})):
+    query = {"directions": 4, "own_texts": 40, "max_length": 20}
+    kinds = {
+        "folder": {"sft": {"max_steps": 1}},
+        "embedded": {"sft": None, "reward_query": query, "model": {"name_or_path": "tiny-review-lm"}},
+    }
+    for name, changes in kinds.items():
         (folder / name).mkdir()
-        assert main(["run", str(write_recipe(folder / name, ppo=None, sft={"max_steps": 1}, **changes))]) == 0
+        path = write_jsonl(folder / name / "pairs.jsonl", judged(24))
+        data = {"reward_query_data": {"name": "judges", "path": str(path)}} if "reward_query" in changes else {}
+        assert main(["run", str(write_recipe(folder / name, ppo=None, **changes, **data))]) == 0
     return folder
 
 
@@ -36,8 +46,8 @@ def release(runs, tmp_path) -> Path:
 
 
 def test_a_release_as_it_is_written_may_leave(runs, capsys):
-    for name in ("folder", "embedded"):
-        release = runs / name / "run" / "release"
+    for name, place in RELEASES.items():
+        release = runs / name / place
         called = call(capsys, "export", release, "--check", "--json")
         assert called.json == {"checked": str(release), "files": sorted(f.name for f in release.iterdir())}
     assert "may leave" in call(capsys, "export", runs / "folder" / "run" / "release", "--check").out
@@ -50,12 +60,12 @@ def test_a_release_as_it_is_written_may_leave(runs, capsys):
     ("name", "base"), [("folder", lambda: f"./{Path(small_model()).name}"), ("embedded", lambda: "tiny-review-lm")]
 )
 def test_no_file_of_a_release_says_where_the_base_lies(name, base, runs):
-    release = runs / name / "run" / "release"
+    release = runs / name / RELEASES[name]
     said = {f.name: f.read_bytes() for f in release.iterdir()}
     for place in (small_model(), embedded.resolve("tiny-review-lm"), str(runs)):
         assert [file for file, content in said.items() if place.encode() in content] == []
     assert json.loads(said["adapter_config.json"])["base_model_name_or_path"] == base()
-    assert f'from_pretrained("{base()}")' in said["README.md"].decode()
+    assert f'from_pretrained("{base()}"' in said["README.md"].decode()
 
 
 def test_a_release_is_loaded_where_its_run_lies_and_trained_further(runs, tmp_path, capsys):

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from dpalign.algorithms.reward import pair_texts
 from dpalign.algorithms.reward_query import RewardQuery, as_answers, free_share, whitening
 from dpalign.errors import DPAlignError
+from dpalign.files import private_folder
 from dpalign.models import AdapterConfig, ModelConfig, Policy, RewardModel, TextFormat
+from dpalign.models.bases import remember_base
 from dpalign.models.features import body_of, maps_of, maps_read
 from dpalign.models.reward_model import normalization_of
 from dpalign.parsing import recipe_from
@@ -403,6 +405,7 @@ def test_what_cannot_be_a_free_reward_is_refused_before_a_draw(free, more, says,
 
 def test_a_damaged_release_is_refused(layered, tmp_path):
     folder, _ = layered
+    remember_base(private_folder(tmp_path / "private"), small_model())
     for number, (file, change) in enumerate(
         {
             "reward.json": lambda text: text.replace('"mean": [', '"mean": [7, '),

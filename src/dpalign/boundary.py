@@ -52,7 +52,7 @@ KNOWN: dict[str, set[str]] = {
         "versions.*", "dtypes.*", "stages.[].attempts.*",
     },
     PROMPTS_FILE: {f.name for f in fields(PromptFormat)},
-    ADAPTER: {*FIELDS, "rank_pattern.*", "alpha_pattern.*"},
+    ADAPTER: {*FIELDS, *(f"{name}.*" for name in FIELDS)},
     FORMAT_FILE: {"text.*", "normalization.*", "layers.*", "free.*"},
 }  # fmt: skip
 
