@@ -42,7 +42,7 @@ def test_every_pointer_is_to_something(page):
 def test_every_claim_has_code_and_a_test_that_holds_it():
     found = claims((ROOT / "docs" / "reviewers.md").read_text(encoding="utf-8"))
     assert len(found) > 25
-    assert [claim for claim, code, _ in found if not POINTER.fullmatch(code)] == []
+    assert [claim for claim, code, _ in found if not POINTER.findall(code)] == []
     assert [
         claim for claim, _, tests in found if not all(name for _, name in POINTER.findall(tests) or [("", "")])
     ] == []
