@@ -46,6 +46,7 @@ from dpalign.settings.models import ModelConfig
 DELTA = 1e-5
 SHRINKAGE = 1.0  # the stage's default
 OWN_TOKENS, NEW_TOKENS, MOST_TOKENS = 48, 24, 64
+STARTS = 4  # words of a text of the judge's, behind which the model writes
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def judged(file: Path, task: Task, texts: int) -> tuple[list[str], list[float], 
         half = texts // 2
         used = [(r["original"], 0.0) for r in rows[:half]] + [(r["revised"], 1.0) for r in rows[:half]]
         rest = [(r[side], value) for r in rows[half:] for side, value in (("original", 0.0), ("revised", 1.0))]
-    starts = [" ".join(text.split()[:4]) for text, _ in rest if len(text.split()) >= 8]
+    starts = [" ".join(text.split()[:STARTS]) for text, _ in rest if len(text.split()) >= 8]
     return [t for t, _ in used], [s for _, s in used], rest, starts
 
 
@@ -327,10 +328,16 @@ class Set:
     scores: np.ndarray
     gap: float
     judged: np.ndarray
+    written: list[str]  # completions, without the people's words that they begin with
+
+    def chosen(self, rewards: np.ndarray) -> np.ndarray:
+        """`(prompts,)`: the place of the best completion by a reward."""
+        best: np.ndarray = rewards.reshape(self.judged.shape).argmax(1)
+        return best
 
     def gain(self, rewards: np.ndarray) -> np.ndarray:
         """`(prompts,)`: the judge's score of the best completion by a reward."""
-        best = rewards.reshape(self.judged.shape).argmax(1)
+        best = self.chosen(rewards)
         return self.judged[np.arange(len(best)), best]
 
 
@@ -342,7 +349,8 @@ def prepare(name: str, args: argparse.Namespace, reader: list[Reader]) -> Set:
         {name: maps[:, found[which]] for name, maps in found["features"].items()} for which in ("contrasted", "read")
     )
     free = free_scores(contrasted, found["texts"])
-    return Set(free, axes(read), found["scores"], TASKS[name].gap, standard.reshape(-1, args.best_of))
+    written = [" ".join(text.split()[STARTS:]) for text in found["texts"]["completions"]]
+    return Set(free, axes(read), found["scores"], TASKS[name].gap, standard.reshape(-1, args.best_of), written)
 
 
 def joined_coordinates(data: Set, units: int, sigma: float) -> dict[str, np.ndarray]:
@@ -354,6 +362,28 @@ def joined_coordinates(data: Set, units: int, sigma: float) -> dict[str, np.ndar
     return {n: np.concatenate([data.axes[n][:, :count], share * data.free[n]], 1) for n in ("texts", "completions")}
 
 
+def show(data: Set, count: int, epsilon: float) -> None:
+    """What the free mean and the query (first split and draw) choose for the first prompts, as a Markdown table."""
+    rng = np.random.default_rng(100)
+    order = rng.permutation(len(data.scores))
+    pairs = disjoint_pairs(data.scores, order[: len(order) * 4 // 5], data.gap, rng)
+    sigma = accountant.noise_multiplier(epsilon, DELTA, sampling_rate=1.0, steps=1)
+    joined = joined_coordinates(data, len(pairs), sigma)
+    votes = joined["texts"][pairs[:, 0]] - joined["texts"][pairs[:, 1]]
+    weights = query(votes, sigma, np.random.default_rng([0, 0]))
+    chosen = [data.chosen(rewards) for rewards in (data.free["completions"].sum(1), joined["completions"] @ weights)]
+    print("| free | judge | private | judge |\n|---|---|---|---|")
+    for prompt in range(count):
+        cells = []
+        for place in (int(best[prompt]) for best in chosen):
+            text = data.written[prompt * data.judged.shape[1] + place]
+            cells += [f"... {text}".replace("|", "/"), f"{data.judged[prompt, place]:+.2f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+FREE = {"vader": [1, 0], "contrast": [0, 1], "free": [1, 1]}
+
+
 def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[str, Any]:
     """Four fifths of the texts become pairs, agreement is measured on the rest; means over draws of the noise."""
     rng = np.random.default_rng(100 + seed)
@@ -362,10 +392,8 @@ def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[s
     pairs, held = disjoint_pairs(data.scores, order[:cut], data.gap, rng)[:most], order[cut:]
     sigma = accountant.noise_multiplier(epsilon, DELTA, sampling_rate=1.0, steps=1)
     row: dict[str, Any] = {"pairs": len(pairs), "sigma": sigma, "prompts": len(data.judged)}
-    free = {"vader": [1, 0], "contrast": [0, 1], "free": [1, 1]}
-    for name, weights in free.items():
+    for name, weights in FREE.items():
         row[name] = agreement(data.free["texts"] @ weights, data.scores, held, data.gap, seed)
-        row[f"best_{name}"] = data.gain(data.free["completions"] @ weights).round(2).tolist()
     for name, noise, times in (("private", sigma, draws), ("nonprivate", 0.0, 1)):
         joined = joined_coordinates(data, len(pairs), noise)
         right, gains = [], []
@@ -374,13 +402,21 @@ def split(data: Set, seed: int, most: int, epsilon: float, draws: int) -> dict[s
             weights = query(votes, noise, np.random.default_rng([seed, draw]))
             right.append(agreement(joined["texts"] @ weights, data.scores, held, data.gap, seed))
             gains.append(data.gain(joined["completions"] @ weights))
-        row[name], row[f"best_{name}"] = float(np.mean(right)), np.mean(gains, 0).round(2).tolist()
+        row[name], found = float(np.mean(right)), np.mean(gains, 0)
+        row[f"best_{name}"] = found.round(2).tolist() if name == "private" else float(found.mean())
     return row
+
+
+def free_choices(data: Set) -> dict[str, list[float]]:
+    """The judge's score of the best completion of each prompt by what is free: the same for every split."""
+    return {n: data.gain(data.free["completions"] @ weights).round(2).tolist() for n, weights in FREE.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each task, number of pairs and epsilon: means over splits, 95% intervals of differences."""
     found = []
+    choices = {row["task"]: row["free_choices"] for row in rows if "free_choices" in row}
+    rows = [row for row in rows if "free_choices" not in row]
     for key in dict.fromkeys((row["task"], row["most"], row["epsilon"]) for row in rows):
         these = [row for row in rows if (row["task"], row["most"], row["epsilon"]) == key]
 
@@ -392,8 +428,10 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 round(float(1.96 * values.std(ddof=1) / np.sqrt(len(values))), 4) if len(values) > 1 else float("nan")
             )
 
-        best = max(("vader", "contrast", "free"), key=lambda n: mean(f"best_{n}"))
-        over_best = np.mean([np.subtract(r["best_private"], r[f"best_{best}"]) for r in these], 0)  # for each prompt
+        free = {name: np.array(values) for name, values in choices[key[0]].items()}
+        best = max(free.values(), key=np.mean)
+        private = np.mean([r["best_private"] for r in these], 0)  # for each prompt
+        over_best = private - best
         found.append(
             {
                 "task": key[0],
@@ -402,8 +440,10 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "epsilon": key[2],
                 **{n: mean(n) for n in ("vader", "contrast", "free", "private", "nonprivate")},
                 "ci95": interval(np.array([row["private"] - row["free"] for row in these])),
-                **{f"best_of_16_{n}": mean(f"best_{n}") for n in ("free", "private", "nonprivate")},
-                "best_of_16_best_free": mean(f"best_{best}"),
+                "best_of_16_free": round(float(free["free"].mean()), 4),
+                "best_of_16_private": round(float(private.mean()), 4),
+                "best_of_16_nonprivate": mean("best_nonprivate"),
+                "best_of_16_best_free": round(float(best.mean()), 4),
                 "best_of_16_over_best_free": round(float(over_best.mean()), 4),
                 "best_of_16_ci95": interval(over_best),
                 "splits": len(these),
@@ -434,10 +474,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epsilons", nargs="+", type=float, default=[0.5, 1.0])
     parser.add_argument("--pairs", nargs="+", type=int, default=[100, 100_000], help="at most so many")
     parser.add_argument("--splits", type=int, default=8)
+    parser.add_argument("--show", type=int, help="only show what is chosen for so many prompts, at the last epsilon")
     args = parser.parse_args(argv)
+    if args.show:
+        for task in args.tasks:
+            show(prepare(task, args, []), args.show, args.epsilons[-1])
+        return
     lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
     rows = [json.loads(line) for line in lines]
-    done = {(row["task"], row["most"], row["epsilon"], row["split"]) for row in rows}
+    done = {(row["task"], row["most"], row["epsilon"], row["split"]) for row in rows if "split" in row}
     cells = [(most, epsilon, s) for most in args.pairs for epsilon in args.epsilons for s in range(args.splits)]
     reader: list[Reader] = []
     for task in args.tasks:
@@ -445,12 +490,17 @@ def main(argv: list[str] | None = None) -> None:
         if not wanted:
             continue
         data = prepare(task, args, reader)
-        for most, epsilon, seed in wanted:
-            row = {"task": task, "most": most, "epsilon": epsilon, "split": seed}
-            row |= split(data, seed, most, epsilon, args.draws)
+
+        def keep(row: dict[str, Any]) -> None:
             rows.append(row)
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+        if not any(row["task"] == task for row in rows):
+            keep({"task": task, "free_choices": free_choices(data)})
+        for most, epsilon, seed in wanted:
+            row = {"task": task, "most": most, "epsilon": epsilon, "split": seed}
+            keep(row | split(data, seed, most, epsilon, args.draws))
     found = table(rows)
     for row in found:
         print(

@@ -8,7 +8,8 @@ says whence the former, the NUS SMS Corpus (Chen and Kan 2013) is `kite1988/nus-
 Rewards: agreement with people on texts that nothing else read, as free_and_private_reward.py measures it (SmolLM2's
 features are computed once, and kept in --cache); the unit is a pair, or a person with all that they judged: the mean
 of their pairs' votes, scaled to norm 1. The policy that follows from a reward is best of 16, in standard deviations of
-a judge that has learned from texts that nothing else saw. Messages: SFT of the embedded model by the command, with a
+a judge that has learned from texts that nothing else saw; what is free is there the best of the free rewards in
+hindsight. Messages: SFT of the embedded model by the command, with a
 ledger of its own; what is free is that model as it came, and the measure is minus the loss on other people's messages,
 in nats per token.
 
@@ -95,7 +96,8 @@ def reward_runs(
             votes = np.stack([(texts[pairs[:, 0]] - texts[pairs[:, 1]]).mean(0) for pairs in people])
             return measured(judged.query(votes, sigma, np.random.default_rng([seed, draw])), joined)
 
-        free, best_free = measured(np.ones(2), data.free)
+        free, _ = measured(np.ones(2), data.free)
+        best_free = max(float(np.mean(gains)) for gains in judged.free_choices(data).values())  # in hindsight
         nonprivate, best_nonprivate = asked(0.0, 0)
         for epsilon in args.epsilons:
             sigma = accountant.noise_multiplier(epsilon, judged.DELTA, sampling_rate=1.0, steps=1)
