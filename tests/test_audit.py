@@ -81,7 +81,7 @@ def mu_of(seen, included, q: float, confidence: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("q", "steps", "sigma", "canaries"), [(1.0, 1, 1.0, 1000), (0.9, 4, 2.0, 400), (0.1, 30, 0.6, 400)]
+    ("q", "steps", "sigma", "canaries"), [(1.0, 1, 1.0, 1000), (0.9, 4, 2.0, 400), (0.1, 30, 0.3, 400)]
 )
 def test_the_gaussian_bound_is_exceeded_as_rarely_as_it_says(q, steps, sigma, canaries):
     """Of 1,500 runs 75 may be above the true shift at 95% confidence: between 45 and 110. One of 90% would have 150."""
@@ -192,6 +192,18 @@ def test_more_canaries_bring_them_nearer():
     for method in (bounds.order_statistics, bounds.f_dp, bounds.steinke):
         assert method(few, DELTA, 0.99) < method(many, DELTA, 0.99) < 4
     assert bounds.order_statistics(many, DELTA, 0.99) > 3.5
+
+
+def test_shares_split_the_error():
+    """Whichever share is the best one, all of them together are wrong as rarely as was asked."""
+    asked: dict[int, float] = {}
+
+    def rejected(parameter: float, guesses: int, error: float) -> bool:
+        asked[guesses] = error
+        return False
+
+    assert bounds._largest_over_shares(1000, rejected, 10.0, 0.99) == 0.0
+    assert len(asked) == 6 and sum(asked.values()) == pytest.approx(0.01)
 
 
 def test_scores_that_tell_nothing_bound_nothing():

@@ -349,6 +349,15 @@ def check_audit(out: str, folder: Path) -> None:
     assert 3.9 < honest["claim"] <= 4 and "run: noise" in fault["rejected"]  # the first run is asked about everywhere
 
 
+def check_audit_again(out: str, folder: Path) -> None:
+    """The published summary, computed again from the published rows, and what it must say."""
+    published = json.loads((RESULTS / "audit.json").read_text(encoding="utf-8"))
+    assert json.loads(out) == published and len(published["faults"]) == 10
+    honest = published["honest"]
+    assert honest["runs"] == 100 and honest["exceeded"] == 0 and honest["bounds"]["Gaussian sum"]["mean"] >= 3.2
+    assert all(fault["found"] >= 0.95 * fault["runs"] for fault in published["faults"].values())
+
+
 def check_malformed(out: str, folder: Path) -> None:
     found = last_json(out)
     assert found["inputs"] == 3 and not found["faults"] and found["slowest_s"] < 20
@@ -444,6 +453,7 @@ SMOKE = {
     "profile_iteration.py --show docs/results/profile_h200_first.jsonl": Smoke("", check_shown),
     "profile_iteration.py --show docs/results/profile_h200.jsonl": Smoke("", check_shown),
     "audit.py --output runs/audit.jsonl": Smoke("--runs 1 --canaries 60 --faults noise_halved", check_audit),
+    "audit.py --runs 0 --output docs/results/audit.runs.jsonl": Smoke("", check_audit_again),
     "malformed.py --output malformed.jsonl": Smoke("--groups together file ledgers --most 1", check_malformed),
     "profile_iteration.py --device cuda --dtype bfloat16 --model gpt2 --micro_batch_size 512 --output FILE": Smoke(
         "--device cpu --model tiny --micro_batch_size 2 --prompts 2 --prompt_tokens 2 --completion_tokens 2 --repeats 1 "

@@ -199,6 +199,9 @@ RUN = {
     "dpalign report runs/x --beside runs/a": Small(says="private/report.html"),
     "dpalign report RUN": Small(instead={"RUN": "runs/x"}, says="runs/x/report.html"),
     "dpalign ledger": Small(),
+    "dpalign audit recipes/quickstart.yaml --stage sft --data.path PRIVATE.jsonl --to quickstart_audit": Small(
+        "--canaries 40", {"PRIVATE.jsonl": "chats.jsonl"}, "quickstart_audit/audit.json"
+    ),
     "dpalign audit recipe.yaml --to audit": Small("--stage sft --canaries 40", leaves="audit/audit.json"),
     'dpalign generate runs/x/release --prompt "The film" --prepend_bos': Small(says="The film"),
     'dpalign generate runs/x/release --prompt "The film" --prepend_bos --best_of 16 --reward vader': Small(
