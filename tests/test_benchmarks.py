@@ -286,6 +286,14 @@ def check_rewards_again(out: str, folder: Path) -> None:
     assert last_json(out) == published and len(published["rows"]) == 16
 
 
+def check_bought_again(out: str, folder: Path) -> None:
+    """The same, of what privacy buys: four tasks, two kinds of units for three of them."""
+    published = json.loads((RESULTS / "what_privacy_buys.json").read_text(encoding="utf-8"))
+    assert last_json(out) == published and len(published["rows"]) == 7 * 2 * 5
+    lines = [line for line in out.splitlines() if "closed" in line]
+    assert "\n".join(lines) in (RESULTS / "what_privacy_buys.md").read_text(encoding="utf-8")
+
+
 def check_own_pairs(out: str, folder: Path) -> None:
     """Every policy has the reward's epsilon, and nothing but the reward has drawn."""
     rows = [json.loads(line) for line in (folder / "runs" / "own_pairs.jsonl").read_text().splitlines()]
@@ -438,6 +446,8 @@ SMOKE = {
     "free_and_private_reward.py --data DATA --output docs/results/free_and_private_reward.runs.jsonl --json": Smoke(
         "", check_rewards_again
     ),
+    "what_privacy_buys.py --data DATA --tasks 'polite requests' 'inoffensive posts' 'movie snippets' e-mails --seeds 12 "
+    "--output docs/results/what_privacy_buys.runs.jsonl --json": Smoke("", check_bought_again),
     "what_privacy_buys.py --data DATA --output buys.jsonl --json": Smoke(
         "--data . --tasks 'polite requests' 'text messages' --epsilons 8 --seeds 2 --draws 1 --texts 40 --own_texts 40 "
         "--prompts 3 --best_of 2 --model chatty --device cpu --cache kept --measured 8 --most_sampled 4 --most_steps 2 "
