@@ -280,6 +280,13 @@ def check_rewards(out: str, folder: Path) -> None:
     assert len((folder / "rewards.jsonl").read_text().splitlines()) == 3  # with what is free, once
 
 
+def check_choices(out: str, folder: Path) -> None:
+    """Two prompts, each with what is chosen for free and by the query."""
+    head, _, *rows = out.strip().splitlines()
+    assert head == "| free | judge | private | judge |" and len(rows) == 2
+    assert all(row.count(" | ") == 3 and row.startswith("| ... ") for row in rows)
+
+
 def check_rewards_again(out: str, folder: Path) -> None:
     """The published rows, computed again from the published runs; no text of anybody's is in them."""
     published = json.loads((RESULTS / "free_and_private_reward.json").read_text(encoding="utf-8"))
@@ -445,6 +452,11 @@ SMOKE = {
     ),
     "free_and_private_reward.py --data DATA --output docs/results/free_and_private_reward.runs.jsonl --json": Smoke(
         "", check_rewards_again
+    ),
+    "free_and_private_reward.py --data DATA --tasks e-mails --show 8 --output rewards.jsonl": Smoke(
+        "--data . --tasks 'polite requests' --epsilons 1 --show 2 --texts 40 --own_texts 40 "
+        "--prompts 3 --best_of 2 --model chatty --device cpu --cache kept",
+        check_choices, judged_texts,
     ),
     "what_privacy_buys.py --data DATA --tasks 'polite requests' 'inoffensive posts' 'movie snippets' e-mails --seeds 12 "
     "--output docs/results/what_privacy_buys.runs.jsonl --json": Smoke("", check_bought_again),
