@@ -13,8 +13,8 @@ from ..parsing import recipe_from
 from ..stages import STAGES
 from .arguments import Parser, number
 
-DESCRIPTION = """Tries the guarantee from outside, with the very code that a run trains with. No record is read, and
-nothing is spent: the audit writes its own units, and its ledger is a temporary one.
+DESCRIPTION = """Tries the guarantee from outside, with the very code that a run trains with. No record is trained
+on, and nothing is spent: the audit writes its own units, and its ledger is a temporary one.
 
 Without a recipe it audits DPO of a model of two layers, in about ten seconds. With one it audits the stages of that
 recipe: their rates, noise, clipping, micro-batches and rewards, on their own model.
