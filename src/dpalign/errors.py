@@ -1,6 +1,7 @@
 """The one exception that is meant for people, and whether another one's message may be shown."""
 
 import threading
+from typing import Any
 
 
 class DPAlignError(Exception):
@@ -17,6 +18,14 @@ class TooLongError(DPAlignError):
     def __init__(self, message: str, tokens: int) -> None:
         super().__init__(message)
         self.tokens = tokens
+
+
+class FoundError(DPAlignError):
+    """What a command looked for and should not have found. result: all of it, as `--json` prints it."""
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 RECORDS_READ = threading.Event()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import RECORDS_READ, DPAlignError
+from ..errors import RECORDS_READ, DPAlignError, FoundError
 from ..files import dumps, owner_only
 from ..printable import printable
 from ..stages import RENAMED, STAGES
@@ -83,7 +83,12 @@ def _run(command: str, rest: list[str]) -> None:
     as_json = "--json" in rest
     rest = [a for a in rest if a != "--json"]
     module = importlib.import_module(f".{'train' if command in TRAINING else command}", __name__)
-    result = module.run([command, *rest] if command in TRAINING else rest, as_json)
+    try:
+        result = module.run([command, *rest] if command in TRAINING else rest, as_json)
+    except FoundError as error:
+        if as_json:
+            print(dumps(error.result, indent=None))
+        raise
     if isinstance(result, str):
         print(result)
     elif as_json and result is not None:

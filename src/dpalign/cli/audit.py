@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import DPAlignError
-from ..files import dumps, write_json
+from ..errors import DPAlignError, FoundError
+from ..files import write_json
 from ..parsing import recipe_from
 from ..stages import STAGES
 from .arguments import Parser, number
@@ -88,10 +88,9 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         for audit in audits:
             plot_audit(audit, target / f"audit_{audit.stage}.png")
     if not shown["passed"]:
-        if as_json:
-            print(dumps(shown, indent=None))
         found = [f"{a.stage}: {', '.join([*a.exceeded, *a.rejected])}" for a in audits if not a.passed]
-        raise DPAlignError(f"the audit found something ({'; '.join(found)}): the claim must not be relied on.")
+        message = f"the audit found something ({'; '.join(found)}): the claim must not be relied on."
+        raise FoundError(message, shown)
     return shown
 
 
