@@ -1,10 +1,11 @@
-"""Offline alignment beside best-of-n sampling and RLOO: reward and KL on public prompts, with no private data at all.
+"""Offline alignment beside best-of-n sampling and RLOO: reward and KL on public prompts, with and without private data.
 
     .venv/bin/python benchmarks/offline.py --output runs/offline.jsonl
 
 The embedded model, prompts that it writes itself, the public reward VADER; every stage samples as many completions and has,
 but for the arm that says otherwise, the same adapter and optimiser. Reward, KL and perplexity are on public beginnings of movie snippets, one completion each; of
-best-of-n the KL is its bound log n - (n-1)/n. A finished run is appended to --output as one JSON line and is not run again, so
+best-of-n the KL is its bound log n - (n-1)/n. The arms named `private` take their prompts from 9,605 snippets that play private, at epsilon 4; of
+the one named `judge`, SmolLM2's answer to a question is the reward, and VADER measures what that does. A finished run is appended to --output as one JSON line and is not run again, so
 the same command goes on after an interruption. It prints the table of docs/results/offline.md; for the runs beside it, without
 a run of its own:
 
@@ -26,7 +27,7 @@ from dpalign.algorithms.completions import SamplingConfig
 from dpalign.cli.generate import best_of
 from dpalign.data.load import read_records
 from dpalign.evaluation import public_prompts
-from dpalign.models import ModelConfig, Policy
+from dpalign.models import ModelConfig, Policy, smollm2
 from dpalign.models.generation import answers, padded
 from dpalign.parsing import recipe_from
 from dpalign.rewards import RewardConfig, load_reward
@@ -41,6 +42,8 @@ STAGE = LENGTHS | {
 WORDS = {
     "method": "conditional", "num_generations": 4, "good": "A wonderful", "bad": "A terrible", "max_prompt_length": 10,
 }  # fmt: skip
+PRIVATE = {"prompts": "private", "num_generations": 4, "expected_batch_size": 512}
+JUDGED = {"source": "judge", "is_public": True, "questions": ["Does the author like the film?"]}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # stage, and what it has beside STAGE
     "filtered, best of 4": ("offline", {"method": "filtered", "num_generations": 4}),
     "filtered, best of 16": ("offline", {"method": "filtered", "num_generations": 16}),
@@ -50,6 +53,13 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # stage, and what it has beside
     "conditional, 4, rank 8, 30 updates": (
         "offline",
         WORDS | {"learning_rate": 1e-2, "max_steps": 30, "adapter": {"r": 8}},
+    ),
+    "filtered, best of 4, judge": ("offline", {"method": "filtered", "num_generations": 4, "reward": JUDGED}),
+    "filtered, best of 4, private": ("offline", PRIVATE | {"method": "filtered"}),
+    "weighted, 4 at 0.2, private": ("offline", PRIVATE | {"method": "weighted", "reward_temperature": 0.2}),
+    "conditional, 4, rank 8, private": (
+        "offline",
+        PRIVATE | WORDS | {"learning_rate": 5e-3, "adapter": {"r": 8}},
     ),
     "rloo, beta 0.2": ("rloo", {"beta": 0.2, "num_generations": 4}),
     "rloo, beta 0.1": ("rloo", {"beta": 0.1, "num_generations": 4}),
@@ -61,20 +71,32 @@ def trained(arm: str, given: argparse.Namespace) -> dict[str, Any]:
     """What one stage has made of the model, and what it was before."""
     name, own = ARMS[arm]
     prompts = max(1, given.completions // own["num_generations"])
+    private, reward = own.get("prompts") == "private", own.get("reward")
     section = STAGE | {"expected_batch_size": prompts, "max_steps": given.steps} | own
     if "init_a" in section["adapter"]:
         section["adapter"] = section["adapter"] | {"init_rows": given.init_rows}
+    if private:
+        section["expected_batch_size"] = min(section["expected_batch_size"], given.most_sampled)
+    if reward is not None:
+        section["reward"] = reward | {"source": f"judge:{given.judge or smollm2.fetch()}"}
     folder = given.output.with_suffix("") / "".join(c if c.isalnum() else "_" for c in arm)
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = {
-        "output_dir": str(folder / "run"), "ledger": str(folder / "ledger.sqlite"), "target_epsilon": math.inf,
+    recipe: dict[str, Any] = {
+        "output_dir": str(folder / "run"), "ledger": str(folder / "ledger.sqlite"), "target_epsilon": 4 if private else math.inf,
         "model": {"name_or_path": given.model, "is_public": True}, "eval_prompts": given.prompts, name: section,
-        "data": {"eval_path": PUBLIC, "eval_is_public": True},
+        "data": {"eval_path": PUBLIC, "eval_is_public": True}, "reference_reward": {"source": "vader"},
     }  # fmt: skip
+    if private:
+        recipe["data"] |= {"name": "demo-movie-snippets", "path": "demo:movie-snippets/private", "is_demo": True}
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe).replace("Infinity", '"inf"'), encoding="utf-8")  # JSON is YAML
     measured = run_recipe(recipe_from("run", [str(path)])).to_json()["evaluation"]
-    return {"start": measured["pretrained"], "measured": measured[name]}
+    return {"start": by_vader(measured["pretrained"]), "measured": by_vader(measured[name])}
+
+
+def by_vader(row: dict[str, Any]) -> dict[str, Any]:
+    """With VADER's score for the reward, whatever the policy has learned from."""
+    return row | {"reward": row["reference_reward"], "reward_ci95": row["reference_reward_ci95"]}
 
 
 def chosen(count: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -124,6 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="public ones to measure on")
     parser.add_argument("--init_rows", type=int, default=512)
     parser.add_argument("--model", default="tiny-review-lm")
+    parser.add_argument("--judge", help="folder of the model behind the arm `judge`; default: SmolLM2")
+    parser.add_argument("--most_sampled", type=int, default=100_000, help="private prompts of an update")
     parser.add_argument("--output", type=Path, default=Path("runs/offline.jsonl"))
     given = parser.parse_args(arguments)
     given.output.parent.mkdir(parents=True, exist_ok=True)

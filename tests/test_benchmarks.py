@@ -243,11 +243,15 @@ def check_dpo_table(out: str, folder: Path) -> None:
 
 def check_offline(out: str, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "runs" / "offline.jsonl").read_text().splitlines()]
-    assert [row["arm"] for row in rows] == ["best of 4", "filtered, best of 4", "conditional, 4", "rloo, beta 0.2"]
+    private, judged = "conditional, 4, rank 8, private", "filtered, best of 4, judge"
+    assert [row["arm"] for row in rows] == ["best of 4", "filtered, best of 4", private, judged, "rloo, beta 0.2"]
+    # Every arm starts from the same model, and VADER measures them all.
+    assert len({row["start"]["reward"] for row in rows[1:]}) == 1
+    assert (folder / "runs" / "offline" / "conditional__4__rank_8__private" / "ledger.sqlite").is_file()
     assert rows[0]["measured"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
     assert all(row["measured"]["prompts"] == row["start"]["prompts"] == 4 and row["seconds"] > 0 for row in rows[1:])
     start = [line for line in out.splitlines() if line.startswith("| the model as it comes")]
-    assert len(start) == 1 and "| 0.00 ± 0.00 |" in start[0] and out.count("\n") == 7
+    assert len(start) == 1 and "| 0.00 ± 0.00 |" in start[0] and out.count("\n") == 8
 
 
 def check_offline_table(out: str, folder: Path) -> None:
@@ -436,8 +440,8 @@ SMOKE = {
     ),
     "dpo_pairs.py --seeds 0 --least 8 --output docs/results/dpo_pairs.runs.jsonl": Smoke("", check_dpo_table),
     "offline.py --output runs/offline.jsonl": Smoke(
-        "--arms 'best of 4' 'filtered, best of 4' 'conditional, 4' 'rloo, beta 0.2' --steps 1 --completions 8 --prompts 4 "
-        "--init_rows 8 --model small", check_offline, demo
+        "--arms 'best of 4' 'filtered, best of 4' 'conditional, 4, rank 8, private' 'filtered, best of 4, judge' 'rloo, beta 0.2' "
+        "--steps 1 --completions 8 --prompts 4 --most_sampled 4 --init_rows 8 --model small --judge small", check_offline, demo
     ),
     "offline.py --arms --output docs/results/offline.runs.jsonl": Smoke("", check_offline_table),
     "ukp_convincingness.py --data ukpconvarg1_full.jsonl.gz --threads 1 --max-votes 4": Smoke(

@@ -92,6 +92,14 @@ def test_its_table_has_every_reward_and_policy_and_one_query_is_all_it_draws(hom
     for word in (*rows, "temperature 0.7", "at most 0.19", "trained against"):
         assert word.split(",")[0] in " ".join(called.out.split())
     assert (home / "q" / "judged.png").is_file() and (home / "q" / "report.html").is_file()
+    # What the reward is worth stands where people look for it: in the report, and in the card of its release.
+    page, best = (home / "q" / "report.html").read_text(), summary["best_of"]
+    assert page.count("at work</h3>") == 2 and "The free rewards at work" in page
+    assert all(f"{best[name]['judge']:.3f} ± {best[name]['judge_ci95']:.3f}" in page for name in ("reward", "free"))
+    card = (home / "q" / "reward_model" / "README.md").read_text()
+    assert card.count("What it was measured to be worth") == 1 and card.index("to be worth") < card.index("not cover")
+    assert f"accuracy {pairs['accuracy']:.3f}" in card and f"free rewards {pairs['free_accuracy']:.3f}" in card
+    assert f"reference reward {best['reward']['judge']:.3f}" in card
     (mean,) = (home / "q" / "rewards").glob("mean-*")
     assert pairs["free_accuracy"] == pytest.approx(agreement_of(mean, home)) and pairs["pairs"] == 8
     # What shows the free rewards' scales is written by the first of the three runs, and by no other.

@@ -26,6 +26,7 @@ from .reporting.numbers import all_runs, at_most, attacks
 from .settings.models import TINY_REVIEW_LM
 
 NOT_COVERED, BOUGHT = "## What the guarantee does not cover\n", "## What the private data bought\n"
+MEASURED = "## What it was measured to be worth\n"
 RELEASE, REWARD_MODEL = "release", "reward_model"  # folders of a run that are for sharing
 EMBEDDED = "The base comes with dpalign: it is the folder `dpalign/assets/tiny-review-lm` of the package."
 FOLDER = "The base was a folder of that name: put the same model there, or give its path."
@@ -178,11 +179,11 @@ def write_reward_model(
         )
 
 
-def say_in_card(folder: Path, sentences: Sequence[str]) -> None:
-    """Puts what a comparison says into a release's card, in place of what it said before."""
+def say_in_card(folder: Path, sentences: Sequence[str], title: str = BOUGHT) -> None:
+    """Puts a section into a release's card, what a comparison says, say, in place of what it said before."""
     before, heading, rest = (folder / "README.md").read_text(encoding="utf-8").partition(NOT_COVERED)
     lines = "".join(f"- {code_span(sentence)}\n" for sentence in sentences)
-    card = f"{before.partition(BOUGHT)[0]}{BOUGHT}{lines}\n{heading}{rest}"
+    card = f"{before.partition(title)[0]}{title}{lines}\n{heading}{rest}"
     write_text(folder / "README.md", card)
     (folder / "README.md").chmod(0o644)
 

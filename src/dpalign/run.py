@@ -64,9 +64,10 @@ from .records import (
     stage_units,
     units_of,
 )
-from .release import RELEASE, REWARD_MODEL, write_release, write_reward_model
+from .release import MEASURED, RELEASE, REWARD_MODEL, say_in_card, write_release, write_reward_model
 from .reporting.html import write_report
 from .reporting.progress import Reporter
+from .reporting.tables import agreement_line, chosen_line
 from .reporting.trackers import check_installed
 from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
@@ -645,6 +646,7 @@ class Run:
                 remember_base(self.workspace.private, base)
                 write_release(results.release, policy, statement, base, title, prompts, texts)
         self.measure_on_public_prompts(texts)
+        self.say_what_the_reward_is_worth()
         resources = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": peak_memory_mb()}
         write_json(self.workspace.private / "resources.json", resources | ({"command": command} if command else {}))
         if plan.is_all_demo:
@@ -653,6 +655,18 @@ class Run:
         write_report(folder)
         self.publish()
         return results
+
+    def say_what_the_reward_is_worth(self) -> None:
+        """Of a reward model that the run has trained, in its card; all of it public."""
+        results, rollouts = self.results, self.plan.recipe.rollouts
+        if results.reward_model_release is None:
+            return
+        is_used = rollouts is not None and rollouts.reward.source == RELEASED
+        chosen = results.best_of if is_used else {}
+        lines = [agreement_line(stage, found.as_dict()) for stage, found in results.pairs.items()]
+        lines += [chosen_line(name, found.as_dict()) for name, found in chosen.items()]
+        if lines:
+            say_in_card(results.reward_model_release, lines, MEASURED)
 
     def publish(self) -> None:
         """What was measured in public, and what has been spent, for the tracker; as the summary has it."""

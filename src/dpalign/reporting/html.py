@@ -194,6 +194,7 @@ def page_of(run: FoundRun, beside: Sequence[FoundRun]) -> dict[str, Any]:
         "notes": unscored({model.name: dict(model.row) for model in models}),
         "intervals": [chart for key in CHARTED if (chart := interval_chart(key, columns, models)) is not None],
         "pairs": {s["stage"]: pairs_of(summary[s["stage"]]) for s in summary["stages"] if _has(summary, s, "pairs")},
+        "chosen": [chosen_of(name, found) for name, found in summary.get("best_of", {}).items()],
         "measured": {s: measurement_of(summary[s]) for s in _measuring(summary)},
         "curves": curves_of(run, beside),
         "evaluated": evaluated_of(run, beside),
@@ -321,6 +322,20 @@ def pairs_of(found: Mapping[str, Any]) -> dict[str, str]:
         "calibration error": _shown(found["calibration_error"]),
         "negative log-likelihood": _shown(found["nll"]),
         "margin": f"{_shown(found['margin'])} (deviation {_shown(found['margin_std'])})",
+    }
+
+
+def chosen_of(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reward is worth where it is used: the judge's score of what it chooses among several completions."""
+    return {
+        "who": "The free rewards" if name == "free" else "The reward",
+        "prompts": f"{found['prompts']:,}",
+        "completions": f"{found['completions']:,}",
+        "facts": {
+            "reference reward of what is chosen": f"{_shown(found['judge'])} ± {_shown(found['judge_ci95'])}",
+            "above the mean of all": f"{_shown(found['gain'])} ± {_shown(found['gain_ci95'])}",
+            "KL of such a choice (nats)": f"at most {_shown(found['kl_at_most'])}",
+        },
     }
 
 

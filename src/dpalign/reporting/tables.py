@@ -68,17 +68,9 @@ def print_results(results: Results) -> None:
         if line := about_texts(summary["evaluation"]):
             console.say(line)
     for stage, pairs in results.pairs.items():
-        console.print(
-            f"{stage} on {pairs.pairs:,} public pairs: accuracy {pairs.accuracy:.3f} ± {pairs.accuracy_ci95:.3f}, "
-            f"{free_agreement(pairs.as_dict())}calibration error {pairs.calibration_error:.3f}, margin "
-            f"{pairs.margin:.2f}."
-        )
+        console.print(agreement_line(stage, pairs.as_dict()))
     for name, best in results.best_of.items():
-        who = "free rewards choose" if name == "free" else "reward chooses"
-        console.say(
-            f"among {best.completions} completions of {best.prompts} public prompts, what the {who} has reference "
-            f"reward {best.judge:.3f} ± {best.judge_ci95:.3f}: {best.gain:.3f} ± {best.gain_ci95:.3f} above their mean."
-        )
+        console.say(chosen_line(name, best.as_dict()))
     for stage, found in results.measurements.items():
         if found is None:
             console.print(f"{stage} was lost by an interruption.")
@@ -94,6 +86,24 @@ def about_texts(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """What the column of losses on texts is, where there is one."""
     counts = [row["text_records"] for row in rows.values() if row.get("text_records") is not None]
     return f"text loss: nats per token of {counts[0]:,} held-out public texts; lower is better." if counts else ""
+
+
+def agreement_line(stage: str, pairs: Mapping[str, Any]) -> str:
+    """How often a stage's model agrees with people on public pairs."""
+    return (
+        f"{stage} on {pairs['pairs']:,} public pairs: accuracy {pairs['accuracy']:.3f} ± {pairs['accuracy_ci95']:.3f}, "
+        f"{free_agreement(pairs)}calibration error {pairs['calibration_error']:.3f}, margin {pairs['margin']:.2f}."
+    )
+
+
+def chosen_line(name: str, best: Mapping[str, Any]) -> str:
+    """What a reward is worth where it is used."""
+    who = "free rewards choose" if name == "free" else "reward chooses"
+    return (
+        f"among {best['completions']} completions of {best['prompts']} public prompts, what the {who} has reference "
+        f"reward {best['judge']:.3f} ± {best['judge_ci95']:.3f}: {best['gain']:.3f} ± {best['gain_ci95']:.3f} above "
+        "their mean."
+    )
 
 
 def free_agreement(pairs: Mapping[str, Any]) -> str:
