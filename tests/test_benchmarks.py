@@ -259,6 +259,18 @@ def check_offline_table(out: str, folder: Path) -> None:
     assert out in (RESULTS / "offline.md").read_text(encoding="utf-8") and out.count("\n") > 8
 
 
+def check_scaling(out: str, folder: Path) -> None:
+    """The published tables, computed again; and two figures by hand."""
+    assert out.strip() in (RESULTS.parent / "scaling.md").read_text(encoding="utf-8")
+    scaling = importlib.import_module("scaling")
+    # Three tokens meet the body, and the output layer one of them; one launch a layer and a token that is written.
+    shape = scaling.Shape(1000.0, 2, 10, 20, 10, (10,))
+    work = scaling.Work(shape, 1, 2, 1, 1, 1, shape.adapter(3), 4)
+    assert shape.adapter(3) == 2 * 3 * (10 + 10)
+    assert scaling.forward(work)["PFLOP"] * 1e15 == pytest.approx(2 * (3 * (1000 - 200) + 200))
+    assert scaling.generation(work)["launches"] == 2 and scaling.held(work)["gradients of units"] == 4 * 120
+
+
 def check_ukp(out: str, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "ukp.jsonl").read_text().splitlines()]
     assert [row["unit"] for row in rows] == ["pair", "annotator"] and rows[0]["units"] == 18 and rows[1]["units"] == 9
@@ -478,6 +490,7 @@ SMOKE = {
     ),
     "profile_iteration.py --show docs/results/profile_h200_first.jsonl": Smoke("", check_shown),
     "profile_iteration.py --show docs/results/profile_h200.jsonl": Smoke("", check_shown),
+    "scaling.py --measured docs/results/profile_h200.jsonl docs/results/profile_h200_first.jsonl": Smoke("", check_scaling),
     "audit.py --output runs/audit.jsonl": Smoke("--runs 1 --canaries 60 --faults noise_halved", check_audit),
     "audit.py --runs 0 --output docs/results/audit.runs.jsonl": Smoke("", check_audit_again),
     "malformed.py --output malformed.jsonl": Smoke("--groups together file ledgers --most 1", check_malformed),

@@ -120,6 +120,9 @@ RUN = {
     "dpalign plan --units 12500 --batch_size 256 --steps 4883 --delta 4e-5 --epsilon 4 --passes T": Small(
         "--json", {" T": " 2"}, says='"noise_multiplier": 2.2865'
     ),
+    "dpalign plan --units 10000000 --batch_size 4096 --steps 2441 --delta 1e-8 --epsilon 4": Small(
+        "--json", says='"noise_multiplier": 0.5364'
+    ),
     "dpalign plan recipe.yaml": Small(says="ppo"),
     "dpalign plan RECIPE": Small(instead={"RECIPE": "recipe.yaml"}, says="ppo"),
     "dpalign plan RECIPE.yaml": Small(instead={"RECIPE": "recipe"}, says="ppo"),
