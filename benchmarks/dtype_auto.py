@@ -112,7 +112,7 @@ class Rounds:
     def seconds(self) -> float:
         """Of one round."""
         began, size = self._now(), self.config.micro_batch_size
-        rows = self.algorithm.rows(self.policy, self.prompts, SystemEntropy())
+        rows = self.algorithm.rows(self.policy, self.prompts, [SystemEntropy()] * len(self.prompts))
         for units in micro_batches(rows, list(range(len(self.prompts))), size, size):
             unit_gradients(self.policy, self.algorithm, self.gradients, rows.of(units), size)
         return self._now() - began

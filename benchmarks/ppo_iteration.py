@@ -74,7 +74,7 @@ class DPPPO:
             return sampled
 
         with patch.object(rollouts, "sample", timed_sample):
-            phase = self.algorithm.rows(self.policy, self.examples, SystemEntropy())
+            phase = self.algorithm.rows(self.policy, self.examples, [SystemEntropy()] * len(self.examples))
         clock.append(self._now())
         self._train(phase)
         clock.append(self._now())

@@ -175,7 +175,7 @@ def test_who_shares_a_micro_batch_moves_no_token_and_no_score(kind, dtype):
             place, prompts = units.index(ONE), [policy.tokenizer(unit[0]["prompt"]).input_ids for unit in units]
             ids, mask = policy.encode_prompts([prompt[:prompt_length] for prompt in prompts], prompt_length)
             with torch.no_grad():
-                rollouts = sample(policy, ids, mask, settings, KnownCoins())
+                rollouts = sample(policy, ids, mask, settings, [KnownCoins()] * len(ids))
                 logprobs, _ = in_micro_batches(policy, rollouts, settings)
                 scores = scorer.score([unit[0]["text"] for unit in units], rows_at_once=8)
             seen.append((rollouts.completion_ids[place], logprobs[place], scores[place]))

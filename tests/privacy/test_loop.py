@@ -31,11 +31,13 @@ from harness import (
 )
 
 from dpalign.algorithms import PPO
+from dpalign.algorithms.base import encode_units
+from dpalign.privacy.entropy import SeededEntropy
 from dpalign.privacy.gate import Sample
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.training import Stage
-from tiny import dataset
+from tiny import dataset, tiny_policy
 
 # 4 ---------------------------------------------------------------------------------------------------------
 
@@ -294,3 +296,28 @@ def test_rollouts_are_drawn_with_the_secret_coins_of_the_sample():
     """A known rollout seed would let the batch tell who is in it; the coins come with the sample, as an argument."""
     assert not draws_follow_a_known_seed(PPO)
     assert draws_follow_a_known_seed(ForgetsItsCoins)
+
+
+class OneStream(PPO):
+    """Rows take turns at the coins of one unit."""
+
+    def rows(self, policy, units, coins):
+        return super().rows(policy, units, coins[:1] * len(coins))
+
+
+def completions_depend_on_company(algorithm: type[PPO]) -> bool:
+    """Whether unit 5's completion, under a known seed, is another one when another unit comes before it."""
+    policy, stage = tiny_policy("gpt2"), ppo(algorithm, micro_batch_size=8)
+    stage.setup(policy)
+    units = encode_units(stage, policy, prompts(8))
+    seen = []
+    for drawn in ([5], [2, 5]):
+        coins = [SeededEntropy(0, "step").of_unit(unit) for unit in drawn]
+        seen.append(stage.rows(policy, [units[unit] for unit in drawn], coins).tensors["input_ids"][-1])
+    return not torch.equal(*seen)
+
+
+def test_a_unit_has_its_own_coins():
+    """So what it does is the same whoever else is drawn, and in whichever process it is."""
+    assert not completions_depend_on_company(PPO)
+    assert completions_depend_on_company(OneStream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -22,6 +22,7 @@ from ..settings.rewards import RewardConfig
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+Coins: TypeAlias = Sequence[SystemEntropy]  # one a unit, or one a row
 Entering: TypeAlias = Mapping[str, ModelConfig | RewardConfig]  # by the setting that names it
 
 
@@ -217,12 +218,12 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
         raise NotImplementedError(f"{type(self).__name__} learns from records alone")
 
     @abstractmethod
-    def rows(self, model: Model, units: list[list[Example]], coins: SystemEntropy | None) -> Rows:
+    def rows(self, model: Model, units: list[list[Example]], coins: Coins | None) -> Rows:
         """The rows of one phase (rollouts, say), made with the current model; every row from its own unit alone.
 
         Args:
             units: the examples of each sampled unit, perhaps none.
-            coins: the phase's secret randomness, whose law ignores who else was sampled; None is torch's generator.
+            coins: each unit's own secret randomness for the phase; None is torch's generator.
         """
 
     @abstractmethod
@@ -294,7 +295,7 @@ def encode_units(
 
 
 def rows_of_units(
-    algorithm: Algorithm[T, Model, Example], model: Model, units: list[list[Example]], coins: SystemEntropy | None
+    algorithm: Algorithm[T, Model, Example], model: Model, units: list[list[Example]], coins: Coins | None
 ) -> Rows:
     """The rows of drawn units; a unit for which something is raised has none, and so adds zero.
 
@@ -308,7 +309,7 @@ def rows_of_units(
         parts = [algorithm.rows(model, [[] for _ in units], coins)]
     for number, unit in enumerate(units):
         try:
-            own = algorithm.rows(model, [unit], coins)
+            own = algorithm.rows(model, [unit], None if coins is None else coins[number : number + 1])
         except OUT_OF_MEMORY:
             raise
         except Exception:

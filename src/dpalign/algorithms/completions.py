@@ -15,20 +15,17 @@ from ..errors import DPAlignError, TooLongError
 from ..models import Policy
 from ..models.generation import Prompt
 from ..models.policy import Rollouts
-from ..privacy.entropy import SystemEntropy
 from ..rewards.load import given_columns
 from ..settings.rollouts import MOST_ROWS, SamplingConfig
-from .base import Reading, Tokenizer, check_records
+from .base import Coins, Reading, Tokenizer, check_records
 
 CACHE = 2**31  # bytes of keys and values that a half-precision model may hold for more rows than a micro-batch
 CHATS = ("messages", "conversations", "text")  # columns whose chat is asked for its last answer
 PROMPT_COLUMNS = (("prompt",), *((name,) for name in CHATS))
 
 
-def sample(
-    policy: Policy, ids: Tensor, mask: Tensor, config: SamplingConfig, coins: SystemEntropy | None = None
-) -> Rollouts:
-    """Completions of `(rows, prompt)` ids with the config's lengths; `coins` as in `Policy.generate`."""
+def sample(policy: Policy, ids: Tensor, mask: Tensor, config: SamplingConfig, coins: Coins | None = None) -> Rollouts:
+    """Completions of `(rows, prompt)` ids with the config's lengths; `coins` as in `Policy.sample`."""
     return policy.sample(
         ids,
         mask,

@@ -17,9 +17,8 @@ from ..data.text import Encoded, encode_completion, read_text, shared_prompt, te
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.kernels import chunks
-from ..privacy.entropy import SystemEntropy
 from ..settings.dpo import DPOConfig
-from .base import Entering, Reading, Rows, StageKind, Tokenizer, Tokens
+from .base import Coins, Entering, Reading, Rows, StageKind, Tokenizer, Tokens
 from .own_pairs import OwnPairs
 from .pairs import LOSSES, PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_of
 
@@ -80,7 +79,7 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
         answers, length = encode_answers(policy.tokenizer, record, self.config), self.config.max_length
         return replace(answers, chosen=answers.chosen.cut(length), rejected=answers.rejected.cut(length))
 
-    def rows(self, policy: Policy, units: list[list[Answers]], coins: SystemEntropy | None) -> Rows:
+    def rows(self, policy: Policy, units: list[list[Answers]], coins: Coins | None) -> Rows:
         """Both answers of every pair, and their log-probability under the reference."""
         pairs = [(unit, pair) for unit, examples in enumerate(units) for pair in examples for _ in range(2)]
         texts = [row for _, pair in pairs[::2] for row in (pair.chosen, pair.rejected)]

@@ -19,11 +19,10 @@ from ..errors import DPAlignError, TooLongError
 from ..models import Policy
 from ..models.generation import Prompt, longest_written, with_words
 from ..models.policy import Rollouts
-from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
 from ..settings.offline import CONDITIONAL, OfflineConfig
-from .base import Reading, Rows, Tokenizer
+from .base import Coins, Reading, Rows, Tokenizer
 from .completions import read_prompt
 from .rollouts import ScoredAlgorithm, rollouts_of
 
@@ -81,7 +80,7 @@ class Offline(ScoredAlgorithm[OfflineConfig]):
 
     # 2. Completions, of what the stage started from ------------------------------------------------------------
 
-    def rows(self, policy: Policy, units: list[list[Prompt]], coins: SystemEntropy | None) -> Rows:
+    def rows(self, policy: Policy, units: list[list[Prompt]], coins: Coins | None) -> Rows:
         """As `ScoredAlgorithm`; `conditional` puts words in front of what was sampled without."""
         rows, config = super().rows(policy, units, coins), self.config
         if config.method != CONDITIONAL:
@@ -97,7 +96,7 @@ class Offline(ScoredAlgorithm[OfflineConfig]):
         }
         return Rows(rows.unit, rows.tensors | put)
 
-    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: SystemEntropy | None) -> Rollouts:
+    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: Coins | None) -> Rollouts:
         with policy.reference():
             return super().sampled(policy, ids, mask, coins)
 

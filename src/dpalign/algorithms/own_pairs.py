@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..models import Policy
 from ..models.policy import Rollouts
-from ..privacy.entropy import SystemEntropy
 from ..rewards import Reward
 from ..settings.dpo import DPOConfig
-from .base import Rows, Tokens
+from .base import Coins, Rows, Tokens
 from .pairs import LOSSES, measured, pair_metrics
 from .rollouts import CompletionAlgorithm, rollouts_of
 
@@ -34,7 +33,7 @@ class OwnPairs(CompletionAlgorithm[DPOConfig]):
         super().__init__(config, reward)
         self.metrics = pair_metrics(config.margin_range)
 
-    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: SystemEntropy | None) -> Rollouts:
+    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: Coins | None) -> Rollouts:
         with policy.reference():
             return super().sampled(policy, ids, mask, coins)
 

@@ -12,9 +12,8 @@ from ..data.load import Record
 from ..data.text import Text, joined, template_options
 from ..models import RewardModel
 from ..models.reward_model import encode_as
-from ..privacy.entropy import SystemEntropy
 from ..settings.reward_model import RewardModelConfig
-from .base import Entering, Reading, Rows, Tokenizer, Tokens
+from .base import Coins, Entering, Reading, Rows, Tokenizer, Tokens
 from .pairs import PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_loss, preference_of
 
 UNCUT = 2**31  # tokens
@@ -61,7 +60,7 @@ class ScoredPairs(PairAlgorithm[R, RewardModel, Pair], Generic[R], is_base=True)
         pair = encode_pair(model, record)
         return None if self.config.ties == "skip" and pair.preference == 0.5 else pair
 
-    def rows(self, model: RewardModel, units: list[list[Pair]], coins: SystemEntropy | None) -> Rows:
+    def rows(self, model: RewardModel, units: list[list[Pair]], coins: Coins | None) -> Rows:
         pairs = [(unit, pair) for unit, examples in enumerate(units) for pair in examples for _ in range(2)]
         ids, mask = model.pad([row for _, pair in pairs[::2] for row in (pair.chosen, pair.rejected)])
         tensors = {

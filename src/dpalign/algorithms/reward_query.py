@@ -24,12 +24,11 @@ from ..data.load import Record
 from ..data.text import Text
 from ..errors import DPAlignError
 from ..models import RewardModel
-from ..privacy.entropy import SystemEntropy
 from ..rewards import Reward
 from ..rewards.mean import Mean
 from ..settings.models import AdapterConfig
 from ..settings.reward_query import RewardQueryConfig
-from .base import Entering, Reading, Rows, Tokenizer, Tokens
+from .base import Coins, Entering, Reading, Rows, Tokenizer, Tokens
 from .pairs import measured
 from .reward import Pair, ScoredPairs, differences_and_free, pair_texts
 
@@ -116,7 +115,7 @@ class RewardQuery(ScoredPairs[RewardQueryConfig]):
             return pair
         return ReadPair(pair.chosen, pair.rejected, pair.margin, pair.preference, pair_texts(record))
 
-    def rows(self, model: RewardModel, units: list[list[Pair]], coins: SystemEntropy | None) -> Rows:
+    def rows(self, model: RewardModel, units: list[list[Pair]], coins: Coins | None) -> Rows:
         """With the public scores of each text; a pair that they cannot score casts no vote."""
         if self.free is None:
             return super().rows(model, units, coins)

@@ -17,12 +17,11 @@ from ..models import Policy
 from ..models.generation import Prompt, answers, longest_written, write_prompts
 from ..models.kernels import chunks
 from ..models.policy import Rollouts
-from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
 from ..settings.rollouts import CompletionConfig, RolloutConfig, SamplingConfig, ScoredConfig
 from .anchor import Anchor
-from .base import Algorithm, Entering, Reading, Rows, Tokenizer, Tokens
+from .base import Algorithm, Coins, Entering, Reading, Rows, Tokenizer, Tokens
 from .basis import align_inputs
 from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample
 
@@ -103,7 +102,7 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
 
     # 2. Rollouts ---------------------------------------------------------------------------------------
 
-    def rows(self, policy: Policy, units: list[list[Prompt]], coins: SystemEntropy | None) -> Rows:
+    def rows(self, policy: Policy, units: list[list[Prompt]], coins: Coins | None) -> Rows:
         """Samples `num_generations` completions per prompt, scores them, and keeps what later passes need."""
         config = self.config
         drawn = [
@@ -114,7 +113,7 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
         ]
         unit = torch.tensor([number for number, _ in drawn], dtype=torch.int64, device=policy.device)
         ids, mask = policy.encode_prompts([prompt.ids for _, prompt in drawn], config.max_prompt_length)
-        rollouts = self.sampled(policy, ids, mask, coins)
+        rollouts = self.sampled(policy, ids, mask, None if coins is None else [coins[number] for number, _ in drawn])
         scores = self._score([prompt for _, prompt in drawn], rollouts, policy)
         tensors = {
             "input_ids": rollouts.input_ids,
@@ -128,8 +127,8 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
             ref_logprobs = in_micro_batches(policy, rollouts_of(rows), config)[0]
         return self.prepare(policy, Rows(rows.unit, rows.tensors | {"ref_logprobs": ref_logprobs}))
 
-    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: SystemEntropy | None) -> Rollouts:
-        """Completions of `(rows, prompt)` ids, by the policy as it is."""
+    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: Coins | None) -> Rollouts:
+        """Completions of `(rows, prompt)` ids, by the policy as it is, each with its own of `coins`."""
         return sample(policy, ids, mask, self.config, coins)
 
     def learned(self, rows: Rows) -> Rows:

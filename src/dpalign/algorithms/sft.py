@@ -20,10 +20,9 @@ from ..data.text import (
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.kernels import chunks
-from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
 from ..settings.sft import SFTConfig
-from .base import Entering, Reading, Rows, Tokenizer, Tokens
+from .base import Coins, Entering, Reading, Rows, Tokenizer, Tokens
 from .texts import TextAlgorithm
 
 WHOLE = ("messages", "conversations", "text")  # columns that hold a whole text
@@ -66,7 +65,7 @@ class SFT(TextAlgorithm[SFTConfig, Encoded]):
     def encode(self, policy: Policy, record: Record) -> Encoded:
         return encode_record(policy.tokenizer, record, self.config).cut(self.config.max_length)
 
-    def rows(self, policy: Policy, units: list[list[Encoded]], coins: SystemEntropy | None) -> Rows:
+    def rows(self, policy: Policy, units: list[list[Encoded]], coins: Coins | None) -> Rows:
         rows = [(unit, text) for unit, texts in enumerate(units) for text in texts]
         ids = torch.full((len(rows), self.config.max_length), policy.tokenizer.pad_token_id)
         attention = torch.zeros_like(ids)

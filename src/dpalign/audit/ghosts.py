@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algorithms.base import Algorithm, Rows
+from ..algorithms.base import Algorithm, Coins, Rows
 from ..data import UnitDataset
 from ..data.load import Record
 from ..errors import DPAlignError
@@ -105,7 +105,7 @@ class Haunting(Algorithm[Any, Any, Any], is_base=True):
             example = self.stands_on = self.stands_on or inner.encode(model, own)
         return None if example is None else (example, record.get(CANARY, -1))
 
-    def rows(self, model: Any, units: list[list[Any]], coins: SystemEntropy | None) -> Rows:
+    def rows(self, model: Any, units: list[list[Any]], coins: Coins | None) -> Rows:
         inner: Any = super()
         rows: Rows = inner.rows(model, [[example for example, _ in unit] for unit in units], coins)
         which = torch.tensor([unit[0][1] if unit else -1 for unit in units], dtype=torch.int64, device=rows.unit.device)

@@ -192,7 +192,7 @@ def _measure(
 
     def sampled() -> torch.Tensor:
         ids, mask = policy.encode_prompts([asked(policy, prompt) for prompt in prompts], width)
-        rollouts = sample(policy, ids, mask, config, coins)
+        rollouts = sample(policy, ids, mask, config, [coins] * len(prompts))
         texts = [prompt.text for prompt in prompts]
         return reward(texts, answers(policy, prompts, rollouts), columns_of(prompts, config))
 

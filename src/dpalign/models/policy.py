@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from .objects import Given
 from .precision import settled
 from .prompt_format import prompt_format_of
 from .quantized import settings_of
-from .sampling import Dealt, DrawToken
+from .sampling import Dealt, DrawToken, uniforms_of
 from .stack import AdapterStack, load_pretrained
 
 BASE = ""  # the place of an adapter where there is none
@@ -256,10 +257,13 @@ class Policy(AdapterStack):
         temperature: float = 1.0,
         top_p: float = 1.0,
         rows_at_once: int = 256,
-        coins: SystemEntropy | None = None,
+        coins: Sequence[SystemEntropy] | None = None,
     ) -> Rollouts:
-        """Completions for `(rows, prompt)` ids in chunks of a fixed size, with merged weights; as `generate` draws."""
-        drawn = None if coins is None else [coins.uniforms(len(ids)) for _ in range(max_new_tokens)]
+        """Completions for `(rows, prompt)` ids in chunks of a fixed size, with merged weights; as `generate` draws.
+
+        coins: of each row.
+        """
+        drawn = None if coins is None else uniforms_of(coins, max_new_tokens)
         parts = []
         with self.merged():
             for chunk, count in chunks(len(ids), rows_at_once):

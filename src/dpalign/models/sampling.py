@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +21,12 @@ class Dealt(SystemEntropy):
 
     def uniforms(self, count: int) -> np.ndarray:
         return next(self._steps)
+
+
+def uniforms_of(coins: Sequence[SystemEntropy], steps: int) -> list[np.ndarray]:
+    """`(rows,)` uniforms for each step, from every row's own coins; of neighbours who share theirs, together."""
+    groups = [(owner, len(list(same))) for owner, same in groupby(coins)]
+    return [np.concatenate([np.empty(0), *(own.uniforms(count) for own, count in groups)]) for _ in range(steps)]
 
 
 class DrawToken(LogitsProcessor):

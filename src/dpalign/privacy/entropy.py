@@ -17,6 +17,10 @@ class SystemEntropy:
 
     private = True
 
+    def of_unit(self, unit: int) -> SystemEntropy:
+        """One unit's own coins, whoever else is there and whichever process draws them: always fresh ones."""
+        return self
+
     def bytes(self, count: int) -> bytes:
         return os.urandom(count)
 
@@ -49,8 +53,12 @@ class SeededEntropy(SystemEntropy):
     private = False
 
     def __init__(self, seed: int, label: str = "") -> None:
+        self.seed, self.label = seed, label
         self._key = f"{seed}/{label}".encode()
         self._calls = 0
+
+    def of_unit(self, unit: int) -> SystemEntropy:
+        return SeededEntropy(self.seed, f"{self.label}/unit {unit}")
 
     def bytes(self, count: int) -> bytes:
         self._calls += 1

@@ -219,7 +219,8 @@ class Stage:
         steps = [self._private_step(sigma)] * self.plan.minibatches
         samples = self.gate.draw(steps, step, attempt)
         union = sorted(set().union(*(sample.units for sample in samples)))
-        rows = rows_of_units(self.algorithm, self.model, [self.examples[unit] for unit in union], samples[0].coins)
+        examples, coins = [self.examples[unit] for unit in union], [samples[0].coins.of_unit(unit) for unit in union]
+        rows = rows_of_units(self.algorithm, self.model, examples, coins)
         place = {unit: position for position, unit in enumerate(union)}
         for sample in samples:
             released = self._step(rows, [place[u] for u in sample.units], sample, step)

@@ -146,7 +146,7 @@ class SelfCheck:
         """As the loop does it: rows of all units, then gradients of a micro-batch at a time, clipped and summed."""
         config, model, began = self.config, self.model, time.monotonic()
         taken = [units[unit] for unit in chosen]
-        rows = self._located(lambda: self.algorithm.rows(model, taken, PublicCoins(group_of(config))))
+        rows = self._located(lambda: self.algorithm.rows(model, taken, [PublicCoins(group_of(config))] * len(taken)))
         step = PrivateStep(
             SampledGaussian(1.0, 0.0, 1),
             max_grad_norm=config.max_grad_norm,
