@@ -32,6 +32,7 @@ ROOMS = [
     ["files"],
     ["settings"],
     ["domains", "printable"],
+    ["launched"],
     ["errors", "names", "stages", "version"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

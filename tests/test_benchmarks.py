@@ -389,6 +389,14 @@ def check_audit_again(out: str, folder: Path) -> None:
     assert all(fault["found"] >= 0.95 * fault["runs"] for fault in published["faults"].values())
 
 
+def check_many_processes(out: str, folder: Path) -> None:
+    """The release of one process, its noise, and a run that loses two of its processes and ends within its target."""
+    found = one_line(out)
+    assert found["differences"]["2"] <= 1e-6 and found["noise"]["2"] == pytest.approx(1, abs=0.25)
+    assert found["killed"]["statuses"] == [[1, -9, 1, 1], [1, -9]]
+    assert found["killed"]["lost"] > 0 and found["killed"]["epsilon"] <= found["killed"]["target"]
+
+
 def check_malformed(out: str, folder: Path) -> None:
     found = last_json(out)
     assert found["inputs"] == 3 and not found["faults"] and found["slowest_s"] < 20
@@ -425,6 +433,9 @@ SMOKE = {
     "ppo_scale.py --sizes small --prompts 8 --device cpu": Smoke(
         "--sizes tiny --prompts 3 --prompt-tokens 3 --new-tokens 3 --vocab 64 --iterations 1 --micro-batch-size 2",
         check_ppo_scale,
+    ),
+    "many_processes.py --json": Smoke(
+        "--processes 2 --units 32 --steps 2 --model small", check_many_processes, demo
     ),
     "dtype_auto.py --json": Smoke(
         "--models smollm2 --layers 1 --prompts 2 --completion_tokens 2 --rounds 1", check_dtypes
@@ -502,6 +513,7 @@ SMOKE = {
 }  # fmt: skip
 USED_BY_OTHERS = {  # a word of theirs that a benchmark names
     "models": ("ppo_iteration", "word_tokenizer"),
+    "forked": ("many_processes", "forked"),
     "trl_ppo_worker": ("ppo_iteration", "trl_ppo_worker.py"),
     "trl_ppo_script": ("trl_ppo_curve", "trl_ppo_script"),
 }

@@ -9,7 +9,11 @@ class DPAlignError(Exception):
 
     The message never quotes a private record: it may name a file, a column, a line number before the
     first draw, or a setting, and nothing else.
+
+    said_elsewhere: another process of the run tells it.
     """
+
+    said_elsewhere = False
 
 
 class TooLongError(DPAlignError):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from .data.load import Record, only_columns
 from .data.overlap import remember_contents
 from .data.text import Text
 from .data.units import UnitDataset
-from .errors import DPAlignError
+from .errors import RECORDS_READ, DPAlignError
 from .evaluation import (
     Evaluation,
     TextEvaluation,
@@ -45,7 +46,7 @@ from .models.bases import remember_base
 from .models.loading import check_ids, check_targets, device_of, embedding_rows, positions_of
 from .models.precision import faster_dtype
 from .models.prompt_format import PromptFormat
-from .models.reward_model import is_classifier, normalization_of
+from .models.reward_model import FORMAT_FILE, is_classifier, normalization_of
 from .plan import Plan, PlannedStage, RecipeStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
 from .privacy.context import own_context
@@ -80,7 +81,7 @@ from .settings.rewards import RELEASED
 from .settings.rollouts import CompletionConfig, SamplingConfig, samples
 from .stages import kind
 from .survey import Survey, survey
-from .training import OwnTextStage, Stage
+from .training import ALONE, Follower, OwnTextStage, Stage, World, joined
 from .training.self_check import check_stage
 from .workspace import Workspace
 
@@ -118,6 +119,9 @@ def run_recipe(
     """
     started = time.monotonic()
     _quiet_libraries()
+    world = joined()
+    if not world.is_first:
+        return follow(world, policy, reward_model, reward_function)
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
     recipe.check()
@@ -132,26 +136,89 @@ def run_recipe(
         units = units_of(recipe, records, data)
         delta = delta_of(recipe, units, past_stages(origins))
         recipe = with_dtypes(recipe, workspace, policy, reward_model)
+        world.share(recipe)
         plan = make_plan(recipe, units, workspace.past(recipe, origins, delta), assumptions)
         with reporter.status("loading the model"):
             models = Models.load(recipe, policy, reward_model)
         given = read_public(recipe) if public is None else {n: (rows, "eval_dataset") for n, rows in public.items()}
-        shown = public_by(recipe, given)
-        prompts = public_by(recipe, read_public_prompts(recipe))
+        shown, prompts = public_by(recipe, given), public_by(recipe, read_public_prompts(recipe))
         with reporter.status("checking the records"):
             surveys = check_inputs(plan, models, records, shown, prompts)
             write_json(workspace.private / SURVEY, {name: found.as_dict() for name, found in surveys.items()})
             texts = check_shared_texts(recipe, records, [*shown.items(), *prompts.items()], workspace.ledger)
-        run = Run(plan, workspace, data, models, shown, prompts, reporter, reward_function)
-        run.load_rewards()
-        run.check_prompts_of_rewards(records)
-        run.self_check(records)
+        run = Run(plan, workspace, data, models, shown, prompts, reporter, reward_function, world)
+        run.check(records)
         workspace.remember(origins)
         remember_contents(texts, workspace.ledger)
         with reporter.tracking(recipe.report_to if run.has_to_train() else "none", workspace.folder):
             for stage in plan.order.values():
                 run.stage(stage)
             return run.finish(started, command)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the first process tells the others of a stage that trains.
+
+    chats: whether the policy asks in chats. noise_multiplier, declared_units: as planned. files: that rewards read, by
+    their names in the run's folder. is_shared: whether its work is shared; else the first process does all of it.
+    """
+
+    stage: RecipeStage
+    chats: bool
+    noise_multiplier: float
+    declared_units: float
+    files: dict[str, bytes]
+    is_shared: bool
+
+
+@own_context()
+def follow(
+    world: World,
+    policy: Policy | None = None,
+    reward_model: RewardModel | None = None,
+    reward_function: RewardFunction | None = None,
+) -> Results:
+    """A run in another process than the first one: the same models and rewards, and no record, ledger or file.
+
+    Args:
+        policy, reward_model, reward_function: as in `run_recipe`.
+
+    Raises:
+        DPAlignError: a model or reward cannot be loaded here, or the first process has ended.
+    """
+    _quiet_libraries()
+    recipe: Recipe = world.share()
+    RECORDS_READ.set()  # what comes now may be made of them
+    if recipe.num_threads:
+        torch.set_num_threads(recipe.num_threads)
+    models = Models.load(recipe, policy, reward_model)
+    with TemporaryDirectory(prefix="dpalign-") as temporary:
+        folder = Path(temporary)
+        rewards = Rewards(recipe, models, folder, reward_function)
+        while isinstance(order := world.share(), Order):
+            for name, content in order.files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+            follow_stage(world, order, models, rewards)
+    results: Results = order
+    return results
+
+
+def follow_stage(world: World, order: Order, models: Models, rewards: Rewards) -> None:
+    """Leaves the model as the stage leaves it in the first process."""
+    chosen, own = models.get(Policy), order.stage
+    if chosen is not None:
+        chosen.asks_in_chats = order.chats
+    model = models.of(own.kind.model_kind)
+    algorithm = own.kind(own.config, **rewards.entering(own))
+    algorithm.noise_multiplier, algorithm.declared_units = order.noise_multiplier, order.declared_units
+    follower = Follower(model, algorithm, world)
+    if order.is_shared:
+        follower.follow()
+    else:
+        follower.take_over()
+    world.spread([*model.stage_state().values()])
 
 
 def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
@@ -286,6 +353,54 @@ class Models:
         return self.get(model_kind) or self.of(Policy)
 
 
+class Rewards:
+    """The rewards of a run, each loaded once.
+
+    Args:
+        folder: of the run, where the constants of rewards that need nobody's data are, and the reward model's release.
+        function: a Python function instead of what the recipe's sections name.
+    """
+
+    def __init__(self, recipe: Recipe, models: Models, folder: Path, function: RewardFunction | None = None) -> None:
+        self.recipe, self.models, self.folder, self.function = recipe, models, folder, function
+        self._loaded: list[tuple[RewardConfig, Reward]] = []
+
+    def of(self, config: RewardConfig) -> Reward:
+        """The reward that a section describes.
+
+        Raises:
+            DPAlignError: it cannot be loaded.
+        """
+        known = self.known(config)
+        if known is not None:
+            return known
+        trained = None
+        if config.source == RELEASED and self.function is None:
+            trained = (self.models.of(RewardModel), normalization_of(self.folder / REWARD_MODEL))
+        public = None if self.function else self.public_models()
+        reward = load_reward(config, self.models.of(Policy).device, self.function, trained, public=public)
+        self._loaded.append((config, reward))
+        return reward
+
+    def known(self, config: RewardConfig) -> Reward | None:
+        """The reward of a section, if it has been loaded."""
+        return next((reward for loaded, reward in self._loaded if loaded == config), None)
+
+    def entering(self, stage: RecipeStage) -> dict[str, Reward]:
+        """Those that a stage is given, by setting."""
+        sections = stage.kind.entering(stage.config).items()
+        return {name: self.of(section) for name, section in sections if isinstance(section, RewardConfig)}
+
+    def public_models(self) -> PublicModels:
+        """What rewards are made with that need nobody's data; their constants are kept in the run's folder."""
+        return public_models(self.recipe, self.models.of(Policy), self.folder / REWARDS)
+
+    def files(self) -> dict[str, bytes]:
+        """What they have written down or read there, by name: enough for the same rewards elsewhere."""
+        found = [*(self.folder / REWARDS).rglob("*"), self.folder / REWARD_MODEL / FORMAT_FILE]
+        return {str(file.relative_to(self.folder)): file.read_bytes() for file in found if file.is_file()}
+
+
 def check_inputs(plan: Plan, models: Models, records: Records, public: Public, prompts: Public) -> dict[str, Survey]:
     """What the data does to each stage that can say so; for the data holder alone.
 
@@ -398,13 +513,14 @@ class Run:
     prompts: Public
     reporter: Reporter
     reward_function: RewardFunction | None = None
-    rewards: list[tuple[RewardConfig, Reward]] = field(default_factory=list)
+    world: World = ALONE
     reference: Reward | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # that a step is expected to take, by stage
     written: dict[tuple[int, int], list[Text]] = field(default_factory=dict)  # own texts, by seed and number
 
     def __post_init__(self) -> None:
         self.results = Results(self.statement())
+        self.rewards = Rewards(self.plan.recipe, self.models, self.workspace.folder, self.reward_function)
 
     def statement(self) -> PrivacyStatement:
         """What has been spent so far."""
@@ -421,6 +537,16 @@ class Run:
         )
         return replace(stated, dtypes=dtypes_of(plan.recipe))
 
+    def check(self, records: Records) -> None:
+        """Of its rewards and stages, before the first draw.
+
+        Raises:
+            DPAlignError: what would go wrong with them later.
+        """
+        self.load_rewards()
+        self.check_prompts_of_rewards(records)
+        self.self_check(records)
+
     def load_rewards(self) -> None:
         """All that no stage of the run has to train first, so that what is wrong with one is said before a draw."""
         entering = [e for stage in self.plan.order.values() for e in stage.kind.entering(stage.config).values()]
@@ -433,9 +559,10 @@ class Run:
             self.check_best_of()
         with self.reporter.status("loading the rewards"):
             for reward in wanted:
-                self.reward(reward)
+                self.rewards.of(reward)
             if given is not None:
-                self.reference = load_reward(given, self.models.of(Policy).device, public=self.public_models())
+                device = self.models.of(Policy).device
+                self.reference = load_reward(given, device, public=self.rewards.public_models())
 
     def check_best_of(self) -> None:
         """Raises DPAlignError for a judge whose numbers no guarantee covers, and for no prompts to measure on."""
@@ -460,7 +587,7 @@ class Run:
                     reader = self.models.reader(RewardModel).tokenizer
                     writers = [] if config.text == "completion" else [reader]
                 else:
-                    writers = chat_writers(self.reward(config).function)
+                    writers = chat_writers(self.rewards.of(config).function)
                 for tokenizer in writers:
                     check_records(rows, path, stage.kind.columns, partial(check_asked, tokenizer))
 
@@ -480,38 +607,19 @@ class Run:
                 people = data.unit is not None and data.max_records_per_unit > 1
                 chats = are_chats(records[stage.name], stage.kind.columns)
                 each = check_stage(model, stage.kind, stage.config, rewards, people=people, chats=chats)
-                self.seconds[stage.name] = each * stage.batch_size * stage.plan.passes
+                self.seconds[stage.name] = each * stage.batch_size * stage.plan.passes / self.world.size
 
     def known(self, config: RewardConfig) -> Reward:
         """A reward that was loaded; for one that the run has still to train, a constant with its range."""
-        for loaded, reward in self.rewards:
-            if loaded == config:
-                return reward
+        loaded = self.rewards.known(config)
+        if loaded is not None:
+            return loaded
         low, high = -4.0 if config.low is None else config.low, 4.0 if config.high is None else config.high
         return Reward(lambda prompts, completions, **_: [low] * len(completions), low, high, rows_at_once=None)
 
-    def reward(self, config: RewardConfig) -> Reward:
-        """The reward that a section describes, loaded once."""
-        for known, reward in self.rewards:
-            if known == config:
-                return reward
-        trained = None
-        if config.source == RELEASED and self.reward_function is None:
-            trained = (self.models.of(RewardModel), normalization_of(self.workspace.folder / REWARD_MODEL))
-        public = None if self.reward_function else self.public_models()
-        reward = load_reward(config, self.models.of(Policy).device, self.reward_function, trained, public=public)
-        self.rewards.append((config, reward))
-        return reward
-
-    def public_models(self) -> PublicModels:
-        """What rewards are made with that need nobody's data; their constants are kept in the run's folder."""
-        return public_models(self.plan.recipe, self.models.of(Policy), self.workspace.folder / REWARDS)
-
     def stage(self, stage: RecipeStage) -> None:
         """Trains or measures; leaves a release of a reward model, and what public pairs say of the stage."""
-        model = self.models.of(stage.kind.model_kind)
-        entering = stage.kind.entering(stage.config)
-        rewards = {name: self.reward(c) for name, c in entering.items() if isinstance(c, RewardConfig)}
+        model, rewards = self.models.of(stage.kind.model_kind), self.rewards.entering(stage)
         if isinstance(stage, PlannedStage) and stage.is_measurement:
             self.measure(stage, rewards["reward"])
             return
@@ -548,6 +656,7 @@ class Run:
             begins=reporter.begin,
             report=reporter.step,
             tell=reporter.note,
+            world=self.world,
         )
         cost = planned.kind.tokens(planned.config)
         tokens = planned.batch_size * (cost.trained + cost.read)
@@ -576,13 +685,26 @@ class Run:
 
     def finish_stage(self, stage: Stage | OwnTextStage, name: str, announce: Callable[[], None]) -> None:
         """Trains a stage to its end; of one that has come there already its adapter is taken."""
+        is_shared = isinstance(stage, Stage) and not stage.is_finished
+        self.order(self.plan.order[name], stage.algorithm, is_shared)
         if stage.is_finished:
             stage.load_final()
             self.reporter.note(f"stage {name} is already done.")
-            return
-        announce()
-        with self.reporter.showing(name):
-            stage.train()
+        else:
+            announce()
+            with self.reporter.showing(name):
+                stage.train()
+        self.world.spread([*stage.model.stage_state().values()])
+
+    def order(self, stage: RecipeStage, algorithm: Algorithm[Any, Any, Any], is_shared: bool) -> None:
+        """Tells the other processes of a stage that begins."""
+        if self.world.size > 1:
+            policy, plain = self.models.get(Policy), RecipeStage(stage.name, stage.config)
+            chats, files = policy is not None and policy.asks_in_chats, self.rewards.files()
+            numbers = algorithm.noise_multiplier, algorithm.declared_units
+            self.world.share(Order(plain, chats, *numbers, files, is_shared))
+            if is_shared:
+                self.reporter.note(f"{self.world.size} processes share the work of stage {stage.name}.")
 
     def has_to_train(self) -> bool:
         """Whether a stage is not done yet."""
@@ -654,6 +776,7 @@ class Run:
         write_json(folder / "summary.json", results.to_json())
         write_report(folder)
         self.publish()
+        self.world.share(results)
         return results
 
     def say_what_the_reward_is_worth(self) -> None:
@@ -761,13 +884,13 @@ class Run:
         """Those that a stage of the run learns a correction of."""
         stages = self.plan.order.values()
         found = [entering for stage in stages for entering in stage.kind.entering(stage.config).items()]
-        return {name: self.reward(c) for name, c in found if name == FREE and isinstance(c, RewardConfig)}
+        return {name: self.rewards.of(c) for name, c in found if name == FREE and isinstance(c, RewardConfig)}
 
     def sampled_public_prompts(self) -> tuple[CompletionConfig, Reward, list[Record]] | None:
         """Those of the stage that samples, with its settings and its reward."""
         for name, stage in self.plan.order.items():
             if samples(stage.config) and name in self.public:
-                return stage.config, self.reward(stage.config.reward), self.public[name][0]
+                return stage.config, self.rewards.of(stage.config.reward), self.public[name][0]
         return None
 
     def show(self, rows: dict[str, Evaluation]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import RECORDS_READ, DPAlignError, FoundError
 from ..files import dumps, owner_only
+from ..launched import Place, place
 from ..printable import printable
 from ..stages import RENAMED, STAGES
 from ..version import __version__
@@ -57,19 +58,28 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     quiet_libraries()
     RECORDS_READ.clear()
+    where = Place()
     try:
+        where = place()
         with signals(), owner_only():
+            if where.size > 1:
+                from .together import meet
+
+                if not meet(where, command, rest):
+                    return 0
             _run(command, rest)
             sys.stdout.flush()
         return 0
     except BrokenPipeError:
         return _ended(signal.SIGPIPE)
     except KeyboardInterrupt as error:
-        return _ended(error.number if isinstance(error, Ended) else signal.SIGINT)
+        number = error.number if isinstance(error, Ended) else signal.SIGINT
+        return _ended(number) if where.rank == 0 else 128 + number
     except Exception as error:
         if os.environ.get("DPALIGN_DEBUG") and not isinstance(error, DPAlignError | OSError):
             raise
-        _say(f"error: {_sentence(error)}")
+        if not getattr(error, "said_elsewhere", False):
+            _say(f"error: {f'process {where.rank}: ' if where.rank else ''}{_sentence(error)}")
         return 1
 
 
@@ -129,7 +139,12 @@ def signals() -> Iterator[None]:
         yield
         return
 
+    told: list[int] = []
+
     def end(number: int, frame: object) -> None:
+        if told and place().size > 1:
+            return  # a launcher repeats what the terminal has told all processes
+        told.append(number)
         raise Ended(number)
 
     ours = [n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]

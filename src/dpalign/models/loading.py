@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..errors import DPAlignError
 from ..files import is_missing
+from ..launched import place
 from ..settings.models import TINY_REVIEW_LM
 
 T = TypeVar("T")
@@ -43,6 +44,8 @@ def device_of(name: str) -> str:
         raise DPAlignError(f"device {name!r} is not auto, cpu, cuda or cuda:NUMBER.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DPAlignError(f"device {name!r}: torch finds {torch.cuda.device_count()} GPUs here; use auto or cpu.")
+    if device.index is not None and place().size > 1:
+        raise DPAlignError(f"device {name!r} is one GPU for {place().size} processes: with cuda each takes its own.")
     return name
 
 

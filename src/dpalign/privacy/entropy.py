@@ -11,6 +11,8 @@ import os
 
 import numpy as np
 
+from ..errors import DPAlignError
+
 
 class SystemEntropy:
     """Fresh bytes from the operating system's cryptographic generator."""
@@ -63,3 +65,10 @@ class SeededEntropy(SystemEntropy):
     def bytes(self, count: int) -> bytes:
         self._calls += 1
         return hashlib.shake_256(self._key + self._calls.to_bytes(8, "little")).digest(count)
+
+
+class NoEntropy(SystemEntropy):
+    """Of a process that draws nothing: not the sample, and not the noise."""
+
+    def bytes(self, count: int) -> bytes:
+        raise DPAlignError("only a run's first process draws, and this one is another.")

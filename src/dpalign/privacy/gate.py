@@ -14,7 +14,7 @@ import torch
 
 from ..errors import DPAlignError
 from .accountant import SampledGaussian
-from .entropy import SeededEntropy, SystemEntropy
+from .entropy import NoEntropy, SeededEntropy, SystemEntropy
 from .ledger import Intent, Ledger
 from .mechanism import Clipping, GaussianMechanism, MetricRange
 from .parts import Part
@@ -107,6 +107,13 @@ class Sample:
             raise DPAlignError(f"the step was journaled for {self._released} release(s): one more was asked for.")
         self._released += 1
         return self._released - 1
+
+
+class Share(Sample):
+    """A sample as another process than the first one holds it: its mechanisms clip and sum, and release nothing."""
+
+    def __init__(self, step: PrivateStep) -> None:
+        super().__init__(step, [], NoEntropy())
 
 
 class Gate:

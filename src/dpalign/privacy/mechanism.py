@@ -14,6 +14,7 @@ depend on order, micro-batches or the number of processes. What remains is the n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -145,6 +146,14 @@ class GaussianMechanism:
         """Adds the `(units, len(self.metrics))` raw metrics of some units, where metrics are released."""
         if self.metrics:
             self._metrics_sum += torch.trunc(self._scaled(metrics) / self.metrics_grid).to(torch.int64).sum(0)
+
+    def combine(self, add_up: Callable[[list[Tensor]], None]) -> None:
+        """Before a release, where several processes have added units: `add_up` makes the first one's sums those of all.
+
+        Integers, so that they are the same whoever added which unit. The noise is still to come, and comes once.
+        """
+        add_up(self._sums)
+        add_up([self._metrics_sum])
 
     def release(self) -> tuple[list[Tensor], dict[str, float] | None]:
         """The noisy mean gradient, one tensor per parameter, and the noised metrics; then forgets the sums."""

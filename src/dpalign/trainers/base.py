@@ -27,6 +27,7 @@ from ..data.readers import from_arrow
 from ..domains import check_settings
 from ..errors import DPAlignError
 from ..hub import Repository, base_of, share
+from ..launched import place
 from ..models import AdapterConfig, ModelConfig, Policy, RewardModel, embedded
 from ..models.bases import base_path
 from ..models.loading import device_of
@@ -216,8 +217,8 @@ class Trainer:
             resume_from_checkpoint: None and True go on from the newest checkpoint of output_dir; False
                 demands that there is none.
         """
-        folder = Path(self._recipe.output_dir)
-        if resume_from_checkpoint is False and (folder / "private" / "run.json").exists():
+        folder, is_first = Path(self._recipe.output_dir), place().rank == 0
+        if is_first and resume_from_checkpoint is False and (folder / "private" / "run.json").exists():
             raise DPAlignError(f"{folder} holds a run already: choose another output_dir, or resume it.")
         policy, reward_model = self._models()
         function = None
@@ -240,8 +241,9 @@ class Trainer:
             history, release = _TRAINED.setdefault(given, []), self._release().resolve()
             if release not in history:
                 history.append(release)
-        self._reporter.end()  # last: whatever a callback raises, what was trained is known
-        if self.args.push_to_hub:
+        if is_first:
+            self._reporter.end()  # last: whatever a callback raises, what was trained is known
+        if is_first and self.args.push_to_hub:
             self.push_to_hub()
         return self.summary
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from ..models import AdapterStack
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
 from ..privacy.context import own_context
-from ..privacy.gate import PrivateStep, Sample
+from ..privacy.entropy import SystemEntropy
+from ..privacy.gate import PrivateStep, Sample, Share
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import GaussianMechanism
 from ..privacy.refit import Budget, refit
@@ -40,6 +41,7 @@ from .checkpoint import (
 )
 from .optimizer import adam, share_of_rate
 from .plan import StagePlan, plan_stage
+from .world import ALONE, LostProcessError, World
 
 # Settings that cost memory or time and change nothing that is released: a run goes on with other ones.
 MACHINE_SETTINGS = frozenset(
@@ -71,6 +73,20 @@ GONE_SETTINGS = {"synthetic_steps": 0, "synthetic_batch_size": 256, "synthetic_l
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one process is dealt of a phase.
+
+    steps: the phase's samples, as all processes know them. examples, coins: of each unit that falls to it. places: for
+    each sample, where its units are among these.
+    """
+
+    steps: tuple[PrivateStep, ...]
+    examples: list[list[Any]]
+    coins: list[SystemEntropy]
+    places: list[list[int]]
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What may be shown after a step: public numbers and metrics, which are noised wherever the stage draws.
 
@@ -84,7 +100,110 @@ class StepReport:
     metrics: dict[str, float] | None
 
 
-class Stage:
+class Worker:
+    """What every process of a private stage does: makes the rows of its units, clips their gradients and sums them."""
+
+    def __init__(self, model: AdapterStack, algorithm: Algorithm[Any, Any, Any], world: World) -> None:
+        self.model, self.algorithm, self.world = model, algorithm, world
+        self.config = algorithm.config
+
+    def _set_up(self) -> None:
+        torch.manual_seed(self.config.seed)
+        self.algorithm.setup(self.model)
+        self.rows_at_once = self.algorithm.rows_per_example * self.config.micro_batch_size
+        if self.config.gradient_checkpointing:
+            self.model.checkpoint_activations(True)
+        self.gradients = PerUnitGradients(self.model)
+
+    def _start_alike(self) -> None:
+        """Every process begins with the first one's adapter.
+
+        Raises:
+            DPAlignError: here lies another base than there.
+        """
+        if self.world.size == 1:
+            return
+        self.world.spread([*self.model.stage_state().values()])
+        own = checksums(self.model)
+        first = self.world.share(own)
+        strangers = torch.tensor([int(own != first)])
+        self.world.sum([strangers])
+        if int(strangers) > 0:
+            where = [name for name in first if own.get(name) != first[name]]
+            raise DPAlignError(
+                f"{int(strangers)} of {self.world.size} processes have other weights than the first one"
+                f"{f' ({where[0]})' if where else ''}: every machine needs the same model, and the same versions of "
+                "the libraries; nothing was drawn."
+            )
+
+    def _tear_down(self) -> None:
+        if self.config.gradient_checkpointing:
+            self.model.checkpoint_activations(False)
+        self.model.finish_stage()
+
+    def _rows(self, work: Work) -> Rows:
+        return rows_of_units(self.algorithm, self.model, work.examples, work.coins)
+
+    def _sum(self, sample: Sample, rows: Rows, positions: list[int]) -> GaussianMechanism:
+        """A pass over a sample's units: those at `positions` are added here, and in the first process those of all."""
+        mechanism = sample.mechanism([p.shape for p in self.gradients.parameters], self.model.device)
+        for units in micro_batches(rows, positions, self.config.micro_batch_size, self.rows_at_once):
+            self._accumulate(mechanism, rows, units)
+        mechanism.combine(self.world.sum)
+        return mechanism
+
+    def _accumulate(self, mechanism: GaussianMechanism, rows: Rows, units: list[int]) -> None:
+        # Always the same number of units and rows: nobody's rounding may tell how many others there are.
+        size, batch = self.config.micro_batch_size, rows.of(units)
+        if len(batch.unit) == 0:
+            return  # no unit here has a usable row: its gradient is zero, and it still counts
+        try:
+            grads, means = unit_gradients(self.model, self.algorithm, self.gradients, batch, size)
+        except (DPAlignError, *OUT_OF_MEMORY):
+            raise  # of the model's structure, or of sizes that are everyone's
+        except Exception:
+            self._accumulate_alone(mechanism, rows, units)
+            return
+        with torch.no_grad():
+            mechanism.add(grads, means)
+
+    def _accumulate_alone(self, mechanism: GaussianMechanism, rows: Rows, units: list[int]) -> None:
+        """Something was raised for one of some units: each again by itself; that one adds zero."""
+        if len(units) == 1:
+            return
+        for unit in units:
+            self._accumulate(mechanism, rows, [unit])
+
+
+class Follower(Worker):
+    """A private stage in another process than the first one, which says what is to be done and when it ends."""
+
+    @own_context()
+    def follow(self) -> None:
+        """Ends with the adapter frozen in the model."""
+        self._set_up()
+        self.algorithm.noise_multiplier, state = self.world.share()
+        self.algorithm.load_state(state)
+        self._start_alike()
+        while (work := self.world.deal()) is not None:
+            rows = self._rows(work)
+            for step, positions in zip(work.steps, work.places, strict=True):
+                share = Share(step)
+                for _ in range(step.mechanism.passes):
+                    self._sum(share, rows, positions)
+                    self.world.spread(self.gradients.parameters)
+                self.algorithm.load_state(self.world.share())
+        self._tear_down()
+
+    @own_context()
+    def take_over(self) -> None:
+        """The same for a stage that the first process does alone: its weights are still to come."""
+        torch.manual_seed(self.config.seed)
+        self.algorithm.setup(self.model)
+        self.model.finish_stage()
+
+
+class Stage(Worker):
     """Runs one algorithm on one part of a dataset, from its newest checkpoint if there is one.
 
     Args:
@@ -95,6 +214,7 @@ class Stage:
         folder: the run's `private/<stage>` folder.
         run: the run's identity in the ledger.
         log: file for the noised metrics, one JSON a line; outside private/ because they are private by construction.
+        world: the processes that share the work; this one is the first.
         evaluate: measures the model on public records; told the step, the attempt that made it, and whether all of it
             has a guarantee. None: nobody does.
         begins: told the first and the last of the steps that are computed together, before they are drawn.
@@ -117,11 +237,12 @@ class Stage:
         begins: Callable[[int, int], None] = lambda first, last: None,
         report: Callable[[StepReport], None] = lambda report: None,
         tell: Callable[[str], None] = lambda message: None,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.algorithm, self.data = model, algorithm, data
+        super().__init__(model, algorithm, world)
+        self.data = data
         self.folder, self.run, self.ledger, self.log = private_folder(folder), run, ledger, log
         self.begins, self.report, self.tell, self.evaluate = begins, report, tell, evaluate
-        self.config = algorithm.config
         self.plan = plan or plan_stage(algorithm.name, algorithm.config, data.declared_units)
         self.beside = self.plan.beside if beside is None else beside
         algorithm.noise_multiplier, algorithm.declared_units = self.plan.noise_multiplier, data.declared_units
@@ -154,13 +275,7 @@ class Stage:
                 a budget that crashes have used up.
         """
         self._check_same_run()
-        torch.manual_seed(self.config.seed)
-        self.algorithm.setup(self.model)
-        self.rows_at_once = self.algorithm.rows_per_example * self.config.micro_batch_size
-        if self.config.gradient_checkpointing:
-            self.model.checkpoint_activations(True)
-        self.gradients = PerUnitGradients(self.model)
-        config = self.config
+        self._set_up()
         self.optimizer = self._optimizer()
         self.peak = self.optimizer.param_groups[0]["lr"]
         step = self._resume()
@@ -170,18 +285,19 @@ class Stage:
         attempt, sigma = self._refit(step)
         self.algorithm.noise_multiplier = sigma
         self.examples = encode_units(self.algorithm, self.model, self.data.units)
+        self.world.share((sigma, self.algorithm.state()))
+        self._start_alike()
         self._evaluate(step, self._attempt_of(step))
         try:
             while step < self.end:
                 step = self._phase(step, attempt, sigma)
-        except (KeyboardInterrupt, BrokenPipeError):
+        except (KeyboardInterrupt, BrokenPipeError, LostProcessError):
             if self.whole:  # in memory is what so many steps have made: fewer draws are lost
                 self._save(self.whole, ".")
             raise
         self._save(step, "final")
-        if config.gradient_checkpointing:
-            self.model.checkpoint_activations(False)
-        self.model.finish_stage()
+        self.world.deal([None] * self.world.size)
+        self._tear_down()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -218,12 +334,10 @@ class Stage:
         self.begins(step + 1, step + self.plan.minibatches)
         steps = [self._private_step(sigma)] * self.plan.minibatches
         samples = self.gate.draw(steps, step, attempt)
-        union = sorted(set().union(*(sample.units for sample in samples)))
-        examples, coins = [self.examples[unit] for unit in union], [samples[0].coins.of_unit(unit) for unit in union]
-        rows = rows_of_units(self.algorithm, self.model, examples, coins)
-        place = {unit: position for position, unit in enumerate(union)}
-        for sample in samples:
-            released = self._step(rows, [place[u] for u in sample.units], sample, step)
+        work = self.world.deal(dealt(samples, self.examples, self.data.ids, self.world.size))
+        rows = self._rows(work)
+        for sample, positions in zip(samples, work.places, strict=True):
+            released = self._step(rows, positions, sample, step)
             step += 1
             self.whole = step if sample is samples[-1] else None
             self._tell(step, sample.step, attempt, released)
@@ -257,10 +371,7 @@ class Stage:
         config, algorithm = self.config, self.algorithm
         released = None
         for passed in range(self.plan.passes):
-            mechanism = sample.mechanism([p.shape for p in self.gradients.parameters], self.model.device)
-            for units in micro_batches(rows, positions, config.micro_batch_size, self.rows_at_once):
-                self._accumulate(mechanism, rows, units)
-            noisy, metrics = mechanism.release()
+            noisy, metrics = self._sum(sample, rows, positions).release()
             for p, gradient in zip(self.gradients.parameters, noisy, strict=True):
                 p.grad = gradient.to(p.dtype)
             algorithm.add_gradient(self.model, step)
@@ -268,32 +379,12 @@ class Stage:
             self.optimizer.param_groups[0]["lr"] = self.peak * share_of_rate(config, step, self.plan.steps)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self.world.spread(self.gradients.parameters)
             released = metrics if passed == 0 else released
         if released is not None:
             algorithm.adapt(released)
+        self.world.share(algorithm.state())
         return released
-
-    def _accumulate(self, mechanism: GaussianMechanism, rows: Rows, units: list[int]) -> None:
-        # Always the same number of units and rows: nobody's rounding may tell how many others there are.
-        size, batch = self.config.micro_batch_size, rows.of(units)
-        if len(batch.unit) == 0:
-            return  # no unit here has a usable row: its gradient is zero, and it still counts
-        try:
-            grads, means = unit_gradients(self.model, self.algorithm, self.gradients, batch, size)
-        except (DPAlignError, *OUT_OF_MEMORY):
-            raise  # of the model's structure, or of sizes that are everyone's
-        except Exception:
-            self._accumulate_alone(mechanism, rows, units)
-            return
-        with torch.no_grad():
-            mechanism.add(grads, means)
-
-    def _accumulate_alone(self, mechanism: GaussianMechanism, rows: Rows, units: list[int]) -> None:
-        """Something was raised for one of some units: each again by itself; that one adds zero."""
-        if len(units) == 1:
-            return
-        for unit in units:
-            self._accumulate(mechanism, rows, [unit])
 
     # Ledger ----------------------------------------------------------------------------------------------
 
@@ -418,6 +509,42 @@ class Stage:
                 f"the ledger {self.ledger.path} does not hold all draws of stage {self.algorithm.name}: a run can only "
                 "go on with the ledger that recorded it."
             )
+
+
+def process_of(identity: bytes, size: int) -> int:
+    """Which of `size` processes a unit falls to: fixed by its keyed hash, whoever else is drawn.
+
+    Devices need not round alike. Were units dealt out by their places in a sample, one more would move those behind it
+    to other devices, and so their gradients by more than itself.
+    """
+    return int.from_bytes(identity[-6:], "big") % size
+
+
+def dealt(samples: Sequence[Sample], examples: list[list[Any]], ids: list[bytes], size: int) -> list[Work]:
+    """The units of a phase, for each of `size` processes.
+
+    Args:
+        examples, ids: of every unit that could be drawn.
+    """
+    union, shares = sorted(set().union(*(sample.units for sample in samples))), []
+    for number in range(size):
+        own = [unit for unit in union if process_of(ids[unit], size) == number]
+        place = {unit: position for position, unit in enumerate(own)}
+        shares.append(
+            Work(
+                tuple(sample.step for sample in samples),
+                [examples[unit] for unit in own],
+                [samples[0].coins.of_unit(unit) for unit in own],
+                [[place[unit] for unit in sample.units if unit in place] for sample in samples],
+            )
+        )
+    return shares
+
+
+def checksums(model: torch.nn.Module) -> dict[str, int]:
+    """Sums of the bytes of every tensor that a model computes with: the same, in any order, of the same weights."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: int(t.detach().flatten().view(torch.uint8).sum(dtype=torch.int64)) for name, t in tensors}
 
 
 def is_due(every: int | None, step: int, minibatches: int, end: int) -> bool:

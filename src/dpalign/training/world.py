@@ -1,0 +1,165 @@
+"""The processes that carry one run out together: one, or as many as a launcher has started.
+
+The first of them is the run: it alone reads the records, opens the ledger, draws the samples and the noise, moves the
+weights and writes files. The others are given the units that fall to them, and give back the sum of those units'
+clipped gradients, as integers. What goes between them (records, members of a sample, sums without noise) is as private
+as the memory of the first one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..errors import DPAlignError
+from ..launched import Place, place
+
+MEETING = timedelta(minutes=10)  # for all processes to be there
+WAITING = timedelta(days=30)  # for one that lives: the first one trains, measures and writes much by itself
+
+
+class LostProcessError(DPAlignError):
+    """Another process of the run is no more, and so the run cannot go on."""
+
+
+class World:
+    """One process alone, which is the first; what it shares is its own."""
+
+    rank, size = 0, 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, value: Any = None) -> Any:
+        """The first process's value, in every process."""
+        return value
+
+    def deal(self, values: Sequence[Any] = ()) -> Any:
+        """Of the first process's values, one for each process, this process's."""
+        return values[0]
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Adds the tensors of all processes up in place, in the first process; the others keep theirs.
+
+        Integers add up exactly, in any order.
+        """
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrites the tensors, of the same shapes everywhere, by those of the first process."""
+
+
+ALONE = World()
+
+
+class Processes(World):
+    """Several processes, through torch.distributed: gloo for what lies on the CPU, nccl for what lies on a GPU.
+
+    Every method is called by all of them, in the same order.
+
+    has_begun: whether anything was shared.
+
+    Raises:
+        DPAlignError: fewer GPUs than processes on this machine, or the others do not come. By the methods,
+            `LostProcessError`: one of the others has ended.
+    """
+
+    def __init__(self, where: Place) -> None:
+        self.rank, self.size, self.has_begun = where.rank, where.size, False
+        backend = "gloo"
+        if torch.cuda.is_available():
+            if where.local >= torch.cuda.device_count():
+                raise DPAlignError(
+                    f"process {where.local + 1} of this machine has no GPU of its own (torch finds "
+                    f"{torch.cuda.device_count()}): start one process for each GPU, or hide the GPUs "
+                    "(CUDA_VISIBLE_DEVICES=) and run on the CPU."
+                )
+            torch.cuda.set_device(where.local)
+            backend = "cpu:gloo,cuda:nccl"
+        if "MASTER_ADDR" not in os.environ and not dist.is_initialized():
+            raise DPAlignError("the environment names a rank and no MASTER_ADDR: start the processes with torchrun.")
+        with self._together():
+            if not dist.is_initialized():  # else a script has done so
+                dist.init_process_group(backend, timeout=MEETING)
+                atexit.register(dist.destroy_process_group)
+            self._group = dist.new_group(backend=backend, timeout=WAITING)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What all processes do at once; a process that is gone is one sentence."""
+        try:
+            yield
+        except RuntimeError:
+            lost = LostProcessError(
+                "another process of this run has ended or does not answer, and so this one ends: the same command goes "
+                "on from where the run was last saved."
+            )
+            lost.said_elsewhere = self.rank > 1 or (self.rank == 1 and not self.has_begun)  # one says it for all
+            raise lost from None
+
+    def share(self, value: Any = None) -> Any:
+        box = [value]
+        with self._together():
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        self.has_begun = True
+        return box[0]
+
+    def deal(self, values: Sequence[Any] = ()) -> Any:
+        box: list[Any] = [None]
+        with self._together():
+            dist.scatter_object_list(box, list(values) if self.is_first else None, src=0, group=self._group)
+        return box[0]
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        if any(tensor.is_cuda for tensor in tensors):  # nccl waits for the dead; gloo notices
+            with self._together():
+                dist.all_reduce(torch.zeros(1), group=self._group)
+        for alike, flat in _flat(tensors):
+            with self._together():
+                dist.reduce(flat, dst=0, op=dist.ReduceOp.SUM, group=self._group)
+            if self.is_first:
+                _put_back(alike, flat)
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        for alike, flat in _flat(tensors):
+            with self._together():
+                dist.broadcast(flat, src=0, group=self._group)
+            if not self.is_first:
+                _put_back(alike, flat)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """The tensors of one dtype and device, and their numbers in a row: one message for all of them."""
+    kinds = {(t.dtype, t.device): [u for u in tensors if (u.dtype, u.device) == (t.dtype, t.device)] for t in tensors}
+    for alike in kinds.values():
+        flat = torch.cat([t.detach().flatten() for t in alike])
+        if flat.numel():
+            yield alike, flat
+
+
+@torch.no_grad()
+def _put_back(tensors: list[Tensor], flat: Tensor) -> None:
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+_joined: Processes | None = None
+
+
+def joined() -> World:
+    """The world of this process: it waits for the others that the launcher has started, once."""
+    global _joined
+    where = place()
+    if where.size == 1:
+        return ALONE
+    if _joined is None:
+        _joined = Processes(where)
+    return _joined
