@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..models import Policy
 from ..models.generation import write_texts
+from ..models.head import held_together
 from ..models.policy import Rollouts
 from ..settings.rollouts import MOST_ROWS, CompletionConfig
 
@@ -33,8 +34,9 @@ class Anchor:
         count = len(texts.input_ids)
         rows = [(step * AT_ONCE + place) % count for place in range(min(AT_ONCE, count))]
         tokens = float(texts.completion_mask[rows].sum())
-        for start in range(0, len(rows), config.micro_batch_size):
-            part = texts[rows[start : start + config.micro_batch_size]]
+        size = min(config.micro_batch_size, held_together(texts.completion_mask.shape[1] * policy.vocabulary))
+        for start in range(0, len(rows), size):
+            part = texts[rows[start : start + size]]
             loss = config.sft_coefficient * divergences(policy, part, config.temperature).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
 

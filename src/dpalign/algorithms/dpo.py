@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..data.load import Record
 from ..data.text import Encoded, encode_completion, read_text, shared_prompt, template_options
@@ -131,9 +130,8 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
 def answer_logprobs(policy: Policy, rows: Rows) -> Tensor:
     """`(rows,)` log-probability of each answer given its prompt: the sum over its tokens, in nats."""
     ids, attention, answer = (rows.tensors[name] for name in ("ids", "attention", "answer"))
-    logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)
-    nll = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
-    return -(nll * answer[:, 1:]).sum(1)
+    logprobs, _ = policy.logprobs(ids[:, :-1], attention[:, :-1], ids[:, 1:])  # (rows, length - 1)
+    return (logprobs * answer[:, 1:]).sum(1)
 
 
 def encode_answers(tokenizer: Tokenizer, record: Record, config: DPOConfig) -> Answers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..data.load import Record
 from ..data.text import (
@@ -99,9 +98,8 @@ class SFT(TextAlgorithm[SFTConfig, Encoded]):
         """`(rows,)` each: negative log-likelihood of a row's learned tokens, and how many these are."""
         ids, attention, learned = (rows.tensors[name] for name in ("ids", "attention", "learned"))
         # The first token has no prediction, and the last one predicts nothing.
-        logits, _ = policy(ids[:, :-1], attention[:, :-1], ids.shape[1] - 1)  # (rows, length - 1, vocabulary)
-        nll = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
-        return (nll * learned[:, 1:]).sum(1), learned[:, 1:].sum(1)
+        logprobs, _ = policy.logprobs(ids[:, :-1], attention[:, :-1], ids[:, 1:])  # (rows, length - 1)
+        return -(logprobs * learned[:, 1:]).sum(1), learned[:, 1:].sum(1)
 
 
 def encode_record(tokenizer: Tokenizer, record: Record, config: SFTConfig) -> Encoded:

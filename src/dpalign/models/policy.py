@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
 from ..settings.models import ModelConfig
 from . import embedded
+from .head import Head, by_position, held_together
 from .kernels import chunks
 from .loading import load_adapter, refuse_missing
 from .lora import check_layers
@@ -82,22 +84,33 @@ class Policy(AdapterStack):
         accepted = inspect.signature(base.forward).parameters
         self._accepts_positions = "position_ids" in accepted
         self._accepts_keep = "logits_to_keep" in accepted
-        self._refuse_bidirectional()
+        self._head: Head | None = Head(base)
+        self._try_out(self._head)
 
     @torch.no_grad()
-    def _refuse_bidirectional(self) -> None:
-        """Raises DPAlignError if later tokens change earlier logits: such a model has no law of the next token."""
+    def _try_out(self, head: Head) -> None:
+        """Raises DPAlignError if later tokens change earlier logits: such a model has no law of the next token.
+
+        One that is not its body and then its head has all of its logits computed together.
+        """
         config = self.model.config.get_text_config()
         half = min(16, getattr(config, "max_position_embeddings", None) or 16) // 2
         ids = torch.arange(2 * half, device=self.device)[None] % config.vocab_size
         other = torch.where(ids < half, ids, (ids + 1 + half) % config.vocab_size)
-        before, after = (self(row, torch.ones_like(row), 2 * half)[0][:, :half] for row in (ids, other))
-        rounding = 16 * torch.finfo(self.model.dtype).eps * float(before.abs().max())
-        if float((before - after).abs().max()) > rounding:
+        whole, after = (self(row, torch.ones_like(row), 2 * half)[0] for row in (ids, other))
+        rounding = 16 * torch.finfo(self.model.dtype).eps * float(whole.abs().max())
+        if float((whole - after)[:, :half].abs().max()) > rounding:
             raise DPAlignError(
                 f"{type(self.model).__name__} reads later tokens too (in its config, is_decoder may be false): it "
                 "cannot be a policy; use a causal language model."
             )
+        try:
+            states = head.states(**self._inputs(ids, torch.ones_like(ids)))
+            apart = torch.cat([head.logits(states[:, :half]), head.logits(states[:, half:])], 1)
+        except Exception:  # of a model that is written in a way of its own
+            apart = torch.zeros(())
+        if apart.shape != whole.shape or float((apart - whole).abs().max()) > rounding:
+            self._head = None
 
     @classmethod
     def load(cls, config: ModelConfig, device: str | torch.device = "cpu", given: Given | None = None) -> Policy:
@@ -125,6 +138,11 @@ class Policy(AdapterStack):
     def asked_with(self) -> str:
         """Words in front of every prompt, as the policy is switched now; none where its newest adapter learned none."""
         return self.words.get(self.adapters[-1] if self.adapters else BASE, "")
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a position."""
+        return int(self.model.config.get_text_config().vocab_size)
 
     def heads(self) -> list[nn.Linear]:
         return [] if self.value_head is None else [self.value_head]
@@ -155,9 +173,7 @@ class Policy(AdapterStack):
         Returns:
             `(rows, keep, vocabulary)`, and `(rows, keep, hidden)`, or nothing if nobody asks for it.
         """
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if self._accepts_positions:
-            arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        arguments = self._inputs(input_ids, attention_mask)
         if self._accepts_keep:
             length = input_ids.shape[1]  # as indices: gathered states are contiguous, and the head is one large matmul
             arguments["logits_to_keep"] = torch.arange(length - keep, length, device=input_ids.device)
@@ -166,6 +182,57 @@ class Policy(AdapterStack):
         logits = out.logits[:, -keep:].to(wide)
         hidden = out.hidden_states[-1][:, -keep:].to(wide) if with_hidden else logits.new_empty(0)
         return logits, hidden
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self._accepts_positions:
+            inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return inputs
+
+    def logprobs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tokens: Tensor,
+        *,
+        min_new_tokens: int = 0,
+        temperature: float = 1.0,
+        with_hidden: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of tokens, and last hidden states; a few positions at a time where all logits are many.
+
+        Args:
+            input_ids, attention_mask: `(rows, length)`; either side may be padded.
+            tokens: `(rows, keep)` int64, what follows each of the last `keep` positions.
+            min_new_tokens: so many of these could not be one that stops.
+        Returns:
+            `(rows, keep)`, and `(rows, keep, hidden)` or nothing if nobody asks for it; dtypes as `forward`.
+        """
+
+        def chosen(logits: Tensor, here: slice) -> Tensor:
+            if temperature != 1:
+                logits = logits / temperature
+            early = max(0, min_new_tokens - here.start)
+            if early and self.stop_ids:
+                with torch.no_grad():  # in place, for a copy is large; at probability 0 the gradient is 0 anyway
+                    logits[:, :early, self.stop_ids] = -torch.inf
+            # cross_entropy keeps one tensor of the logits' size for the backward pass; gather and logsumexp keep three.
+            ids = tokens[:, here]
+            nll = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+            return -nll.view_as(ids)
+
+        rows, keep = tokens.shape
+        at_once = held_together(rows * self.vocabulary)
+        head = self._head
+        if head is None or keep <= at_once:
+            logits, hidden = self(input_ids, attention_mask, keep, with_hidden=with_hidden)
+            return chosen(logits, slice(0, keep)), hidden
+        states = head.states(**self._inputs(input_ids, attention_mask))[:, -keep:]
+        wide = torch.promote_types(states.dtype, torch.float32)
+        found = by_position(
+            lambda part, here: chosen(head.logits(part).to(wide), here), states, at_once, is_trained=head.is_trained
+        )
+        return found, states.to(wide) if with_hidden else found.new_empty(0)
 
     def completion_logprobs(
         self, rollouts: Rollouts, min_new_tokens: int = 0, temperature: float = 1.0, *, with_values: bool = True
@@ -176,21 +243,17 @@ class Policy(AdapterStack):
             logprobs, values: `(rows, completion)` float32; both are 0 beyond the completion's end. Values
             are of the state before the token, and 0 without a value head or where they are not asked for.
         """
-        width = rollouts.completion_mask.shape[1]
-        # The logits at position t are for the token at t + 1: the last token is never an input.
         head = self.value_head if with_values else None
-        logits, hidden = self(
-            rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1], width, with_hidden=head is not None
+        chosen, hidden = self.logprobs(
+            rollouts.input_ids[:, :-1],  # the state at position t is for the token at t + 1: the last one is never read
+            rollouts.attention_mask[:, :-1],
+            rollouts.completion_ids,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            with_hidden=head is not None,
         )
-        if temperature != 1:
-            logits = logits / temperature
-        if min_new_tokens and self.stop_ids:
-            with torch.no_grad():  # in place, for a copy is large; at probability 0 the gradient is 0 anyway
-                logits[:, :min_new_tokens, self.stop_ids] = -torch.inf
-        # cross_entropy keeps one tensor of the logits' size for the backward pass; gather and logsumexp keep three.
-        chosen = -nn.functional.cross_entropy(logits.flatten(0, 1), rollouts.completion_ids.flatten(), reduction="none")
         inside = rollouts.completion_mask > 0
-        logprobs = torch.where(inside, chosen.view_as(inside), 0.0)
+        logprobs = torch.where(inside, chosen, 0.0)
         if head is None:
             return logprobs, torch.zeros_like(logprobs)
         values = head(hidden).squeeze(2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from ..privacy.entropy import SystemEntropy
+from .head import held_together
 
 
 class Dealt(SystemEntropy):
@@ -47,14 +48,22 @@ class DrawToken(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(rows, vocabulary)` logits to the same shape: 0 for the drawn token, -inf for all others."""
-        cumulated = scores.float().softmax(-1).nan_to_num(0.0).cumsum(-1, dtype=torch.float64)
-        total = cumulated[:, -1:]
-        point = self._uniforms(total) * total
-        # The first token whose cumulated probability exceeds the point: never one of probability 0.
-        token = torch.searchsorted(cumulated, point, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+        points = self._uniforms(scores)
+        at_once = held_together(2 * scores.shape[-1])  # rows, whose numbers are float64
+        parts = [slice(start, start + at_once) for start in range(0, len(scores), at_once)]
+        tokens = torch.cat([_drawn(scores[part], points[part]) for part in parts])
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
-    def _uniforms(self, total: Tensor) -> Tensor:
+    def _uniforms(self, scores: Tensor) -> Tensor:
+        """`(rows, 1)` float64 in [0, 1)."""
+        rows = len(scores)
         if self.entropy is None:
-            return torch.rand_like(total)  # [0, 1)
-        return 1.0 - torch.from_numpy(self.entropy.uniforms(total.numel())).view_as(total).to(total.device)
+            return torch.rand(rows, 1, dtype=torch.float64, device=scores.device)
+        return 1.0 - torch.from_numpy(self.entropy.uniforms(rows)).view(rows, 1).to(scores.device)
+
+
+def _drawn(scores: Tensor, points: Tensor) -> Tensor:
+    """`(rows, 1)` tokens: the first whose cumulated probability exceeds the point, so never one of probability 0."""
+    cumulated = scores.float().softmax(-1).nan_to_num(0.0).cumsum(-1, dtype=torch.float64)
+    point = points * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, point, right=True).clamp(max=scores.shape[-1] - 1)
