@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dpalign.algorithms import Algorithm, PPOConfig, SamplingConfig, completions
+from dpalign.algorithms import RLOO, Algorithm, PPOConfig, SamplingConfig, completions
 from dpalign.algorithms.base import Rows, micro_batches
 from dpalign.algorithms.completions import sample
 from dpalign.algorithms.rollouts import in_micro_batches
-from dpalign.models import AdapterConfig, RewardModel, TextFormat, kernels
+from dpalign.models import AdapterConfig, RewardModel, TextFormat, head, kernels
 from dpalign.privacy.entropy import SystemEntropy
-from tiny import OTHERS, dataset, tiny_policy, words
+from dpalign.training.loop import unit_gradients
+from tiny import OTHERS, VOCABULARY, dataset, tiny_policy, words
 
 sys.path.append(str(Path(__file__).with_name("privacy")))
 from harness import dpo, grpo, offline, ppo, reward, rloo, run_stage, sft
@@ -54,6 +55,61 @@ def test_micro_batches_and_what_fills_them_worked_by_hand():
     found = ROWS.of([2, 0]).filled(7, 2, unit=5)
     assert found.unit.tolist() == [0, 0, 1, 1, 5, 5, 5] and found.tensors["a"].tolist() == [12, 14, 10, 11, 10, 11, 10]
     assert ROWS.of([2, 0]).filled(4, 2, unit=5).unit.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "each", "examples"),
+    [
+        (32, 1, 32), (30, 1, 30), (64, 2, 32), (30, 4, 7), (32, 8, 4), (1, 2, 1), (8, 16, 1),  # at most so many rows
+        (32, 3, 8), (32, 5, 8), (8, 3, 8), (24, 6, 4),  # and as many eights of rows as examples allow
+    ],
+)  # fmt: skip
+def test_a_micro_batch_has_whole_examples_worked_by_hand(size, each, examples):
+    made = rloo(micro_batch_size=size, num_generations=max(2, each))
+    made.rows_per_example = each
+    assert (made.examples_at_once, made.rows_at_once) == (examples, examples * each)
+
+
+def test_a_person_with_many_rows_takes_several_passes_of_a_micro_batch():
+    """Each has as many rows as any other, and the prompts' groups are whole in them."""
+    seen = []
+
+    class Watched(RLOO):
+        def row_losses(self, policy, rows):
+            groups = torch.stack([rows.tensors["prompt"], rows.unit], 1).unique_consecutive(dim=0, return_counts=True)
+            seen.append((len(rows.unit), int(rows.unit.min()), set(groups[1].tolist())))
+            return super().row_losses(policy, rows)
+
+    one = {"id": "one", "prompt": "w3 w4", "score": 1.0}
+    people = [[one], [{**one, "id": "many", "prompt": f"w5 w{i}"} for i in range(7)], [{**one, "id": "two"}] * 2]
+    trace = run_stage(rloo(Watched, micro_batch_size=8, num_generations=4), dataset(people, 8))
+    assert trace.contributions[0].norm(dim=1).min() > 0.1
+    assert seen == [(8, 0, {4}), *[(8, 0, {4})] * 4, (8, 0, {4})]  # 4 rows and 4 that fill up; 28 and 4; 8
+
+
+def test_rows_that_fill_a_micro_batch_up_add_exactly_zero(monkeypatch):
+    """Whatever they hold: others move no bit of what is released, and of places without a unit the gradient is zero."""
+    sums, of_nobody, filled = [], [], Rows.filled
+
+    def others(self, size, example, unit):
+        found = filled(self, size, example, unit)
+        tensors = {name: tensor.clone() for name, tensor in found.tensors.items()}
+        tensors["ids"][len(self.unit) :] = 7 + torch.arange(24) % 5  # of a text that nobody has
+        tensors["learned"][len(self.unit) :] = 100.0
+        return Rows(found.unit, tensors)
+
+    def watched(*arguments):
+        grads, means = unit_gradients(*arguments)
+        of_nobody.append([g[int(arguments[3].unit.max()) + 1 :] for g in grads])
+        return grads, means
+
+    monkeypatch.setattr("dpalign.training.loop.unit_gradients", watched)
+    for how in (filled, others):
+        monkeypatch.setattr(Rows, "filled", how)
+        trace = run_stage(sft(micro_batch_size=8, max_length=24), dataset([*FULL, *SHORT[:3]]), dtype=torch.float32)
+        sums.append(trace.sums[0])
+    assert torch.equal(*sums) and sums[0].norm() > 0.5
+    assert [len(grads[0]) for grads in of_nobody] == [0, 6, 0, 6] and not any(g.any() for part in of_nobody for g in part)
 
 
 def test_a_phase_is_sampled_in_equal_parts_of_public_size():
@@ -143,6 +199,14 @@ def test_who_shares_a_micro_batch_moves_no_bit_of_a_gradient(kind, dtype):
 def test_the_same_for_groups_pairs_and_kept_numbers(algorithm):
     found = own_gradients(algorithm, "llama", torch.bfloat16)
     assert found["alone"].norm() > 0.1 and all(torch.equal(g, found["alone"]) for g in found.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("algorithm", [sft, partial(ppo, min_completion_length=3), rloo])
+def test_the_same_where_logits_are_taken_a_few_positions_at_a_time(algorithm, dtype, monkeypatch):
+    monkeypatch.setattr(head, "AT_ONCE", 2 * 4 * 8 * VOCABULARY)  # two positions of eight rows
+    found = own_gradients(algorithm, "gpt2", dtype)
+    assert found["alone"].norm() > 0.01 and all(torch.equal(g, found["alone"]) for g in found.values())
 
 
 class KnownCoins(SystemEntropy):

@@ -48,6 +48,7 @@ from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GRID, GaussianMechanism, towards_zero
 from dpalign.training import Stage
+from dpalign.training.loop import unit_gradients
 from tiny import dataset, words
 
 Algorithms = Callable[[], Algorithm]
@@ -224,6 +225,18 @@ class ClipPairs(Stage):
             losses, metrics = self.algorithm.row_losses(self.model, batch)
             unit_means(losses, row_unit, units).sum().backward()
         mechanism.add(self.gradients.grads(), unit_means(metrics, row_unit, units))
+
+
+class MeanOfParts(Stage):
+    """The parts that a unit's rows are taken in count alike, however many rows each of them has."""
+
+    def _accumulate(self, mechanism, phase, positions):
+        algorithm, parts = self.algorithm, phase.of(positions).split(self.algorithm.rows_at_once)
+        found = [
+            unit_gradients(self.model, algorithm, self.gradients, part, algorithm.examples_at_once) for part in parts
+        ]
+        grads = [sum(gradients) / len(parts) for gradients in zip(*(grads for grads, _ in found), strict=True)]
+        mechanism.add(grads, sum(metrics for _, metrics in found) / len(parts))
 
 
 class MicroBatchMean(Stage):
@@ -428,7 +441,10 @@ CUT_PROMPTS = [
     *([{"id": str(i), "text": words(5, i), "score": 1.0}] for i in range(3)), TOO_SHORT, TOO_SHORT,
     *([{"id": str(i), "text": words(5, i), "score": 1.0}] for i in range(3, 6)), TOO_SHORT,
 ]  # fmt: skip
-JUDGES = [[pair for (pair,) in pairs(12)[4 * i : 4 * i + 1 + i % 4]] for i in range(3)]  # one, two and three pairs
+# People with one, two and three records, so that a micro-batch may have fewer rows than one of them.
+JUDGES = [[pair for (pair,) in pairs(12)[4 * i : 4 * i + 1 + i % 4]] for i in range(3)]
+AUTHORS = [[text for (text,) in texts(12)[4 * i : 4 * i + 1 + i % 4]] for i in range(3)]
+ASKING = [[prompt for (prompt,) in prompts(12)[4 * i : 4 * i + 1 + i % 4]] for i in range(3)]
 
 
 def variation(algorithm: Callable, units: list, changes: list[dict], **settings) -> float:
@@ -463,6 +479,10 @@ MICRO = [{"micro_batch_size": size} for size in (20, 1, 2, 3)]
         (reward, pairs(), WIDTHS[::2]),
         (partial(reward, pooling="mean", append_eos=True), pairs(), WIDTHS[::2]),
         (partial(reward, center_rewards_coefficient=0.5, expected_batch_size=2), JUDGES, MICRO),
+        (partial(dpo, expected_batch_size=2), JUDGES, MICRO),
+        (partial(sft, expected_batch_size=2), AUTHORS, MICRO),
+        (partial(rloo, expected_batch_size=2, num_generations=3), ASKING, MICRO),
+        (partial(grpo, expected_batch_size=2, num_iterations=2, learning_rate=0.1), ASKING, MICRO),
         (partial(reward, ties="skip"), [*pairs(), OTHER_PAIR, OTHER_PAIR], MICRO),
     ],
 )
@@ -505,6 +525,7 @@ class RowlessUnitsCount(Stage):
         (partial(offline, OfAllTokens, max_grad_norm=90.0), prompts(), MICRO, {}),
         (partial(reward, CentredMargins), [*pairs(), HUGE_PAIR], MICRO, {}),
         (partial(reward, max_grad_norm=5.0), pairs(), MICRO, {"stage_class": MicroBatchMean}),
+        (partial(sft, expected_batch_size=2), AUTHORS, MICRO, {"stage_class": MeanOfParts}),
         (partial(reward, ties="skip"), [*pairs(), OTHER_PAIR, OTHER_PAIR], MICRO, {"stage_class": RowlessUnitsCount}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,11 @@ class Rows:
         rows = order[firsts[wanted][unit] + place]
         return Rows(unit, {name: tensor[rows] for name, tensor in self.tensors.items()})
 
+    def split(self, size: int) -> list[Rows]:
+        """These rows in their order, at most `size` of them in each part."""
+        parts = [slice(start, start + size) for start in range(0, len(self.unit), size)]
+        return [Rows(self.unit[part], {name: t[part] for name, t in self.tensors.items()}) for part in parts]
+
     def filled(self, size: int, example: int, unit: int) -> Rows:
         """At least `size` rows: these, and then the last `example` ones over and over, which belong to `unit`."""
         count, device = len(self.unit), self.unit.device
@@ -182,12 +188,27 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
 
     metrics: tuple[MetricRange, ...]  # the metrics block and its declared ranges
     own_texts: Callable[[int], list[Text]] | None = None  # so many texts that the run's policy writes, if it has one
-    rows_per_example: int = 1  # at most; a micro-batch has always as many rows as if each had that many
+    rows_per_example: int = 1  # of each; they are next to each other, and `row_losses` always has all of them
     noise_multiplier: float = 0.0  # of a private stage: as planned, and while it trains as it is added
     declared_units: float = 0.0  # that a private stage may sample
 
     def __init__(self, config: T) -> None:
         self.config = config
+
+    @property
+    def examples_at_once(self) -> int:
+        """Examples of a micro-batch: those of `micro_batch_size` rows, and at least one.
+
+        Where that is a multiple of 8, their rows are one, too: rounding then does not depend on a unit's place.
+        """
+        size, each = self.config.micro_batch_size, self.rows_per_example
+        step = 8 // math.gcd(8, each) if size % 8 == 0 else 1
+        return max(step, size // each // step * step)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a micro-batch: always as many, whatever they hold."""
+        return self.examples_at_once * self.rows_per_example
 
     @abstractmethod
     def setup(self, model: Model) -> None:
@@ -320,8 +341,11 @@ def rows_of_units(
     return Rows(torch.cat([part.unit for part in parts]), tensors)
 
 
-def unit_means(row_values: Tensor, row_unit: Tensor, units: int) -> Tensor:
-    """`(units, ...)` mean over each unit's rows of `(rows, ...)`; 0 for a unit without rows."""
-    counts = torch.bincount(row_unit, minlength=units).clamp(min=1).to(row_values)
+def unit_means(row_values: Tensor, row_unit: Tensor, units: int, counts: Tensor | None = None) -> Tensor:
+    """`(units, ...)` mean over each unit's rows of `(rows, ...)`; 0 for a unit without rows.
+
+    counts: `(units,)` rows of each unit where these are a part of them: the means of all parts then add up to the mean.
+    """
+    counts = torch.bincount(row_unit, minlength=units) if counts is None else counts
     sums = row_values.new_zeros(units, *row_values.shape[1:]).index_add_(0, row_unit, row_values)
-    return sums / counts.view(-1, *[1] * (row_values.dim() - 1))
+    return sums / counts.clamp(min=1).to(row_values).view(-1, *[1] * (row_values.dim() - 1))

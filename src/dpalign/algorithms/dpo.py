@@ -118,9 +118,9 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
         return (rewards[0::2] - rewards[1::2]).cpu()
 
     def _read(self, policy: Policy, rows: Rows) -> Tensor:
-        """`(rows,)` log-probabilities of the answers, `micro_batch_size` pairs at a time."""
+        """`(rows,)` log-probabilities of the answers, a micro-batch of pairs at a time."""
         parts = []
-        for chunk, count in chunks(len(rows.unit) // 2, self.config.micro_batch_size):
+        for chunk, count in chunks(len(rows.unit) // 2, self.examples_at_once):
             places = [place for pair in chunk for place in (2 * pair, 2 * pair + 1)]
             here = Rows(rows.unit[places], {name: tensor[places] for name, tensor in rows.tensors.items()})
             parts.append(answer_logprobs(policy, here)[: 2 * count])

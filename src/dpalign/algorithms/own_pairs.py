@@ -31,6 +31,7 @@ class OwnPairs(CompletionAlgorithm[DPOConfig]):
 
     def __init__(self, config: DPOConfig, reward: Reward) -> None:
         super().__init__(config, reward)
+        self.rows_per_example = 2  # that are learned from
         self.metrics = pair_metrics(config.margin_range)
 
     def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: Coins | None) -> Rollouts:

@@ -72,7 +72,9 @@ class TrainingConfig(StageConfig):
         expected_batch_size: units expected in a Poisson sample; sampling rate = this / units of the stage.
         max_steps: number of samples drawn; default: from num_train_epochs.
         num_train_epochs: expected number of times a unit is drawn.
-        micro_batch_size: units per forward and backward pass; memory only, no effect on the result.
+        micro_batch_size: rows per forward and backward pass: a text is one, a pair two, a prompt `num_generations`. The
+            rows of one pair or prompt stay together; a unit with more rows takes several passes, before its clip.
+            Memory only, no effect on the result.
         learning_rate: peak learning rate of AdamW.
         lr_scheduler_type: `constant`, `linear` or `cosine` (the last two decay to 0).
         warmup_steps: steps of linear warm-up.

@@ -29,7 +29,8 @@ class SamplingConfig:
         max_completion_length: most tokens sampled per completion.
         min_completion_length: EOS is not sampled before this many tokens.
         temperature: the policy is softmax(logits / temperature): in sampling, in the loss and as its own reference.
-        micro_batch_size: prompts that are computed together; memory only, no effect on the result.
+        micro_batch_size: rows (a prompt with one completion) that are computed together; memory only, no effect on the
+            result.
         reward: the reward function.
     """
 

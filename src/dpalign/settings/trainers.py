@@ -51,7 +51,7 @@ class TrainerArguments:
 
     Args:
         output_dir: the run's folder; the same script resumes it. release/ (or reward_model/) in it is for sharing.
-        per_device_train_batch_size: units per forward and backward pass: `micro_batch_size` by its name in TRL.
+        per_device_train_batch_size: rows per forward and backward pass: `micro_batch_size` by its name in TRL.
         gradient_accumulation_steps: the units that a sample is expected to have are this many times
             per_device_train_batch_size: `expected_batch_size` by its names in TRL. A private update wants hundreds.
         bf16: loads the frozen base in bfloat16; adapters, clipping and noise stay float32. Without it: float32 or

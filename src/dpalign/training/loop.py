@@ -110,7 +110,6 @@ class Worker:
     def _set_up(self) -> None:
         torch.manual_seed(self.config.seed)
         self.algorithm.setup(self.model)
-        self.rows_at_once = self.algorithm.rows_per_example * self.config.micro_batch_size
         if self.config.gradient_checkpointing:
             self.model.checkpoint_activations(True)
         self.gradients = PerUnitGradients(self.model)
@@ -146,15 +145,16 @@ class Worker:
 
     def _sum(self, sample: Sample, rows: Rows, positions: list[int]) -> GaussianMechanism:
         """A pass over a sample's units: those at `positions` are added here, and in the first process those of all."""
+        algorithm = self.algorithm
         mechanism = sample.mechanism([p.shape for p in self.gradients.parameters], self.model.device)
-        for units in micro_batches(rows, positions, self.config.micro_batch_size, self.rows_at_once):
+        for units in micro_batches(rows, positions, algorithm.examples_at_once, algorithm.rows_at_once):
             self._accumulate(mechanism, rows, units)
         mechanism.combine(self.world.sum)
         return mechanism
 
     def _accumulate(self, mechanism: GaussianMechanism, rows: Rows, units: list[int]) -> None:
         # Always the same number of units and rows: nobody's rounding may tell how many others there are.
-        size, batch = self.config.micro_batch_size, rows.of(units)
+        size, batch = self.algorithm.examples_at_once, rows.of(units)
         if len(batch.unit) == 0:
             return  # no unit here has a usable row: its gradient is zero, and it still counts
         try:
@@ -558,16 +558,24 @@ def unit_gradients(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Gradients `(units, *shape)` of every trainable, and raw metrics `(units, metrics)`, of at most `units` units.
 
-    Computed with as many units and rows as a full micro-batch of `units` has.
+    Computed with as many units and rows as a full micro-batch of `units` has. Where there are more rows, which are then
+    of one unit, they take several turns, and what each adds to the unit's mean is summed.
     """
-    filled = rows.filled(algorithm.rows_per_example * units, algorithm.rows_per_example, unit=units)
-    places = units + (len(filled.unit) > len(rows.unit))  # the last one is of the rows that fill up, and dropped
-    with gradients.collect(filled.unit, places):
-        losses, metrics = algorithm.row_losses(model, filled)
-        unit_means(losses, filled.unit, places).sum().backward()  # type: ignore[no-untyped-call]
-    rowless = torch.bincount(filled.unit, minlength=places) == 0  # NaN adds zero, as it would alone
-    means = unit_means(metrics.detach(), filled.unit, places).masked_fill(rowless.unsqueeze(1), torch.nan)
-    return [g[:units] for g in gradients.grads()], means[:units]
+    size, example = algorithm.rows_per_example * units, algorithm.rows_per_example
+    counts = torch.bincount(rows.unit, minlength=units + 1)  # the last one is of the rows that fill up, and dropped
+    grads: list[torch.Tensor] = []
+    means = torch.zeros(units, len(algorithm.metrics), device=rows.unit.device)
+    for part in rows.split(size):
+        filled = part.filled(size, example, unit=units)
+        places = units + (len(filled.unit) > len(part.unit))
+        with gradients.collect(filled.unit, places):
+            losses, metrics = algorithm.row_losses(model, filled)
+            unit_means(losses, filled.unit, places, counts[:places]).sum().backward()  # type: ignore[no-untyped-call]
+        found = [g[:units] for g in gradients.grads()]
+        grads = [total.add_(g) for total, g in zip(grads, found, strict=True)] if grads else found
+        means = means + unit_means(metrics.detach(), filled.unit, places, counts[:places])[:units]
+    rowless = counts[:units] == 0  # NaN adds zero, as it would alone
+    return grads, means.masked_fill(rowless.unsqueeze(1), torch.nan)
 
 
 def hash_of(settings: dict[str, Any]) -> str:

@@ -161,11 +161,11 @@ class OwnTextStage:
 
     def _gradient(self, rows: Rows, units: list[int]) -> dict[str, float] | None:
         """Adds the gradient of the mean loss of the units' rows up; their mean metrics, None where no row is left."""
-        config, algorithm = self.config, self.algorithm
+        algorithm = self.algorithm
         batch = rows.of(units)
         count, total = len(batch.unit), torch.zeros(len(algorithm.metrics), dtype=torch.float64)
-        for start in range(0, len(units), config.micro_batch_size):
-            part = rows.of(units[start : start + config.micro_batch_size])
+        for start in range(0, len(units), algorithm.examples_at_once):
+            part = rows.of(units[start : start + algorithm.examples_at_once])
             if len(part.unit) == 0:
                 continue
             losses, metrics = algorithm.row_losses(self.model, part)

@@ -111,7 +111,7 @@ class SelfCheck:
         self.config: TrainingConfig = algorithm.config
         self.base: nn.Module = model.model.get_base_model() if model.adapters else model.model
         self.seconds: list[float] = []  # that a unit took, by phase
-        self.size = max(2, self.config.micro_batch_size)  # units that are tried at once: a micro-batch of the run
+        self.size = max(2, algorithm.examples_at_once)  # units that are tried at once: a micro-batch of the run
 
     def run(self, records: list[list[Any]]) -> None:
         """All of it, on twice as many units as a micro-batch has and one more."""
@@ -168,14 +168,14 @@ class SelfCheck:
         return Phase(taken, rows, torch.cat(clipped), total)
 
     def _parts(self, rows: Rows, units: int) -> list[list[int]]:
-        size = self.config.micro_batch_size
-        return list(micro_batches(rows, list(range(units)), size, size * self.algorithm.rows_per_example))
+        algorithm = self.algorithm
+        return list(micro_batches(rows, list(range(units)), algorithm.examples_at_once, algorithm.rows_at_once))
 
     def _gradients(self, rows: Rows, part: list[int]) -> list[Tensor]:
         batch = rows.of(part)
         if len(batch.unit) == 0:
             return [p.new_zeros(len(part), *p.shape) for p in self.gradients.parameters]
-        grads, _ = unit_gradients(self.model, self.algorithm, self.gradients, batch, self.config.micro_batch_size)
+        grads, _ = unit_gradients(self.model, self.algorithm, self.gradients, batch, self.algorithm.examples_at_once)
         return [g[: len(part)] for g in grads]
 
     # The properties ------------------------------------------------------------------------------------------------
