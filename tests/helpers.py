@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import io
 import json
 import os
 import shutil
@@ -152,6 +154,14 @@ def in_fresh_process(folder: Path, *arguments: object) -> tuple[int, str, str]:
     process = start(folder, *arguments)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def in_this_process(words: list[str]) -> tuple[int, str]:
+    """Exit status and standard output of a command, as a sweep has them of a process of its own: none has to start."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = main(words)
+    return status, out.getvalue()
 
 
 @dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 from dataclasses import replace
@@ -14,7 +12,6 @@ from unittest.mock import Mock
 import pytest
 
 from dpalign import sweep
-from dpalign.cli import main
 from dpalign.compared import caveats, free_recipe, measure_of, nonprivate_recipe
 from dpalign.data import DataConfig
 from dpalign.errors import DPAlignError
@@ -30,7 +27,7 @@ from dpalign.settings.ppo import PPOConfig
 from dpalign.settings.reward_model import RewardModelConfig
 from dpalign.settings.reward_query import RewardQueryConfig
 from dpalign.settings.sft import SFTConfig
-from helpers import call, ledger_rows, reviews, small_model, write_jsonl, write_recipe
+from helpers import call, in_this_process, ledger_rows, reviews, small_model, write_jsonl, write_recipe
 from test_report import Reading
 
 # By hand -------------------------------------------------------------------------------------------------------
@@ -239,13 +236,6 @@ def test_rows_of_a_sweep_by_hand(tmp_path):
     learned = [run | {"reference_reward_ci95_prompts": 0.01} for run in learned]
     four = {r["epsilon"]: r for r in summarize_sweep(learned)}[4.0]
     assert four["measure"] == "reference reward" and four["private"] == 0.25
-
-
-def in_this_process(words: list[str]) -> tuple[int, str]:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        status = main(words)
-    return status, out.getvalue()
 
 
 def test_a_sweep_has_the_free_row(tmp_path, capsys, monkeypatch):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import dpalign
+from dpalign import sweep
 from dpalign.errors import DPAlignError
 from dpalign.files import dumps
 from dpalign.reporting.sweep import interval, plot_sweep, summarize_sweep, write_markdown
 from dpalign.results import Finished
-from helpers import call, ledger_rows, reviews, write_jsonl, write_recipe
+from helpers import call, in_this_process, ledger_rows, reviews, write_jsonl, write_recipe
 
 
 def trial(epsilon: str, seed: int, reward: float, **more):
@@ -103,6 +103,7 @@ def test_sweep_end_to_end_and_resumed(tmp_path, capsys, recipe, monkeypatch):
     # An interruption after the first run: the second is not in the log, and its folder goes on without a draw.
     lines = (out / "runs.jsonl").read_text().splitlines()
     (out / "runs.jsonl").write_text(lines[0] + "\n")
+    monkeypatch.setattr(sweep, "_in_fresh_process", in_this_process)
     again = call(capsys, *words).json
     assert ledger_rows(tmp_path) == drawn and again["rows"] == first["rows"]
     assert [json.loads(line)["epsilon"] for line in (out / "runs.jsonl").read_text().splitlines()] == ["0", "2"]
@@ -114,6 +115,7 @@ def test_sweep_end_to_end_and_resumed(tmp_path, capsys, recipe, monkeypatch):
 
 def test_run_sweep_from_python_goes_on_where_the_command_stopped(tmp_path, capsys, recipe, monkeypatch):
     monkeypatch.setenv("DPALIGN_LEDGER", str(tmp_path / "ledger.sqlite"))
+    monkeypatch.setattr(sweep, "_in_fresh_process", in_this_process)
     out = tmp_path / "sweep"
     asked = {"epsilons": {0: 1, 2.0: 1}, "at": {2: {"ppo.beta": 0.1}}, "output_dir": out}
     result = dpalign.run_sweep(recipe, **asked)
@@ -126,7 +128,7 @@ def test_run_sweep_from_python_goes_on_where_the_command_stopped(tmp_path, capsy
     assert private.before["pretrained"].reward == pretrained.reward, "one seed, one measurement"
     assert json.loads((out / "sweep.json").read_text()) == json.loads(dumps(result.to_json()))
     log, drawn = (out / "runs.jsonl").read_text(), ledger_rows(tmp_path)
-    monkeypatch.setattr(subprocess, "run", None)  # nothing is run again, neither by the function nor by the command
+    monkeypatch.setattr(sweep, "_in_fresh_process", None)  # nothing is run again, neither by the function nor by the command
     assert dumps(dpalign.run_sweep(recipe, **asked).to_json()) == dumps(result.to_json())
     assert call(capsys, "sweep", recipe, *words, "--json").json["rows"] == json.loads(dumps(result.rows))
     assert (out / "runs.jsonl").read_text() == log and ledger_rows(tmp_path) == drawn
@@ -165,7 +167,8 @@ def test_run_sweep_refuses_before_any_run(tmp_path, recipe, options, says):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_public_proxy_does_not_touch_the_private_name(tmp_path, capsys, recipe):
+def test_public_proxy_does_not_touch_the_private_name(tmp_path, capsys, recipe, monkeypatch):
+    monkeypatch.setattr(sweep, "_in_fresh_process", in_this_process)
     words = ("sweep", recipe, "--epsilons", "2", "--seeds", 1, "--output_dir", tmp_path / "proxy", "--json")
     proxy = write_jsonl(tmp_path / "proxy.jsonl", reviews(40, "noon"))
     eval_path = ("--data.eval_path", tmp_path / "public.jsonl", "--data.eval_is_public", "true")
