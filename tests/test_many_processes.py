@@ -31,7 +31,7 @@ from dpalign.privacy.gate import Gate, PrivateStep, Sample, Share
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.training.loop import Follower, Stage, dealt, process_of
 from dpalign.training.world import joined
-from helpers import COMMAND, call, environment, ledger_rows, statement, write_recipe
+from helpers import COMMAND, call, environment, judged, ledger_rows, reviews, statement, write_jsonl, write_recipe
 from reader import ROOT
 from test_trainers import sft
 from test_trajectories import fix_secret
@@ -43,7 +43,7 @@ forked, together = (getattr(importlib.import_module("forked"), name) for name in
 SEEDED = {"micro_batch_size": 8, "insecure_seed": 3, "noise_multiplier": 0.1}
 STAGES = {
     "sft": {"max_steps": 3},
-    "ppo": {"max_steps": 2, "num_ppo_epochs": 2},
+    "ppo": {"max_steps": 2, "num_ppo_epochs": 2, "adaptive_kl_target": 0.01, "adaptive_kl_horizon": 16},
 }
 
 
@@ -223,12 +223,12 @@ def write_recipe_in(folder: Path, **changes) -> Path:
 LOST = "another process of this run has ended"
 
 
-def dies_in(step: int, who: int, how):
-    """Has process `who` do `how` in its `step`-th sum."""
+def dies_in(step: int, who: int, how, what: str = "_sum"):
+    """Has process `who` do `how` in its `step`-th sum, or whatever else of a stage."""
 
     def before(rank: int) -> None:
         kind, count = (Stage if rank == 0 else Follower), [0]
-        original = kind._sum
+        original = getattr(kind, what)
 
         def dying(self, *arguments):
             count[0] += 1
@@ -236,7 +236,7 @@ def dies_in(step: int, who: int, how):
                 how()
             return original(self, *arguments)
 
-        kind._sum = dying
+        setattr(kind, what, dying)
 
     return before
 
@@ -289,6 +289,39 @@ def test_a_signal_that_a_launcher_repeats_lets_the_run_save(tmp_path):
     ended = together(tmp_path, 2, "run", write_recipe_in(folder, **LONG), before=dies_in(4, 0, interrupted))
     assert [e.status for e in ended] == [128 + signal.SIGINT, 1]
     assert "ended by SIGINT" in ended[0].err and saved(folder)[-1] == "step-00000003"
+
+
+def learned_recipe(folder: Path) -> Path:
+    """A reward from one query beside a free one, and GRPO in two minibatches against it."""
+    folder.mkdir()
+    for name, records in (("pairs", judged(40, start=100)), ("prompts", reviews(40))):
+        fix_secret(folder / "ledger.sqlite", name)
+        write_jsonl(folder / f"{name}.jsonl", records)
+    query = {"directions": 4, "own_texts": 40, "max_length": 20, "free": [{"source": "vader"}]}
+    grouped = {"num_generations": 2, "max_steps": 2, "num_mini_batches": 2, "expected_batch_size": 8, "adapter": {"r": 2}}
+    lengths = {"prompt_max_tokens": 4, "max_prompt_length": 12, "max_completion_length": 6}
+    sections = {
+        "reward_query": SEEDED | query,
+        "grpo": SEEDED | grouped | lengths | {"reward": {"source": "reward_model"}},
+    }
+    data = {
+        f"{stage}_data": {"name": name, "path": str(folder / f"{name}.jsonl"), "unit": "id"}
+        for stage, name in (("reward_query", "pairs"), ("grpo", "prompts"))
+    }
+    return write_recipe(folder, target_epsilon=1000, eval_prompts=1, sft=None, ppo=None, data=None, **sections, **data)
+
+
+def test_a_learned_reward_reaches_the_other_processes(tmp_path):
+    """Trained by all of them, and, when the run goes on, read by the first one."""
+    for size in (1, 2):
+        recipe = learned_recipe(tmp_path / str(size))
+        dies = dies_in(2, size - 1, killed, "_set_up")  # when the stage begins that the reward is for
+        assert together(tmp_path, size, "run", recipe, before=dies)[-1].status == -signal.SIGKILL
+        ended = together(tmp_path, size, "run", recipe, "--json")
+        assert [e.status for e in ended] == [0] * size, ended
+        assert "stage reward_query is already done" in ended[0].err
+    assert difference(released(tmp_path / "2"), released(tmp_path / "1")) < 1e-6
+    assert lines(tmp_path / "2") == lines(tmp_path / "1")
 
 
 def test_what_a_process_raises_is_one_sentence_without_its_words(tmp_path):
