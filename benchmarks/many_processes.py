@@ -146,12 +146,12 @@ def killed(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     assert last[0].status == 0, last
     summary = json.loads(last[0].out)
     database = sqlite3.connect(folder / "killed" / "ledger.sqlite")
-    drawn = database.execute("SELECT count(*) FROM intents").fetchone()[0]
+    drawn, steps = database.execute("SELECT count(*), count(DISTINCT stage || step) FROM intents").fetchone()
     database.close()
     return {
         "statuses": statuses,
         "drawn": drawn,
-        "lost": drawn - 2 * given.steps,
+        "lost": drawn - steps,
         "epsilon": summary["epsilon"],
         "target": TARGET,
     }

@@ -398,6 +398,19 @@ def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):
     assert (silent.status, silent.out, silent.err) == (1, "", "")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("USE_FSDP", "true", "FSDP: every process holds the whole base"), ("MIXED_PRECISION", "bf16", "model.dtype")],
+)
+def test_what_accelerate_was_told_and_is_not_done_is_refused(name, value, said, monkeypatch, capsys, tmp_path):
+    for variable, number in (("RANK", "0"), ("WORLD_SIZE", "2"), (f"ACCELERATE_{name}", value)):
+        monkeypatch.setenv(variable, number)
+    assert said in call(capsys, "run", write_recipe(tmp_path)).error
+    monkeypatch.setenv("RANK", "1")
+    silent = call(capsys, "run", write_recipe(tmp_path))
+    assert (silent.status, silent.out, silent.err) == (1, "", "")
+
+
 def test_places(monkeypatch):
     assert place() == Place(0, 1, 0)
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 
 from .errors import DPAlignError
 
+# What `accelerate launch` can be told and a run does not do, by the variable that says so.
+NOT_DONE = {
+    "ACCELERATE_USE_FSDP": "FSDP: every process holds the whole base",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: every process holds the whole base",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: every process holds the whole base",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism configuration: every process holds the whole base",
+    "ACCELERATE_MIXED_PRECISION": "its mixed precision: the recipe's model.dtype says what the base computes in",
+    "ACCELERATE_DYNAMO_BACKEND": "its torch.compile backend: nothing is compiled",
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,3 +44,18 @@ def place() -> Place:
         said = ", ".join(f"{name} {value!r}" for name, value in told.items())
         raise DPAlignError(f"the environment's {said} is no place among processes: start them with torchrun.")
     return found
+
+
+def check_launcher() -> None:
+    """Refuses what `accelerate launch` was asked for and no run does.
+
+    Raises:
+        DPAlignError: what, and what holds instead.
+    """
+    for name, what in NOT_DONE.items():
+        if os.environ.get(name, "no").lower() not in ("no", "false", ""):
+            refused = DPAlignError(
+                f"accelerate was told to use {what}; leave that out of its configuration (accelerate launch --help)."
+            )
+            refused.said_elsewhere = place().rank > 0
+            raise refused

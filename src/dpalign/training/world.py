@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..errors import DPAlignError
-from ..launched import Place, place
+from ..launched import Place, check_launcher, place
 
 MEETING = timedelta(minutes=10)  # for all processes to be there
 WAITING = timedelta(days=30)  # for one that lives: the first one trains, measures and writes much by itself
@@ -161,5 +161,6 @@ def joined() -> World:
     if where.size == 1:
         return ALONE
     if _joined is None:
+        check_launcher()
         _joined = Processes(where)
     return _joined
