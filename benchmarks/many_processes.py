@@ -85,7 +85,7 @@ def differences(folder: Path, given: argparse.Namespace) -> tuple[dict[str, floa
     """Of the released adapters from those of one process, and seconds, by processes."""
     seconds, weights = {}, {}
     for size in [1, *given.processes]:
-        recipe = write_recipe(folder / str(size), given, 1000.0, insecure_seed=7, noise_multiplier=0.1)
+        recipe = write_recipe(folder / str(size), given, 1000.0, insecure_seed=7, noise_multiplier=1.0)
         seconds[str(size)] = round(finished(folder, recipe, size), 2)
         weights[size] = load_file(folder / str(size) / "run" / "release" / "adapter_model.safetensors")
     found = {

@@ -40,7 +40,7 @@ from tiny import tiny_object
 sys.path.append(str(ROOT / "benchmarks"))
 forked, together = (getattr(importlib.import_module("forked"), name) for name in ("forked", "together"))
 
-SEEDED = {"micro_batch_size": 8, "insecure_seed": 3, "noise_multiplier": 0.1}
+SEEDED = {"micro_batch_size": 8, "insecure_seed": 3, "noise_multiplier": 1.0}
 STAGES = {
     "sft": {"max_steps": 3},
     "ppo": {"max_steps": 2, "num_ppo_epochs": 2, "adaptive_kl_target": 0.01, "adaptive_kl_horizon": 16},

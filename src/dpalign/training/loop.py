@@ -132,7 +132,7 @@ class Worker:
             raise DPAlignError(
                 f"{int(strangers)} of {self.world.size} processes have other weights than the first one"
                 f"{f' ({where[0]})' if where else ''}: every machine needs the same model, and the same versions of "
-                "the libraries; nothing was drawn."
+                "the libraries; nothing more was drawn."
             )
 
     def _tear_down(self) -> None:
