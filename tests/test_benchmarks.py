@@ -40,6 +40,16 @@ def fixed_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=next(highest)))
 
 
+def known_peaks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The children's peaks: 500 KiB when an update begins, and so many more of each, in the order in which they run."""
+    more = iter([more for update in (100, 16, 80, 12, 20, 30) for more in (1, update, update)])
+    module = importlib.import_module("memory_flat")
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(module, "forked", module.peak)
+    monkeypatch.setattr(module, "resident", lambda: 500)
+    monkeypatch.setattr(module, "highest", lambda: 500 + next(more))
+
+
 TRL = '''
 """The few calls of TRL 0.11.4 that the worker makes."""
 from dataclasses import dataclass
@@ -165,6 +175,11 @@ def one_line(out: str) -> dict:
 def check_private_step(out: str, folder: Path) -> None:
     found = one_line(out)
     assert set(found) == {"time_ratio", "memory_ratio"} and found["time_ratio"] > 0 and found["memory_ratio"] == 2
+
+
+def check_memory_flat(out: str, folder: Path) -> None:
+    """A row of four tokens has 8 KiB of logits of 512 words."""
+    assert one_line(out) == {"peak_6_over_3": 1.25, "peak_2_rows_over_1": 1.5, "logits_overhead": 0.5}
 
 
 def check_ppo_iteration(out: str, folder: Path) -> None:
@@ -419,6 +434,9 @@ GPT2 = "--layers 1 --hidden 32 --heads 2 --vocab 64 --threads 1"
 STAGES = "--sft.expected_batch_size 4 --sft.max_steps 1 --ppo.expected_batch_size 4 --ppo.max_steps 1"
 SMOKE = {
     "private_step.py --json": Smoke(f"{GPT2} --rows 3 --tokens 6 --pairs 2", check_private_step, fixed_memory),
+    "memory_flat.py --json": Smoke(
+        "--layers 1 --hidden 32 --drawn 3 6 --records 2 --tokens 4 --vocab 512 --at_once 1", check_memory_flat, known_peaks
+    ),
     "ppo_iteration.py --json": Smoke(
         f"{GPT2} --prompts 4 --prompt-tokens 3 --new-tokens 3 --trl-mini-batch-size 2 --pairs 2 "
         f"--micro-batch-size 3 --trl-python {shlex.quote(sys.executable)}",
@@ -581,6 +599,14 @@ def test_a_benchmark_without_trl_says_what_to_do(benchmark, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="make bench-setup"):
         importlib.import_module(benchmark).main(["--trl-python", str(tmp_path / "python")])
+
+
+def test_a_peak_of_loading_is_not_taken_for_one_of_the_update(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    memory_flat = importlib.import_module("memory_flat")
+    monkeypatch.setattr(memory_flat, "highest", lambda: 500)
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        memory_flat.peak(memory_flat.Update("sft", 2, 2, 1, 4, 64, 2), 1, 32)
 
 
 def test_curves_are_compared_over_seeds(monkeypatch):
