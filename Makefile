@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TRL := .venv-trl/bin
 
-.PHONY: quickstart test docs bench-setup clean
+.PHONY: quickstart test docs bench-setup faults clean
 
 quickstart: .venv/installed
 	$(BIN)/dpalign quickstart $(if $(filter 1,$(COMPARE)),--compare) $(ARGS)
@@ -35,6 +35,10 @@ bench-setup: .venv/installed
 	test -x $(TRL)/python || $(PYTHON) -m venv .venv-trl
 	$(TRL)/python -m pip install --quiet torch==2.13.0
 	$(TRL)/python -m pip install --quiet trl==0.11.4 transformers==4.46.3 peft==0.13.2 'numpy<2.3' rich vaderSentiment==3.3.2
+
+# Kills and faults through the real command; goes on from where it was stopped.
+faults: .venv/installed
+	$(BIN)/python benchmarks/faults.py --output runs/faults.jsonl $(ARGS)
 
 clean:
 	rm -rf .venv .venv-trl build dist src/*.egg-info

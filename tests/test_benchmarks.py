@@ -274,6 +274,22 @@ def check_offline_table(out: str, folder: Path) -> None:
     assert out in (RESULTS / "offline.md").read_text(encoding="utf-8") and out.count("\n") > 8
 
 
+def check_faults(out: str, folder: Path) -> None:
+    """A run that was killed when it wrote to the ledger, and one that was told to end."""
+    rows = [json.loads(line) for line in (folder / "faults.jsonl").read_text().splitlines()]
+    assert [row.get("trial", row.get("fault")) for row in rows] == [0, "SIGTERM"]
+    assert all(row["right"] and row["epsilon"] >= row["counted"] - 1e-6 for row in rows)
+    assert "the ledger's row" in rows[0]["where"][0] and rows[0]["statuses"][0] == [-9]
+    found = json.loads((folder / "faults.json").read_text())
+    assert found["runs"] == found["right"] == 1 and found["kills"] >= 1 and found["faults"]["SIGTERM"] == [1, 1]
+    # Draws that the ledger did not have would be found.
+    faults = importlib.import_module("faults")
+    draw = ["dpo", 0.0, 1.0, 0.4, "2.0", 1, "20.0"]
+    assert faults.epsilon_of([draw] * 4) > faults.epsilon_of([draw] * 3) > 0
+    halves = [["sft", 0.0, 0.5, *draw[3:]], ["ppo", 0.5, 1.0, *draw[3:]]]
+    assert faults.epsilon_of(halves) == faults.epsilon_of(halves[:1])
+
+
 def check_scaling(out: str, folder: Path) -> None:
     """The published tables, computed again; and two figures by hand."""
     assert out.strip() in (RESULTS.parent / "scaling.md").read_text(encoding="utf-8")
@@ -519,6 +535,9 @@ SMOKE = {
     ),
     "profile_iteration.py --show docs/results/profile_h200_first.jsonl": Smoke("", check_shown),
     "profile_iteration.py --show docs/results/profile_h200.jsonl": Smoke("", check_shown),
+    "faults.py --output docs/results/faults.runs.jsonl --summary docs/results/faults.json": Smoke(
+        "--runs 1 --stages dpo --faults SIGTERM --output faults.jsonl --summary faults.json", check_faults
+    ),
     "scaling.py --measured docs/results/profile_h200.jsonl docs/results/profile_h200_first.jsonl": Smoke("", check_scaling),
     "audit.py --output runs/audit.jsonl": Smoke("--runs 1 --canaries 60 --faults noise_halved", check_audit),
     "audit.py --runs 0 --output docs/results/audit.runs.jsonl": Smoke("", check_audit_again),
