@@ -30,7 +30,7 @@ from typing import Any
 import free_and_private_reward as judged
 import numpy as np
 
-from dpalign.data.units import same_text
+from dpalign.data.names import same_text
 from dpalign.parsing import recipe_from
 from dpalign.privacy import accountant
 from dpalign.run import run_recipe

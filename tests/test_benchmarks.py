@@ -428,6 +428,16 @@ def check_many_processes(out: str, folder: Path) -> None:
     assert found["killed"]["lost"] > 0 and found["killed"]["epsilon"] <= found["killed"]["target"]
 
 
+def check_large_data(out: str, folder: Path) -> None:
+    """Two thousand records to the first draw, which is not made."""
+    found = one_line(out)
+    assert list(found) == [
+        "records", "cpu_seconds_to_first_draw", "peak_mb", "draw_ms", "draw_peak_mb", "ledger_ratio", "intent_ms",
+    ]  # fmt: skip
+    assert found["records"] == 2000 and found["cpu_seconds_to_first_draw"] > 0 and found["peak_mb"] > 50
+    assert 0 < found["draw_ms"] < 200 and found["draw_peak_mb"] < 2 and found["ledger_ratio"] > 0 < found["intent_ms"]
+
+
 def check_malformed(out: str, folder: Path) -> None:
     found = last_json(out)
     assert found["inputs"] == 3 and not found["faults"] and found["slowest_s"] < 20
@@ -541,6 +551,7 @@ SMOKE = {
     "scaling.py --measured docs/results/profile_h200.jsonl docs/results/profile_h200_first.jsonl": Smoke("", check_scaling),
     "audit.py --output runs/audit.jsonl": Smoke("--runs 1 --canaries 60 --faults noise_halved", check_audit),
     "audit.py --runs 0 --output docs/results/audit.runs.jsonl": Smoke("", check_audit_again),
+    "large_data.py --json": Smoke("--records 2000 --repeats 5 --model small --folder .", check_large_data, demo),
     "malformed.py --output malformed.jsonl": Smoke("--groups together file ledgers --most 1", check_malformed),
     "profile_iteration.py --device cuda --dtype bfloat16 --model gpt2 --micro_batch_size 512 --output FILE": Smoke(
         "--device cpu --model tiny --micro_batch_size 2 --prompts 2 --prompt_tokens 2 --completion_tokens 2 --repeats 1 "

@@ -15,7 +15,7 @@ from dpalign.algorithms.completions import read_prompt
 from dpalign.algorithms.ppo import PPOConfig
 from dpalign.algorithms.reward import encode_pair
 from dpalign.algorithms.sft import SFT
-from dpalign.data.load import only_columns
+from dpalign.data.columns import only_columns
 from dpalign.data.text import encode_completion, turn_end
 from dpalign.errors import DPAlignError
 from dpalign.models import Policy, RewardModel, TextFormat

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sqlite3
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -82,3 +86,58 @@ def test_a_migration_that_fails_leaves_the_old_file(written, monkeypatch):
         with pytest.raises(DPAlignError, match="cannot be opened or written"):
             Ledger(written)
     assert version(written) == len(MIGRATIONS) and len(Ledger(written).intents()) == 2
+
+
+# The log beside the file ---------------------------------------------------------------------------------------------
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file is whole by itself: neither a log nor a journal beside it, and none asked for in its header."""
+    return path.read_bytes()[18:20] == b"\x01\x01" and [f for f in path.parent.iterdir() if f.stem == path.stem] == [path]
+
+
+def test_a_row_is_one_write_and_the_file_is_whole_again_when_it_is_closed(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    ledger.secret("d")
+    assert is_plain(path)  # nothing was drawn
+    ledger.write([INTENT])
+    assert ledger._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert ledger._db.execute("PRAGMA synchronous").fetchone() == (3,)
+    modes = [file.stat().st_mode & 0o777 for file in tmp_path.iterdir()]
+    assert modes == [0o600] * 3 and len(Ledger.copy_of(path).intents()) == 1
+    ledger.close()
+    assert is_plain(path) and Ledger(shutil.copy(path, tmp_path / "copy.sqlite")).intents() == [INTENT]
+
+
+def test_the_last_of_two_runs_makes_it_whole(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    first, second = Ledger(path), Ledger(path)
+    first.write([INTENT])
+    second.write([replace(INTENT, step=1)])
+    first.close()
+    assert not is_plain(path) and len(second.intents()) == 2
+    second.write([replace(INTENT, step=2)])
+    second.close()
+    assert is_plain(path) and [i.step for i in Ledger(path).intents()] == [0, 1, 2]
+
+
+KILLED = """
+import json, os, sys
+from dpalign.privacy.ledger import Intent, Ledger
+ledger = Ledger(sys.argv[1])
+for step in range(3):
+    ledger.write([Intent(**json.loads(sys.argv[2]) | {"step": step})])
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_rows_of_a_killed_run_are_there(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    subprocess.run([sys.executable, "-c", KILLED, str(path), json.dumps(asdict(INTENT))], check=False)
+    assert path.with_name("ledger.sqlite-wal").exists()
+    assert [i.step for i in Ledger.copy_of(path).intents()] == [0, 1, 2]
+    ledger = Ledger(path)
+    ledger.write([replace(INTENT, step=3)])
+    ledger.close()
+    assert is_plain(path) and len(Ledger(path).intents()) == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chats import ADDS, TEMPLATES, TURN_ENDS, byte_tokenizer
+from dpalign.data import text as text_of
 from dpalign.data.text import (
     _with_specials,
     apart,
@@ -212,14 +213,40 @@ def test_a_string_is_read_once(adds, monkeypatch):
         "映画 😀",
     ]
     expected = [apart_by_reading_twice(tokenizer, text) for text in texts]
-    read, call = [], type(tokenizer).__call__
-
-    def counted(self, text, **options):
-        read.append(text)
-        return call(self, text, **options)
-
-    monkeypatch.setattr(type(tokenizer), "__call__", counted)
-    assert [_with_specials(tokenizer, text) for text in texts] == expected
+    read, encoding = [], text_of._encoding
+    monkeypatch.setattr(text_of, "_encoding", lambda *of: read.append(of[1]) or encoding(*of))
+    with monkeypatch.context() as patched:  # by the library itself
+        patched.setattr(type(tokenizer), "__call__", None)
+        assert [_with_specials(tokenizer, text) for text in texts] == expected
     assert read == texts
     only = _with_specials(tokenizer, bos)  # its own, beside one that the tokenizer adds in front of it
     assert only[1] == [tokenizer.bos_token_id] and len(only[0]) == (adds in ("bos", "both"))
+
+
+def cut_and_padded(tokenizer):
+    """As a tokenizer.json may have it, or what somebody else's call has left behind."""
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+
+
+def split_apart(tokenizer):
+    tokenizer.split_special_tokens = True
+
+
+def of_their_own(tokenizer):
+    """A class whose call does more."""
+
+    class Own(type(tokenizer)):
+        def __call__(self, text, **options):
+            return super().__call__(text.upper(), **options)
+
+    tokenizer.__class__ = Own
+
+
+@pytest.mark.parametrize("changed", [cut_and_padded, split_apart, of_their_own])
+def test_a_string_is_read_as_a_call_reads_it(changed):
+    """Whatever is set on the tokenizer, and also the second time."""
+    tokenizer, texts = byte_tokenizer("smol", "both"), ["a film of many words", "a film<eos>", "映画 😀"]
+    changed(tokenizer)
+    found = [[token for part in _with_specials(tokenizer, text) for token in part] for text in [*texts, *texts]]
+    assert found == [tokenizer(text).input_ids for text in texts] * 2 and min(map(len, found)) > 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import overload
 
-from .data.load import Record, read_records, unread_columns
-from .data.overlap import DECLARED, Texts, check_contents, hash_texts
+from .data.columns import LOOKED_AT, only_columns
+from .data.hashes import RecordHashes
+from .data.load import Record, read_chunks, read_records
+from .data.overlap import DECLARED, PROMPT, Texts, check_contents, hash_texts
+from .data.table import Table, write_table
 from .data.units import UnitDataset, build_units, check_disjoint, count_units
 from .errors import DPAlignError
 from .evaluation.during import MEASURED
@@ -17,28 +21,57 @@ from .rewards import RewardConfig
 from .rewards.load import asked_columns
 from .settings.prompts import PromptedConfig
 
-Records = Mapping[str, list[Record]]  # by stage
+Records = Mapping[str, Sequence[Record]]  # by stage
 Public = Mapping[str, tuple[list[Record], str]]  # by stage, with their source
 
 
-def read_stage_records(recipe: Recipe, cache: Path | None = None, leaving: Collection[str] = ()) -> Records:
-    """Records by stage; a file that several stages share is read once.
+def read_stage_records(
+    recipe: Recipe,
+    ledger: Ledger | None = None,
+    folder: Path | None = None,
+    leaving: Collection[str] = (),
+) -> Records:
+    """Records by stage, with the columns that a stage may read; a file that several stages share is read once.
 
     Args:
+        ledger: whose hashes of the whole records are taken; None takes none.
+        folder: private, where the records lie while this process runs, and what a hub gives is cached; None keeps the
+            records in memory.
         leaving: stages that are left out.
 
     Raises:
-        DPAlignError: no path, or what `read_records` refuses.
+        DPAlignError: no path, or what `read_chunks` refuses.
     """
-    by_source: dict[tuple[str, str], list[Record]] = {}
-    names = [name for name in recipe.drawing if name not in leaving]
-    for name in names:
-        config = recipe.data_of(name)
-        if not config.path:
-            raise DPAlignError(f"the recipe names no data for stage {name}: set data.path (and data.name).")
-        if (config.path, config.split) not in by_source:
-            by_source[config.path, config.split] = read_records(config.path, config.split, cache)
-    return {n: by_source[recipe.data_of(n).path, recipe.data_of(n).split] for n in names}
+    sources: dict[tuple[str, str], list[str]] = {}
+    for name in recipe.drawing:
+        if name not in leaving:
+            sources.setdefault(source_of(recipe, name), []).append(name)
+    found, cache = dict[str, Table](), None if folder is None else folder / "cache"
+    for source, names in sources.items():
+        keep = {column for name in names for column in columns_read(recipe, name)}
+        configs = {(c.name, c.unit): c for c in map(recipe.data_of, names)}
+        hashes = {} if ledger is None else {of: RecordHashes(c, ledger) for of, c in configs.items() if c.name}
+        found |= dict.fromkeys(names, write_table(read_chunks(*source, cache), keep, folder, hashes))
+    return found
+
+
+def source_of(recipe: Recipe, name: str) -> tuple[str, str]:
+    """Path and split of a stage's records.
+
+    Raises:
+        DPAlignError: no path.
+    """
+    config = recipe.data_of(name)
+    if not config.path:
+        raise DPAlignError(f"the recipe names no data for stage {name}: set data.path (and data.name).")
+    return config.path, config.split
+
+
+def columns_read(recipe: Recipe, name: str) -> set[str]:
+    """Columns that a stage may read, if the records have them."""
+    stage = recipe.kind_of(name)
+    kept = {column.partition(".")[0] for column in kept_by(recipe, name)} | kept_by(recipe, name) - {""}
+    return {column for columns in stage.columns for column in columns} | {*stage.optional, *LOOKED_AT, PROMPT} | kept
 
 
 def stages_without_data(recipe: Recipe) -> list[str]:
@@ -63,8 +96,16 @@ def stage_units(recipe: Recipe, records: Records, ledger: Ledger) -> tuple[dict[
     parts = split_parts(recipe)
     # A record is the same unit in all stages, whichever of its columns each of them reads.
     units = {n: build_units(records[n], configs[n], ledger, *parts[n]) for n in configs}
-    unread = {n: unread_columns(records[n], recipe.kind_of(n).columns, kept_by(recipe, n)) for n in configs}
-    return {n: units[n].without(unread[n]) for n in configs}, set(assumptions)
+    return {n: units[n].reading(read_by(recipe, n, records[n])) for n in configs}, set(assumptions)
+
+
+@overload
+def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]: ...
+@overload
+def read_by(recipe: Recipe, name: str, records: Sequence[Record]) -> Sequence[Record]: ...
+def read_by(recipe: Recipe, name: str, records: Sequence[Record]) -> Sequence[Record]:
+    """A stage's records without the texts that it does not read; its unit's column and its rewards' stay."""
+    return only_columns(records, recipe.kind_of(name).columns, kept_by(recipe, name))
 
 
 def kept_by(recipe: Recipe, name: str) -> set[str]:
@@ -76,10 +117,18 @@ def kept_by(recipe: Recipe, name: str) -> set[str]:
 
 
 def count_undeclared(recipe: Recipe) -> dict[str, int]:
-    """Units in the files of stages whose dataset declares no number of them; reads no other file."""
-    undeclared = [name for name in recipe.drawing if recipe.data_of(name).declared_units is None]
-    records = read_stage_records(recipe) if undeclared else {}
-    return {name: count_units(records[name], recipe.data_of(name)) for name in undeclared}
+    """Units in the files of stages whose dataset declares no number of them; reads no other file, and keeps nothing."""
+    counted: dict[tuple[str, str, str | None], int] = {}
+    found = {}
+    for name in recipe.drawing:
+        config = recipe.data_of(name)
+        if config.declared_units is None:
+            source = (*source_of(recipe, name), config.unit)
+            if source not in counted:
+                read = (record for chunk in read_chunks(*source[:2]) for record in chunk.records)
+                counted[source] = count_units(read, config)
+            found[name] = counted[source]
+    return found
 
 
 def units_of(recipe: Recipe, records: Records, data: Mapping[str, UnitDataset]) -> dict[str, Units]:
@@ -131,13 +180,13 @@ def check_shared_texts(
     private, shown, seen = [], [], set()
     for name in records:
         data = recipe.data_of(name)
-        if (data.name, id(records[name]), tuple(read[name])) in seen:
+        rows = records[name]
+        which = (data.name, rows.contents if isinstance(rows, Table) else id(rows), tuple(read[name]))
+        if which in seen:
             continue  # a file that several stages share
-        seen.add((data.name, id(records[name]), tuple(read[name])))
+        seen.add(which)
         source = f"{data.name!r} ({name})"
-        private.append(
-            hash_texts(records[name], read[name], ledger, name=data.name, is_public=data.is_demo, source=source)
-        )
+        private.append(hash_texts(rows, read[name], ledger, name=data.name, is_public=data.is_demo, source=source))
     for name, (rows, source) in public:
         source = f"{source} (declared public)"
         shown.append(hash_texts(rows, read[name], ledger, name=None, is_public=True, source=source))

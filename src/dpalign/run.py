@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from .algorithms.base import Algorithm, Reading, check_records
+from .algorithms.base import Algorithm, Reading, Tokenizer, check_records, checked
 from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
 from .algorithms.texts import TextAlgorithm
-from .data.load import Record, only_columns
+from .data.load import Record
 from .data.overlap import remember_contents
 from .data.text import Text
 from .data.units import UnitDataset
@@ -58,7 +58,7 @@ from .records import (
     Public,
     Records,
     check_shared_texts,
-    kept_by,
+    read_by,
     read_public,
     read_public_prompts,
     read_stage_records,
@@ -99,7 +99,7 @@ def run_recipe(
     *,
     reporter: Reporter | None = None,
     records: Records | None = None,
-    public: Records | None = None,
+    public: Mapping[str, list[Record]] | None = None,
     policy: Policy | None = None,
     reward_model: RewardModel | None = None,
     reward_function: RewardFunction | None = None,
@@ -130,10 +130,10 @@ def run_recipe(
     with Workspace.open(recipe) as workspace:
         origins = workspace.origins(recipe)
         with reporter.status("reading the data"):
-            records = records or read_stage_records(recipe, workspace.private / "cache")
+            records = records or read_stage_records(recipe, workspace.ledger, workspace.private)
         data, assumptions = stage_units(recipe, records, workspace.ledger)
-        records = {name: read_by(recipe, name, rows) for name, rows in records.items()}
         units = units_of(recipe, records, data)
+        records = {name: read_by(recipe, name, rows) for name, rows in records.items()}
         delta = delta_of(recipe, units, past_stages(origins))
         recipe = with_dtypes(recipe, workspace, policy, reward_model)
         world.share(recipe)
@@ -229,7 +229,7 @@ def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
     """
     check_installed(recipe.report_to)
     with closing(Ledger.copy_of(recipe.ledger)) as ledger:
-        given = read_stage_records(recipe)
+        given = read_stage_records(recipe, ledger)
         stage_units(recipe, given, ledger)
         records = {name: read_by(recipe, name, rows) for name, rows in given.items()}
         shown = public_by(recipe, read_public(recipe))
@@ -417,9 +417,9 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
         if isinstance(stage.config, TrainingConfig):
             adapter = stage.config.adapter
             check_targets(model.model, adapter.target_modules, adapter.layers)
-        check = partial(read_record, stage, model)
+        check = partial(read_record, stage, model.tokenizer, embedding_rows(model.model))
         if name in records:
-            readings = check_records(records[name], source.path or source.name, stage.kind.columns, check)
+            readings = checked(records[name], source.path or source.name, stage.kind.columns, check)
             found = survey(readings, records[name], source.unit, padded=samples(stage.config))
             surveys |= {} if found is None else {name: found}
         if name in public:
@@ -440,7 +440,7 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
     return surveys
 
 
-def check_number_of_prompts(stage: RecipeStage, prompts: list[Record], path: str) -> None:
+def check_number_of_prompts(stage: RecipeStage, prompts: Sequence[Record], path: str) -> None:
     """Raises DPAlignError if public prompts are fewer than an update asks for."""
     config = stage.config
     assert isinstance(config, TrainingConfig)
@@ -452,21 +452,19 @@ def check_number_of_prompts(stage: RecipeStage, prompts: list[Record], path: str
         )
 
 
-def read_record(stage: RecipeStage, model: AdapterStack, record: Record) -> Reading | None:
+def read_record(stage: RecipeStage, tokenizer: Tokenizer, embeddings: int, record: Record) -> Reading | None:
     """What a stage reads of a record.
+
+    Args:
+        embeddings: tokens that the model has an embedding for.
 
     Raises:
         DPAlignError: it cannot be used, or has a token that the model has no embedding for.
     """
-    reading: Reading | None = stage.kind.check(stage.config, model.tokenizer, record)
-    if reading is not None:
-        check_ids([reading.largest], embedding_rows(model.model))
+    reading: Reading | None = stage.kind.check(stage.config, tokenizer, record)
+    if reading is not None and reading.largest >= embeddings:
+        check_ids([reading.largest], embeddings)
     return reading
-
-
-def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]:
-    """A stage's records without the texts that it does not read; its unit's column and its rewards' stay."""
-    return only_columns(records, recipe.kind_of(name).columns, kept_by(recipe, name))
 
 
 def public_by(recipe: Recipe, public: Public) -> Public:
@@ -474,9 +472,10 @@ def public_by(recipe: Recipe, public: Public) -> Public:
     return {name: (read_by(recipe, name, rows), source) for name, (rows, source) in public.items()}
 
 
-def are_chats(records: list[Record], columns: tuple[tuple[str, ...], ...]) -> bool:
+def are_chats(records: Sequence[Record], columns: tuple[tuple[str, ...], ...]) -> bool:
     """Whether the columns that are read hold chat messages; one kind in all records."""
-    return any(isinstance(records[0].get(name), list) for names in columns for name in names)
+    first = records[0]
+    return any(isinstance(first.get(name), list) for names in columns for name in names)
 
 
 def check_lengths(name: str, needed: int, model_config: Any) -> None:

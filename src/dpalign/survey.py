@@ -7,13 +7,16 @@ asks for them (`dpalign plan`) and in the run's private folder, never in anythin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from .algorithms.base import Reading
 from .data.load import Record
-from .data.units import same_name, unit_value
+from .data.names import same_name, unit_value
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Survey:
 
 
 def survey(
-    readings: Sequence[Reading | None], records: Sequence[Record], unit: str | None, *, padded: bool = False
+    readings: Iterable[Reading | None], records: Sequence[Record], unit: str | None, *, padded: bool = False
 ) -> Survey | None:
     """None of a stage that cannot say what it reads.
 
@@ -72,22 +75,31 @@ def survey(
         readings, records: of one stage, in the same order. unit: the column that names the privacy unit. padded: as
             `Survey` has it.
     """
-    read = [reading for reading in readings if reading is not None]
-    if len(read) < len(records) or not read:
+    tokens, learned, limit = array("q"), array("q"), 0
+    for reading in readings:
+        if reading is not None:
+            tokens.append(reading.tokens)
+            learned.append(reading.learned)
+            limit = limit or reading.limit
+    if len(tokens) < len(records) or not tokens:
         return None
-    learned: dict[object, int] = {}
-    for number, (reading, record) in enumerate(zip(read, records, strict=True)):
-        name = number if unit is None else same_name(unit_value(record, unit))
-        learned[name] = learned.get(name, 0) + reading.learned
-    lengths = sorted(reading.tokens for reading in read)
+    lengths, of_records = np.sort(np.frombuffer(tokens, dtype=np.int64)), np.frombuffer(learned, dtype=np.int64)
+    of_units = of_records if unit is None else np.bincount(_owners(records, unit), of_records)
     return Survey(
-        records=len(read),
-        limit=read[0].limit,
-        cut=sum(reading.tokens > reading.limit for reading in read),
-        longest=lengths[-1],
-        nine_in_ten=lengths[math.ceil(0.9 * len(lengths)) - 1],
-        empty=sum(reading.learned == 0 for reading in read),
-        units=len(learned),
-        idle_units=sum(count == 0 for count in learned.values()),
+        records=len(lengths),
+        limit=limit,
+        cut=int((lengths > limit).sum()),
+        longest=int(lengths[-1]),
+        nine_in_ten=int(lengths[math.ceil(0.9 * len(lengths)) - 1]),
+        empty=int((of_records == 0).sum()),
+        units=len(of_units),
+        idle_units=int((of_units == 0).sum()),
         padded=padded,
     )
+
+
+def _owners(records: Iterable[Record], unit: str) -> np.ndarray:
+    """`(records,)` int64: the unit of each, numbered as they come."""
+    numbers: dict[object, int] = {}
+    found = (numbers.setdefault(same_name(unit_value(record, unit)), len(numbers)) for record in records)
+    return np.fromiter(found, dtype=np.int64)

@@ -29,13 +29,20 @@ from .privacy.ledger import Ledger
 from .privacy.statement import account
 from .provenance import check_provenance
 from .recipe import Recipe
-from .records import check_shared_texts, read_public, read_public_prompts, read_stage_records, stages_without_data
+from .records import (
+    check_shared_texts,
+    read_by,
+    read_public,
+    read_public_prompts,
+    read_stage_records,
+    stages_without_data,
+)
 from .reporting.progress import Reporter
 from .reporting.sweep import plot_sweep, spent_sentence, summarize_sweep, write_markdown
 from .reporting.sweep_page import write_sweep_report
 from .results import FREE, PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
-from .run import are_chats, measure_texts, public_models, read_by
+from .run import are_chats, measure_texts, public_models
 from .settings.rollouts import CompletionConfig, samples
 from .stages import STAGES, kind
 

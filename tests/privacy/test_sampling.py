@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -99,3 +100,50 @@ def test_sampling_is_poisson():
 def test_the_sampling_test_kills(mutant: Callable[[], np.ndarray], found_by: str):
     """PRIVACY test 7, mutants: whatever is not a fresh Poisson sample per draw."""
     assert poisson_p_values(mutant())[found_by] < 1e-7
+
+
+# Of a hundred million ------------------------------------------------------------------------------------------------
+
+MANY, SAMPLE = 10**8, 512
+
+
+def positions(draw: Callable[[], np.ndarray], count: int = 60) -> dict[str, float]:
+    """p-values of what a rare Poisson sample promises: how many, where, and how far apart."""
+    found = [draw() for _ in range(count)]
+    assert all((np.diff(sample) > 0).all() and sample[0] >= 0 and sample[-1] < MANY for sample in found)
+    sizes = np.array([len(sample) for sample in found])
+    gaps = np.concatenate([np.diff(sample, prepend=-1) for sample in found])
+    return {
+        "size": 2 * stats.norm.sf(abs(sizes.sum() - count * SAMPLE) / (count * SAMPLE) ** 0.5),
+        "spread": _two_sided(stats.chi2(count), ((sizes - SAMPLE) ** 2).sum() / SAMPLE),
+        "places": stats.kstest(np.concatenate(found) / MANY, "uniform").pvalue,
+        "gaps": stats.kstest(gaps * SAMPLE / MANY, "expon").pvalue,
+    }
+
+
+def test_a_rare_sample_is_poisson_too():
+    p_values = positions(lambda: poisson_sample(MANY, SAMPLE / MANY, SystemEntropy()))
+    assert min(p_values.values()) > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("mutant", "found_by"),
+    [
+        (lambda: np.sort(coins.choice(MANY, SAMPLE, replace=False, shuffle=False)), "spread"),  # always as many
+        (lambda: poisson_sample(MANY // 50 * 49, SAMPLE / MANY * 50 / 49, SystemEntropy()), "places"),  # the last never
+        (lambda: (np.arange(SAMPLE) + coins.random()) * (MANY // SAMPLE), "gaps"),  # evenly spread
+        (lambda: poisson_sample(MANY, 1.1 * SAMPLE / MANY, SystemEntropy()), "size"),
+    ],
+)  # fmt: skip
+def test_the_test_of_rare_samples_kills(mutant: Callable[[], np.ndarray], found_by: str):
+    assert positions(mutant)[found_by] < 1e-7
+
+
+def test_a_sample_of_many_units_costs_what_the_sample_does():
+    entropy = SystemEntropy()
+    tracemalloc.start()
+    try:
+        poisson_sample(MANY, 4096 / MANY, entropy)
+        assert tracemalloc.get_traced_memory()[1] < 64 * 4096 * 8  # not a bit for each unit, which would be 12 MB
+    finally:
+        tracemalloc.stop()

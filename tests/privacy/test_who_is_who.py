@@ -16,8 +16,8 @@ import pytest
 from dpalign import sweep
 from dpalign.data import DataConfig, build_units, check_disjoint
 from dpalign.data.load import read_records
+from dpalign.data.names import same_name
 from dpalign.data.overlap import DECLARED, Texts, check_contents, hash_texts, remember_contents
-from dpalign.data.units import same_name
 from dpalign.errors import DPAlignError
 from dpalign.privacy import ledger as ledger_of
 from dpalign.privacy.ledger import Ledger

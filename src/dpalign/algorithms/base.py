@@ -6,14 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.load import Record, require_columns
-from ..data.text import Text
+from ..data.columns import with_columns
+from ..data.load import Record
+from ..data.text import TEMPLATE_COLUMNS, Text
 from ..errors import DPAlignError, TooLongError
 from ..models import AdapterStack, ModelConfig
 from ..privacy.entropy import SystemEntropy
@@ -42,8 +43,7 @@ class Tokens:
     read: float = 0.0
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What a stage reads of one record: a function of private text, for its holder alone.
 
     tokens: it has. limit: of these are read. learned: of those that are read have a gradient (of a pair the answer with
@@ -62,13 +62,15 @@ class StageKind(ABC, Generic[C]):
     A subclass that lacks one of them is a TypeError where it is defined, unless it says `is_base=True`.
 
     name: of the section, the command, the adapter and the ledger's rows. model_kind: what it trains or measures.
-    columns: that a record must have, one of these alternatives.
+    columns: that a record must have, one of these alternatives. optional: that are read, too, where a record has them:
+    no other is kept, but for those of its unit and its rewards.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[StageConfig]]
     model_kind: ClassVar[type[AdapterStack]]
     columns: ClassVar[tuple[tuple[str, ...], ...]]
+    optional: ClassVar[tuple[str, ...]] = TEMPLATE_COLUMNS
 
     def __init_subclass__(cls, is_base: bool = False, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -226,7 +228,7 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     def encode(self, model: Model, record: Record) -> Example | None:
         """One record as an example, or None if nothing can be learned from it; sees no other record.
 
-        Called for every record of the stage before the first draw.
+        Called for a record when its unit is first drawn, and the same whenever that is. What it gives is pickled.
         """
 
     @classmethod
@@ -266,32 +268,39 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
 
 
 def check_records(
-    records: list[Record], path: str, columns: tuple[tuple[str, ...], ...], check: Callable[[Record], T_co]
+    records: Sequence[Record], path: str, columns: tuple[tuple[str, ...], ...], check: Callable[[Record], T_co]
 ) -> list[T_co]:
+    """All that `checked` says."""
+    return list(checked(records, path, columns, check))
+
+
+def checked(
+    records: Sequence[Record], path: str, columns: tuple[tuple[str, ...], ...], check: Callable[[Record], T_co]
+) -> Iterator[T_co]:
     """What `check` says of each record.
 
     Raises:
         DPAlignError: a missing column, or the first record that cannot be used; names it, never quotes it. If it is
             only too long, also how many are.
     """
-    require_columns(records, list(columns), path)
-    found, too_long = [], []
-    for number, record in enumerate(records, 1):
+    too_long = []
+    for number, record in with_columns(records, columns, path):
         try:
-            found.append(check(record))
+            found = check(record)
         except TooLongError as error:
             too_long.append((number, error))
         except DPAlignError as error:
             raise DPAlignError(f"record {number} of {path}: {error}.") from None
         except Exception as error:  # of the tokenizer, say
             raise DPAlignError(f"record {number} of {path} cannot be read: {type(error).__name__}.") from None
+        else:
+            yield found
     if too_long:
         number, first = too_long[0]
         raise DPAlignError(
             f"record {number} of {path}: {first}; {len(too_long):,} of {len(records):,} records are too long, and "
             f"{max(error.tokens for _, error in too_long)} tokens would hold all."
         )
-    return found
 
 
 def encode_units(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..data.load import Record
+from ..data.text import TEMPLATE_COLUMNS
 from ..errors import DPAlignError
 from ..privacy.mechanism import MetricRange
 from .base import Algorithm, Example, Model, T
@@ -24,6 +25,7 @@ class PairAlgorithm(Algorithm[T, Model, Example], Generic[T, Model, Example], is
     """Learns which of two texts is better; what it has learned can be compared with public pairs."""
 
     columns = (("chosen", "rejected"),)
+    optional = (*TEMPLATE_COLUMNS, "prompt", "margin", "preference")
     rows_per_example = 2
 
     @abstractmethod

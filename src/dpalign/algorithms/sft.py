@@ -125,4 +125,4 @@ def encode_record(tokenizer: Tokenizer, record: Record, config: SFTConfig) -> En
     if config.assistant_only_loss:
         said = assistant_tokens(tokenizer, whole, options)
         learned = [a and b for a, b in zip(learned, said, strict=True)]
-    return Encoded(text.ids, learned)
+    return text if learned is text.learned else Encoded(text.ids, learned)

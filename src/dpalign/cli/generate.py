@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text as Rich
 
-from ..data.load import Record, read_records, require_columns
+from ..data.columns import require_columns
+from ..data.load import Record, read_records
 from ..domains import SEEDS
 from ..errors import DPAlignError
 from ..files import check_is_there

@@ -1,22 +1,24 @@
-"""Reading private files. Nothing is cached outside the run, and no message quotes a record."""
+"""Reading private files, some records at a time. Nothing is cached outside the run, and no message quotes a record."""
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+
 from ..errors import RECORDS_READ, DPAlignError
 from . import demo
-from .readers import ENDINGS, READERS, ending, read_folder, read_hub
+from .readers import BATCH, ENDINGS, READERS, TEXTS, ending, from_arrow, read_folder, read_hub, read_parquet
 
 Record = dict[str, Any]
 HUB_NAME = r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::(\w[\w.+-]*))?"  # and perhaps one of its configurations
 CHATS = ("conversations", "messages")  # columns that a column `system` may stand beside
-UNPAIRED = "holds unpaired preferences (prompt, completion and label)"
-JOIN = "join a true and a false answer to one prompt into a record with prompt, chosen and rejected"
 
 
 def check_there(path: str) -> None:
@@ -25,8 +27,21 @@ def check_there(path: str) -> None:
         raise DPAlignError(f"data file {path} does not exist.")
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Some records in their order. batch: the same as their source holds them, where that is a table."""
+
+    records: list[Record]
+    batch: pyarrow.RecordBatch | None = None
+
+
 def read_records(path: str, split: str = "train", cache_dir: Path | None = None) -> list[Record]:
-    """Records of a file, a `datasets` folder or a hub dataset, as dicts.
+    """All records that `read_chunks` reads, in memory."""
+    return [record for chunk in read_chunks(path, split, cache_dir) for record in chunk.records]
+
+
+def read_chunks(path: str, split: str = "train", cache_dir: Path | None = None) -> Iterator[Chunk]:
+    """Records of a file, a `datasets` folder or a hub dataset, as dicts; a few thousand of them are in memory at once.
 
     Args:
         path: of a hub dataset with several configurations, `NAME:CONFIGURATION`.
@@ -36,46 +51,66 @@ def read_records(path: str, split: str = "train", cache_dir: Path | None = None)
         DPAlignError: missing, empty, not UTF-8, or not what its ending says; the line is named, never quoted.
     """
     RECORDS_READ.set()
-    file = demo.demo_file(path) if path.startswith(demo.PREFIX) else Path(path)
-    kind = ending(file)
+    count = 0
     try:
-        if file.is_dir():
-            records = read_folder(file, split)
-        elif kind in READERS:
-            if not file.is_file():
-                raise DPAlignError(f"data file {path} does not exist.")
-            records = READERS[kind](file)
-        elif file.exists():
-            raise DPAlignError(
-                f"data file {path} has an unknown ending: use {ENDINGS} (.gz allowed); save a spreadsheet as CSV."
-            )
-        elif named := re.fullmatch(HUB_NAME, path):
-            records = read_hub(named[1], named[2], split, cache_dir)
-        else:
-            raise DPAlignError(f"data file {path} does not exist.")
+        for chunk in _chunks(path, split, cache_dir):
+            records = with_system(chunk.records, path, count)
+            count += len(records)
+            if records:
+                yield Chunk(records, chunk.batch)
     except UnicodeDecodeError as error:
         raise DPAlignError(f"data file {path} is not UTF-8 text (byte {error.start}): convert it first.") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DPAlignError(f"data file {path} cannot be read: {type(error).__name__}.") from None
-    if not records:
+    if not count:
         raise DPAlignError(f"data file {path} is empty: there is nothing to train on.")
-    return with_system(records, path)
 
 
-def with_system(records: list[Record], path: str) -> list[Record]:
+def _chunks(path: str, split: str, cache_dir: Path | None) -> Iterator[Chunk]:
+    file = demo.demo_file(path) if path.startswith(demo.PREFIX) else Path(path)
+    kind = ending(file)
+    if file.is_dir():
+        return _of_tables(read_folder(file, split))
+    if kind in READERS:
+        if not file.is_file():
+            raise DPAlignError(f"data file {path} does not exist.")
+        return _of_texts(TEXTS[kind](file)) if kind in TEXTS else _of_tables(read_parquet(file))
+    if file.exists():
+        raise DPAlignError(
+            f"data file {path} has an unknown ending: use {ENDINGS} (.gz allowed); save a spreadsheet as CSV."
+        )
+    if named := re.fullmatch(HUB_NAME, path):
+        return _of_tables(read_hub(named[1], named[2], split, cache_dir))
+    raise DPAlignError(f"data file {path} does not exist.")
+
+
+def _of_texts(records: Iterator[Record]) -> Iterator[Chunk]:
+    while some := list(islice(records, BATCH)):
+        yield Chunk(some)
+
+
+def _of_tables(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Chunk]:
+    return (Chunk(from_arrow(batch.to_pylist()), batch) for batch in batches)
+
+
+def with_system(records: list[Record], path: str, before: int = 0) -> list[Record]:
     """The records, with a `system` beside their `conversations` or `messages` as the first message of those.
+
+    Args:
+        before: how many records of `path` come before these.
 
     Raises:
         DPAlignError: it is no text, or the chat has another system message.
     """
-    return [_with_system(record, f"record {number} of {path}") for number, record in enumerate(records, 1)]
+    return [_with_system(record, path, number) for number, record in enumerate(records, before + 1)]
 
 
-def _with_system(record: Record, where: str) -> Record:
+def _with_system(record: Record, path: str, number: int) -> Record:
     system = record.get("system") if isinstance(record, dict) else None
     chats = [name for name in CHATS if isinstance(record.get(name), list)] if system else []
     if not chats:
         return record
+    where = f"record {number} of {path}"
     if not isinstance(system, str):
         raise DPAlignError(f"{where} has a column 'system' that is no text beside its chat.")
     said = {"role": "system", "content": system}
@@ -86,62 +121,3 @@ def _with_system(record: Record, where: str) -> Record:
     if [m.get("content") or m.get("value") for m in own] != [system] or own[0] is not chat[0]:
         raise DPAlignError(f"{where} has a column 'system' and another system message in its chat: keep one of them.")
     return record
-
-
-def require_columns(records: list[Record], alternatives: list[tuple[str, ...]], path: str) -> tuple[str, ...]:
-    """The first of `alternatives` whose columns every record has.
-
-    Raises:
-        DPAlignError: none fits; names the columns expected and found.
-    """
-    for columns in alternatives:
-        if all(c in records[0] for c in columns):
-            for number, record in enumerate(records, 1):
-                for c in columns:
-                    if not isinstance(record.get(c), str | list) or not record[c]:
-                        raise DPAlignError(
-                            f"record {number} of {path} has no text in column {c!r}: give a non-empty string "
-                            "(or a list of chat messages) in every record."
-                        )
-                    if isinstance(record[c], str) != isinstance(records[0][c], str):
-                        raise DPAlignError(
-                            f"column {c!r} of {path} holds a string in one record and chat messages in another (record "
-                            f"{number}): give one kind in all records."
-                        )
-            _refuse_labels(records, columns, path)
-            return columns
-    if {"completion", "label"} <= set(records[0]) and any("chosen" in columns for columns in alternatives):
-        raise DPAlignError(f"{path} {UNPAIRED}, and this stage learns from pairs: {JOIN}.")
-    expected = " or ".join(" + ".join(repr(c) for c in a) for a in alternatives)
-    found = ", ".join(repr(c) for c in records[0])
-    raise DPAlignError(f"{path} has the columns {found}; expected {expected}.")
-
-
-def _refuse_labels(records: list[Record], columns: tuple[str, ...], path: str) -> None:
-    """Answers that somebody found bad must not be learned as good ones."""
-    if columns == ("prompt", "completion") and any(r.get("label") is False for r in records):
-        raise DPAlignError(
-            f"{path} {UNPAIRED}: keep the records whose label is true, and leave the column out; or {JOIN}, for a "
-            "stage that learns from pairs."
-        )
-
-
-def only_columns(
-    records: list[Record], alternatives: Sequence[tuple[str, ...]], keep: Collection[str] = ()
-) -> list[Record]:
-    """The records without the columns of the alternatives that the first record does not choose, but for `keep`.
-
-    What is read is chosen once for a file: a later record that has another text as well is not read otherwise.
-    """
-    others = unread_columns(records, alternatives, keep)
-    if not any(others & set(record) for record in records):
-        return records
-    return [{name: value for name, value in record.items() if name not in others} for record in records]
-
-
-def unread_columns(
-    records: list[Record], alternatives: Sequence[tuple[str, ...]], keep: Collection[str] = ()
-) -> set[str]:
-    """Columns of the alternatives that the first record does not choose, but for `keep`; none if it lacks them all."""
-    chosen = next((columns for columns in alternatives if all(c in records[0] for c in columns)), None)
-    return set() if chosen is None else {c for columns in alternatives for c in columns} - {*chosen, *keep}

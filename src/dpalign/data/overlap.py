@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,8 @@ import numpy as np
 from ..errors import DPAlignError
 from ..privacy.ledger import Ledger
 from .load import Record
+from .names import same_text
 from .text import read_text
-from .units import same_text
 
 DECLARED = "texts that several datasets hold, or public records too, are different units' or public (declared)"
 SIZE = 16  # bytes of a hash
@@ -55,7 +56,7 @@ class Texts:
 
 
 def hash_texts(
-    records: list[Record],
+    records: Sequence[Record],
     columns: Iterable[str],
     ledger: Ledger,
     *,
@@ -65,12 +66,12 @@ def hash_texts(
 ) -> Texts:
     """Of the columns that a stage reads, as far as a record has them; of an answer to a prompt, the prompt alone."""
     columns, key = list(dict.fromkeys((PROMPT, *columns))), ledger.key("texts")
-    hashes, owners = bytearray(), []
+    hashes, owners = bytearray(), array("q")
     for number, record in enumerate(records):
         for text in _texts(record, columns):
             hashes += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=SIZE, key=key).digest()
             owners.append(number)
-    found = np.frombuffer(bytes(hashes), dtype=f"S{SIZE}")
+    found = np.frombuffer(hashes, dtype=f"S{SIZE}")
     order = np.argsort(found, kind="stable")
     return Texts(name, is_public, source, len(records), found[order], np.array(owners, dtype=np.int64)[order])
 

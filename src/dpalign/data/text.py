@@ -12,10 +12,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import DPAlignError
 
@@ -320,12 +322,15 @@ def cut_length(text: str, low: int, high: int) -> int:
 
 def _with_specials(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
     """What the tokenizer puts in front of a text, the text's own ids, and what it puts behind."""
-    encoded = tokenizer(text)
-    full: list[int] = encoded.input_ids
-    if encoded.encodings:  # a fast tokenizer marks what it adds: the text is read once
-        own = [place for place, added in enumerate(encoded.encodings[0].special_tokens_mask) if not added]
-        if own:
-            return full[: own[0]], full[own[0] : own[-1] + 1], full[own[-1] + 1 :]
+    encoding = _encoding(tokenizer, text)
+    full: list[int] = tokenizer(text).input_ids if encoding is None else encoding.ids
+    if encoding is not None:  # it marks what it adds: the text is read once
+        added = encoding.special_tokens_mask
+        if 1 not in added:
+            return [], full, []
+        if 0 in added:
+            first, last = added.index(0), len(added) - added[::-1].index(0)
+            return full[:first], full[first:last], full[last:]
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         return [t for t in full if t == tokenizer.bos_token_id], [], [t for t in full if t != tokenizer.bos_token_id]
@@ -335,7 +340,33 @@ def _with_specials(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[
     raise DPAlignError("the tokenizer changes a text when it adds its special tokens: it cannot be used here")
 
 
+def _encoding(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding | None:
+    """What the library `tokenizers` makes of a text, without places; None of a tokenizer of another kind.
+
+    It is `tokenizer(text)` without what transformers does around it, which takes as long again.
+    """
+    kind: Any = type(tokenizer)
+    if _is_plain(kind):
+        assert isinstance(tokenizer, PreTrainedTokenizerFast)
+        backend = tokenizer.backend_tokenizer
+        is_split = backend.encode_special_tokens == tokenizer.split_special_tokens
+        if backend.truncation is None and backend.padding is None and is_split:
+            (encoding,) = backend.encode_batch_fast([text])
+            return encoding
+    encodings = tokenizer(text).encodings  # and from here on nothing is cut or padded
+    return encodings[0] if encodings else None
+
+
+@cache
+def _is_plain(kind: Any) -> bool:
+    """Whether nothing but transformers' own code stands between a call and the library."""
+    is_called = kind.__call__ is PreTrainedTokenizerBase.__call__ and not hasattr(kind, "_switch_to_input_mode")
+    return is_called and getattr(kind, "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
+
+
 def _begin(tokenizer: PreTrainedTokenizerBase, front: list[int], ids: list[int], prepend_bos: bool) -> list[int]:
+    if not front and not prepend_bos:
+        return front
     bos = tokenizer.bos_token_id
     if bos is None:
         return front

@@ -6,21 +6,68 @@ and nobody without the ledger can tell in which. Each unit's place is independen
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from pathlib import Path
+from typing import overload
+
+import numpy as np
 
 from ..errors import DPAlignError
 from ..privacy.gate import Gate
 from ..privacy.ledger import Ledger
 from ..privacy.parts import Part
 from ..settings.data import DataConfig
+from .hashes import RecordHashes
 from .load import Record
+from .names import unit_key
+from .table import Table
+
+Records = Sequence[Record]
+
+
+class Units(Sequence[list[Record]]):
+    """The records of units, read when they are asked for.
+
+    Args:
+        records: of all. rows: `(records of the units,)` int64, places in `records`.
+        offsets: `(units + 1,)` int64, where each unit begins in `rows`, and where the last one ends.
+    """
+
+    def __init__(self, records: Records, rows: np.ndarray, offsets: np.ndarray) -> None:
+        self.records, self.rows, self.offsets = records, rows, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, unit: int) -> list[Record]: ...
+    @overload
+    def __getitem__(self, unit: slice) -> list[list[Record]]: ...
+    def __getitem__(self, unit: int | slice) -> list[Record] | list[list[Record]]:
+        if isinstance(unit, slice):
+            return [self[number] for number in range(len(self))[unit]]
+        number = range(len(self))[unit]
+        return [self.records[row] for row in self.rows[self.offsets[number] : self.offsets[number + 1]].tolist()]
+
+
+class Identities(Sequence[bytes]):
+    """Hashes `(units, 32)` uint8, one after the other."""
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        self.hashes = hashes
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @overload
+    def __getitem__(self, unit: int) -> bytes: ...
+    @overload
+    def __getitem__(self, unit: slice) -> list[bytes]: ...
+    def __getitem__(self, unit: int | slice) -> bytes | list[bytes]:
+        if isinstance(unit, slice):
+            return [self[number] for number in range(len(self))[unit]]
+        return bytes(self.hashes[unit])
 
 
 @dataclass(frozen=True)
@@ -36,16 +83,16 @@ class UnitDataset:
     """
 
     part: Part
-    units: list[list[Record]]
-    ids: list[bytes]
+    units: Sequence[list[Record]]
+    ids: Sequence[bytes]
     declared_units: float
     unit: str
     fingerprint: str
 
-    def without(self, columns: set[str]) -> UnitDataset:
-        """The same units, and who they are as before, without these columns of their records."""
-        units = [[{c: v for c, v in row.items() if c not in columns} for row in rows] for rows in self.units]
-        return replace(self, units=units) if columns else self
+    def reading(self, records: Records) -> UnitDataset:
+        """The same units, and who they are as before, from the same records with fewer columns."""
+        assert isinstance(self.units, Units)
+        return replace(self, units=Units(records, self.units.rows, self.units.offsets))
 
     def gate(self, ledger: Ledger, *, run: str, stage: str, config_hash: str, insecure_seed: int | None = None) -> Gate:
         """The only door to them, for one stage of a run."""
@@ -64,7 +111,7 @@ class UnitDataset:
 
 
 def build_units(
-    records: list[Record], config: DataConfig, ledger: Ledger, low: float = 0.0, high: float = 1.0
+    records: Records, config: DataConfig, ledger: Ledger, low: float = 0.0, high: float = 1.0
 ) -> UnitDataset:
     """Groups records by unit, keeps the units whose hash falls into [low, high), bounds each unit.
 
@@ -76,47 +123,46 @@ def build_units(
         raise DPAlignError("the data needs a declared name (data.name): the ledger adds up all runs on that name.")
     if config.max_records_per_unit < 1:
         raise DPAlignError(f"max_records_per_unit {config.max_records_per_unit} must be at least 1.")
-    grouped: dict[bytes, list[tuple[bytes, Record]]] = {}
-    for number, record in enumerate(records, 1):
-        content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
-        if config.unit is None:
-            # Equal records are different units: the second copy's identity counts it.
-            identity = ledger.keyed_hash(config.name, b"record", content)
-            copies = 0
-            while identity in grouped:
-                copies += 1
-                identity = ledger.keyed_hash(config.name, b"record", content, copies.to_bytes(4, "little"))
-        else:
-            identity = ledger.keyed_hash(config.name, b"unit", unit_key(record, config.unit, number).encode())
-        grouped.setdefault(identity, []).append((ledger.keyed_hash(config.name, b"order", content), record))
-    total = config.declared_units if config.declared_units is not None else len(grouped)
+    hashes = hashes_of(records, config, ledger)
+    grouped, keyed = hashes.grouped(), ledger.keyed(config.name)
+    total = config.declared_units if config.declared_units is not None else len(grouped.units)
     if total < 1:
         raise DPAlignError(f"declared_units {total} must be positive.")
-    kept = {i: rows for i, rows in sorted(grouped.items()) if low <= _fraction(i) < high}
-    if not kept:
+    kept = slice(*np.searchsorted(grouped.places(), [low, high]).tolist())  # the units are in the order of their places
+    if kept.start == kept.stop:
         raise DPAlignError(f"no unit of {config.name!r} falls into the part [{low:g}, {high:g}): add data or widen it.")
-    units, content_hashes = [], []
-    for rows in kept.values():
-        rows = sorted(rows, key=lambda row: row[0])[: config.max_records_per_unit]
-        units.append([record for _, record in rows])
-        content_hashes += [order for order, _ in rows]
-    fingerprint = ledger.keyed_hash(config.name, b"fingerprint", *kept, *content_hashes).hex()
+    starts, sizes = grouped.starts[kept], np.minimum(grouped.sizes[kept], config.max_records_per_unit)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    rows = grouped.order[np.repeat(starts - offsets[:-1], sizes) + np.arange(offsets[-1])]
+    identities = grouped.units[kept]
     return UnitDataset(
-        part=Part(config.name, _split_of(config, ledger, sorted(grouped), low, high), low, high),
-        units=units,
-        ids=list(kept),
+        part=Part(config.name, _split_of(config, ledger, grouped.units, low, high), low, high),
+        units=Units(records, rows, offsets),
+        ids=Identities(identities),
         declared_units=total * (high - low),
         unit="record" if config.unit is None else config.unit,
-        fingerprint=fingerprint,
+        fingerprint=keyed.of_rows(b"fingerprint", identities, grouped.contents[rows]).hex(),
     )
 
 
-def _split_of(config: DataConfig, ledger: Ledger, identities: list[bytes], low: float, high: float) -> str:
-    """The name under which parts are compared: random, so that it tells nothing of the records."""
+def hashes_of(records: Records, config: DataConfig, ledger: Ledger) -> RecordHashes:
+    """Those that were taken when the records were read, or else of the records as they are here."""
+    if isinstance(records, Table) and (config.name, config.unit) in records.hashes:
+        return records.hashes[config.name, config.unit]
+    hashes = RecordHashes(config, ledger)
+    hashes.add(records)
+    return hashes
+
+
+def _split_of(config: DataConfig, ledger: Ledger, identities: np.ndarray, low: float, high: float) -> str:
+    """The name under which parts are compared: random, so that it tells nothing of the records.
+
+    identities: `(units, 32)` uint8, sorted, of the whole dataset.
+    """
     if config.unit is not None or (low, high) == (0.0, 1.0):
         contents = None  # places rest on the units' names alone; and whoever is in the data is in the whole
     else:
-        contents = ledger.keyed_hash(config.name, b"records", *identities)
+        contents = ledger.keyed(config.name).of_rows(b"records", identities)
     kind = f"records {config.version}" if config.unit is None else f"column {config.unit}"
     name = ledger.split(config.name, kind, contents, is_public=config.is_demo)
     if name is None:
@@ -129,59 +175,16 @@ def _split_of(config: DataConfig, ledger: Ledger, identities: list[bytes], low: 
     return name
 
 
-def count_units(records: list[Record], config: DataConfig) -> int:
+def count_units(records: Iterable[Record], config: DataConfig) -> int:
     """Declared number of units of the whole dataset, or else the number in the file."""
-    if config.declared_units is not None or config.unit is None:
-        return config.declared_units if config.declared_units is not None else len(records)
-    return len({unit_key(record, config.unit, number) for number, record in enumerate(records, 1)})
+    if config.declared_units is not None:
+        return config.declared_units
+    if isinstance(records, Table) and (config.name, config.unit) in records.hashes:
+        return len(records.hashes[config.name, config.unit].grouped().units)
+    return sum(1 for _ in records) if config.unit is None else len(unit_keys(records, config.unit))
 
 
-def unit_key(record: Record, column: str, number: int) -> str:
-    """A unit's name, written as `same_name` does.
-
-    Raises:
-        DPAlignError: no name, or neither text nor a whole number.
-    """
-    name = same_name(unit_value(record, column))
-    if name is None:
-        raise DPAlignError(
-            f"record {number} names no unit in column {column!r}: every record needs text or a whole number there."
-        )
-    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise DPAlignError(f"record {number} has half of a character (a lone surrogate) in the unit column {column!r}.")
-    return name
-
-
-def unit_value(record: Record, column: str) -> object:
-    """What a record holds in a column; `meta.user` is `user` inside `meta`, unless a column is called so itself."""
-    value: object = record
-    for part in [column] if column in record else column.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def same_name(value: object) -> str | None:
-    """One spelling for all spellings of a unit's name; None of what names nobody.
-
-    Composed and decomposed letters (Unicode NFC), spaces around and doubled within, and 7, 7.0, "7" and "7.0" make no
-    other unit; capitals do, and so do leading zeros.
-    """
-    if isinstance(value, float | Decimal) and math.isfinite(value) and value.as_integer_ratio()[1] == 1:
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return None
-    name = same_text(str(value))
-    if re.fullmatch(r"-?[0-9]+\.0+", name, re.ASCII):
-        name = name.partition(".")[0]
-    return ("0" if name == "-0" else name) or None
-
-
-def same_text(text: str) -> str:
-    """Unicode NFC, one space where there are several, none around."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def check_disjoint(parts: dict[str, tuple[list[Record], DataConfig]], declared: bool) -> list[str]:
+def check_disjoint(parts: Mapping[str, tuple[Records, DataConfig]], declared: bool) -> list[str]:
     """Checks that separate datasets share no unit; returns the assumptions that remain.
 
     Args:
@@ -235,10 +238,6 @@ def _file(config: DataConfig) -> tuple[str, str]:
     return str(path.resolve()), config.split if path.is_dir() else ""
 
 
-def unit_keys(records: list[Record], unit: str) -> set[str]:
+def unit_keys(records: Iterable[Record], unit: str) -> set[str]:
     """Names of the units in a file."""
     return {unit_key(record, unit, number) for number, record in enumerate(records, 1)}
-
-
-def _fraction(identity: bytes) -> float:
-    return int.from_bytes(identity[:6], "big") / 2.0**48  # exact in float64, below 1

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..algorithms.completions import PROMPT_COLUMNS, check_prompts
-from ..data.load import Record, read_records, require_columns, with_system
+from ..data.columns import require_columns
+from ..data.load import Record, read_records, with_system
 from ..data.overlap import DECLARED, check_contents, hash_texts
 from ..errors import DPAlignError
 from ..files import check_is_there

@@ -12,15 +12,17 @@ such change is one more entry of MIGRATIONS; a file that has seen more of them t
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+import numpy as np
 
 from ..errors import DPAlignError
 from ..files import owner_only
@@ -127,6 +129,43 @@ class Intent:
         return SampledGaussian(self.sampling_rate, sigma, 1, self.passes, self.metrics_noise_multiplier)
 
 
+class KeyedHash:
+    """HMAC-SHA256 of parts, each behind its length: confirms nothing to somebody without the secret."""
+
+    def __init__(self, secret: bytes) -> None:
+        padded = secret.ljust(64, b"\0")  # a secret is no longer than a block of SHA-256
+        self._inner, self._outer = (hashlib.sha256(bytes(byte ^ pad for byte in padded)) for pad in (0x36, 0x5C))
+
+    def __call__(self, *parts: bytes) -> bytes:
+        inner = self._inner.copy()
+        for part in parts:
+            inner.update(len(part).to_bytes(8, "little") + part)
+        return self._end(inner)
+
+    def behind(self, part: bytes) -> KeyedHash:
+        """The hash of parts of which this one is the first."""
+        found = copy(self)
+        found._inner = self._inner.copy()
+        found._inner.update(len(part).to_bytes(8, "little") + part)
+        return found
+
+    def _end(self, inner: hashlib._Hash) -> bytes:
+        outer = self._outer.copy()
+        outer.update(inner.digest())
+        return outer.digest()
+
+    def of_rows(self, part: bytes, *arrays: np.ndarray) -> bytes:
+        """The same of `part`, and of every row of arrays `(rows, bytes)` uint8."""
+        inner = self._inner.copy()
+        inner.update(len(part).to_bytes(8, "little") + part)
+        for array in arrays:
+            length = np.frombuffer(array.shape[1].to_bytes(8, "little"), dtype=np.uint8)
+            for start in range(0, len(array), SHELF):
+                rows = array[start : start + SHELF]
+                inner.update(np.concatenate([np.broadcast_to(length, (len(rows), 8)), rows], axis=1).tobytes())
+        return self._end(inner)
+
+
 class Ledger:
     """SQLite file, synchronous, mode 0600. `path` may be ':memory:' for a run without a record (tests).
 
@@ -135,7 +174,7 @@ class Ledger:
 
     def __init__(self, path: str | Path | None = None, begins: Callable[[str, int], None] | None = None) -> None:
         self.path = Path(path) if path is not None else default_path()
-        self._begins = begins
+        self._begins, self._is_ahead = begins, False
         self._secrets: dict[str, bytes] = {}
         try:
             if str(self.path) != ":memory:":
@@ -224,12 +263,13 @@ class Ledger:
             self._secrets[dataset] = bytes(row[0])
         return self._secrets[dataset]
 
+    def keyed(self, dataset: str) -> KeyedHash:
+        """The hash under the dataset's secret."""
+        return KeyedHash(self.secret(dataset))
+
     def keyed_hash(self, dataset: str, *parts: bytes) -> bytes:
-        """HMAC-SHA256 under the dataset's secret: confirms nothing to somebody without the ledger."""
-        mac = hmac.new(self.secret(dataset), digestmod=hashlib.sha256)
-        for part in parts:
-            mac.update(len(part).to_bytes(8, "little") + part)
-        return mac.digest()
+        """One such hash."""
+        return self.keyed(dataset)(*parts)
 
     def split(self, dataset: str, kind: str, contents: bytes | None, *, is_public: bool = False) -> str | None:
         """Random name of how a dataset's units are spread over [0, 1): one for each kind of unit.
@@ -310,6 +350,7 @@ class Ledger:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         newer = "SELECT 1 FROM intents WHERE dataset = ? AND run = ? AND stage = ? AND attempt > ?"
         try:
+            self._write_ahead()
             self._db.execute("BEGIN IMMEDIATE")
             for intent in intents:
                 if self._db.execute(newer, (intent.dataset, intent.run, intent.stage, intent.attempt)).fetchone():
@@ -357,7 +398,21 @@ class Ledger:
         query = "SELECT name FROM datasets UNION SELECT dataset FROM intents ORDER BY 1"
         return [str(row[0]) for row in self._db.execute(query)]
 
+    def _write_ahead(self) -> None:
+        """From here on a commit is one write and one fsync of a log beside the file, `-wal`, where it took several.
+
+        Where the file system cannot do that, SQLite goes on as before.
+        """
+        if not self._is_ahead:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._is_ahead = True
+
     def close(self) -> None:
+        """Leaves one whole file behind, unless other processes still write to it: then the last of them does."""
+        if self._is_ahead:
+            with suppress(sqlite3.Error):
+                self._db.execute("PRAGMA busy_timeout=0")
+                self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.close()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
+import datasets
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 
 from ..algorithms import Algorithm, TrainingConfig
 from ..data.load import Record, with_system
-from ..data.readers import from_arrow
+from ..data.table import table_of
 from ..domains import check_settings
 from ..errors import DPAlignError
 from ..hub import Repository, base_of, share
@@ -98,7 +99,7 @@ class Trainer:
         if eval_dataset is None and section is not None and section.eval_steps is not None:
             asked.say("eval_dataset: the public records that eval_steps measures on (or leave eval_steps out)")
         ask_what_is_public(asked, privacy, name, section.reward if samples(section) else None, eval_dataset is not None)
-        shown = None if eval_dataset is None else asked.attempt(lambda: _records(eval_dataset, "eval_dataset"))
+        shown = None if eval_dataset is None else asked.attempt(lambda: list(_records(eval_dataset, "eval_dataset")))
         self._public = {} if shown is None else {self.algorithm.name: shown}
         config = None if name is None else asked.attempt(lambda: self._model_config(model, name))
         ask_for_units(asked, args, privacy)
@@ -346,7 +347,7 @@ def _start_of(model: PreTrainedModel | PeftModel, output_dir: str) -> str:
     return str(history[-1]) if history else folder_of(model)
 
 
-def _read(dataset: Dataset | None, args: TrainerArguments) -> list[Record]:
+def _read(dataset: Dataset | None, args: TrainerArguments) -> Sequence[Record]:
     """The private records; none, of a stage whose prompts are no one's.
 
     Raises:
@@ -359,13 +360,15 @@ def _read(dataset: Dataset | None, args: TrainerArguments) -> list[Record]:
     return []
 
 
-def _records(dataset: Iterable[Any], name: str) -> list[Record]:
-    """The rows of a dataset.
+def _records(dataset: Iterable[Any], name: str) -> Sequence[Record]:
+    """The rows of a dataset; those of a `datasets.Dataset` stay where they are.
 
     Raises:
         DPAlignError: it has none, or they are no dicts.
     """
-    records = from_arrow(dataset.to_list()) if hasattr(dataset, "to_list") else list(dataset)
+    if isinstance(dataset, datasets.Dataset) and len(dataset):
+        return table_of(dataset, name)
+    records = list(dataset)
     if not records or not all(isinstance(r, dict) for r in records):
         raise DPAlignError(f"{name} must be a datasets.Dataset or a non-empty list of dicts")
     return with_system(records, name)

@@ -30,7 +30,7 @@ NOT_GIVEN = {
 
 
 def read_reward_funcs(
-    given: RewardFuncs, weights: list[float] | None, config: RewardConfig, records: list[Record]
+    given: RewardFuncs, weights: list[float] | None, config: RewardConfig, records: Sequence[Record]
 ) -> tuple[RewardConfig, list[Function | str]]:
     """The section `reward` that stands for them, and what `reward_function` then makes one function of (if any).
 
@@ -62,7 +62,7 @@ def read_reward_funcs(
 
 
 def _section(
-    given: RewardConfig, weights: list[float] | None, config: RewardConfig, records: list[Record]
+    given: RewardConfig, weights: list[float] | None, config: RewardConfig, records: Sequence[Record]
 ) -> RewardConfig:
     """A section `reward` in the place of functions."""
     check_settings(given, "reward_funcs")
@@ -74,7 +74,7 @@ def _section(
     return given
 
 
-def _check_columns(columns: list[str], records: list[Record]) -> None:
+def _check_columns(columns: list[str], records: Sequence[Record]) -> None:
     for name in columns:
         if records and not any(name in record for record in records):
             why = NOT_GIVEN.get(name, "no record of train_dataset has such a column")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, encode_units, micro_batches, rows_of_units, unit_means
+from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, micro_batches, rows_of_units, unit_means
 from ..data.units import UnitDataset
 from ..errors import DPAlignError
 from ..files import append_line, private_folder
@@ -39,6 +39,7 @@ from .checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from .examples import Examples
 from .optimizer import adam, share_of_rate
 from .plan import StagePlan, plan_stage
 from .world import ALONE, LostProcessError, World
@@ -284,7 +285,7 @@ class Stage(Worker):
             self._warm_up()
         attempt, sigma = self._refit(step)
         self.algorithm.noise_multiplier = sigma
-        self.examples = encode_units(self.algorithm, self.model, self.data.units)
+        self.examples = Examples(self.algorithm, self.model, self.data.units, self.folder)
         self.world.share((sigma, self.algorithm.state()))
         self._start_alike()
         self._evaluate(step, self._attempt_of(step))
@@ -520,7 +521,7 @@ def process_of(identity: bytes, size: int) -> int:
     return int.from_bytes(identity[-6:], "big") % size
 
 
-def dealt(samples: Sequence[Sample], examples: list[list[Any]], ids: list[bytes], size: int) -> list[Work]:
+def dealt(samples: Sequence[Sample], examples: Sequence[list[Any]], ids: Sequence[bytes], size: int) -> list[Work]:
     """The units of a phase, for each of `size` processes.
 
     Args:

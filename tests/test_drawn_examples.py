@@ -1,0 +1,91 @@
+"""A unit's records are encoded when it is first drawn, once, and what comes of them is kept on disk."""
+
+from __future__ import annotations
+
+import io
+import threading
+from typing import Any
+
+import pytest
+
+from dpalign.algorithms import SFT, SFTConfig
+from dpalign.algorithms.base import encode_units
+from dpalign.models.generation import Prompt
+from dpalign.privacy.ledger import Ledger
+from dpalign.training import Stage
+from dpalign.training.examples import Examples
+from dpalign.training.plan import plan_stage
+from tiny import dataset, tiny_policy, words
+
+UNITS = [[{"id": f"p{i}", "text": words(3 + i % 5, 10 * i + k)} for k in range(1 + i % 3)] for i in range(12)]
+
+
+class Counting(SFT):
+    """Counts what it is asked to encode; one record cannot be."""
+
+    def __init__(self, config: SFTConfig) -> None:
+        super().__init__(config)
+        self.encoded: list[str] = []
+
+    def encode(self, policy: Any, record: Any) -> Any:
+        self.encoded.append(record["id"])
+        if record["id"] == "p5":
+            raise ValueError(record["text"])
+        return super().encode(policy, record)
+
+
+class Full(io.BytesIO):
+    """A file on a disk that has no room."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def policy() -> Any:
+    return tiny_policy("gpt2")
+
+
+def test_a_unit_is_encoded_once_and_when_it_is_asked_for(tmp_path, policy):
+    algorithm = Counting(SFTConfig(max_length=8))
+    examples = Examples(algorithm, policy, UNITS, tmp_path)
+    assert len(examples) == 12 and not algorithm.encoded
+    first = [examples[unit] for unit in (7, 2, 7, 11, 2, 5)]
+    assert algorithm.encoded == ["p7", "p7", "p2", "p2", "p2", "p11", "p11", "p11", "p5", "p5", "p5"]
+    assert first[0] == first[2] and first[1] == first[4] and first[5] == []  # the one that raises has no example
+    assert first == [encode_units(algorithm, policy, [UNITS[unit]])[0] for unit in (7, 2, 7, 11, 2, 5)]
+    assert examples[:3] == [examples[0], examples[1], examples[2]]
+    assert [e.ids for e in examples[7]] == [SFT(SFTConfig(max_length=8)).encode(policy, r).ids for r in UNITS[7]]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(IndexError):
+        examples[12]
+
+
+@pytest.mark.parametrize("trouble", ["a full disk", "an object"])
+def test_what_cannot_be_kept_is_encoded_again(tmp_path, policy, trouble, monkeypatch):
+    algorithm = Counting(SFTConfig(max_length=8))
+    examples = Examples(algorithm, policy, UNITS, tmp_path)
+    kept = examples[4]
+    if trouble == "an object":
+        prompt = Prompt([1], "x", {"column": threading.Lock()})
+        monkeypatch.setattr(
+            algorithm, "encode", lambda policy, record: algorithm.encoded.append(record["id"]) or prompt
+        )
+    else:
+        monkeypatch.setattr(examples, "_file", Full())
+    for _ in range(2):
+        assert len(examples[1]) == 2
+    assert algorithm.encoded[2:] == ["p1"] * 4
+    monkeypatch.undo()
+    assert examples[4] == kept and examples[1] == encode_units(algorithm, policy, [UNITS[1]])[0]
+
+
+def test_a_stage_encodes_who_is_drawn_and_nobody_else(tmp_path, policy, monkeypatch):
+    config = SFTConfig(max_length=8, expected_batch_size=2, max_steps=3, noise_multiplier=1.0)
+    algorithm, data = Counting(config), dataset([[{"id": f"q{i}", "text": words(4, i)}] for i in range(40)])
+    drawn = []
+    stage = Stage(policy, algorithm, data, folder=tmp_path / "sft", run="r", ledger=Ledger(tmp_path / "l.sqlite"), plan=plan_stage("sft", config, 40))  # fmt: skip
+    monkeypatch.setattr(stage.gate, "draw", lambda *of, draw=stage.gate.draw: drawn.extend(found := draw(*of)) or found)
+    stage.train()
+    who = {f"q{unit}" for sample in drawn for unit in sample.units}
+    assert set(algorithm.encoded) == who and len(algorithm.encoded) == len(who) < 40
