@@ -18,7 +18,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -355,8 +355,7 @@ class Ledger:
             for intent in intents:
                 if self._db.execute(newer, (intent.dataset, intent.run, intent.stage, intent.attempt)).fetchone():
                     raise sqlite3.IntegrityError("a later attempt has begun")
-                values = asdict(intent)
-                row = (now, *(values[name] for name in COLUMNS))
+                row = (now, *(getattr(intent, name) for name in COLUMNS))
                 self._db.execute(f"INSERT INTO intents (written, {names}) VALUES (?, {marks})", row)
             self._db.execute("COMMIT")
         except sqlite3.IntegrityError:
