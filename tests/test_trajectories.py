@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpalign.privacy import accountant
 from dpalign.privacy.ledger import Ledger
 from helpers import call, judged, merged, reviews, settings, write_jsonl, write_recipe
 
@@ -31,7 +32,7 @@ ROLLOUTS = {
 }
 STAGES: dict[str, dict[str, Any]] = {
     "sft": SEEDED | {"learning_rate": 3e-4, "max_length": 16},
-    "reward_model": SEEDED | {"learning_rate": 2e-4, "max_length": 20},
+    "reward_model": SEEDED | {"learning_rate": 2e-4, "max_length": 20, "scale_texts": 16},
     "ppo": SEEDED | ROLLOUTS,
     "rloo": SEEDED | ROLLOUTS,
     "grpo": SEEDED | ROLLOUTS | {"num_iterations": 2},
@@ -45,6 +46,13 @@ AGREEING: list[tuple[str, str, dict[str, Any]]] = [
     ("rloo", "rloo", {}), ("rloo", "rloo", SMALL),
     ("grpo", "grpo", {}), ("grpo", "grpo", SMALL),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nobody_asks_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so little noise the accountant takes seconds, and no step depends on it."""
+    monkeypatch.setattr(accountant, "_epsilon", lambda steps, delta, interval: 1.0)
+    monkeypatch.setattr(accountant, "_true_positives", lambda steps, interval, false_positives: false_positives)
 
 
 def fix_secret(path: Path, dataset: str) -> None:
