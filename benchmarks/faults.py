@@ -70,8 +70,9 @@ POINTS: dict[str, tuple[Any, str]] = {
     "the release": (dpalign.run, "write_release"),
     "the report": (dpalign.run, "write_report"),
 }  # fmt: skip
+REWARD = {"source": "faults:sevens", "is_public": True, "low": 0, "high": 1}
 SIZES = {"expected_batch_size": 12, "max_steps": 3, "micro_batch_size": 8, "save_steps": 1}
-SAMPLES = SIZES | {"max_prompt_length": 4, "max_completion_length": 4, "reward": {"source": "faults:sevens", "is_public": True}}
+SAMPLES = SIZES | {"max_prompt_length": 4, "max_completion_length": 4, "reward": REWARD}
 TEXTS = SIZES | {"max_length": 8}
 STAGES: dict[str, dict[str, Any]] = {
     "sft, ppo, parallel": {"split": {"sft": 0.5, "ppo": 0.5}, "sft": TEXTS, "ppo": SAMPLES | {"num_ppo_epochs": 2}},

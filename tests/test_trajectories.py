@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpalign import run
 from dpalign.privacy import accountant
 from dpalign.privacy.ledger import Ledger
 from helpers import call, judged, merged, reviews, settings, write_jsonl, write_recipe
@@ -32,7 +33,7 @@ ROLLOUTS = {
 }
 STAGES: dict[str, dict[str, Any]] = {
     "sft": SEEDED | {"learning_rate": 3e-4, "max_length": 16},
-    "reward_model": SEEDED | {"learning_rate": 2e-4, "max_length": 20, "scale_texts": 16},
+    "reward_model": SEEDED | {"learning_rate": 2e-4, "max_length": 20},
     "ppo": SEEDED | ROLLOUTS,
     "rloo": SEEDED | ROLLOUTS,
     "grpo": SEEDED | ROLLOUTS | {"num_iterations": 2},
@@ -49,8 +50,9 @@ AGREEING: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.fixture(autouse=True)
-def _nobody_asks_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With so little noise the accountant takes seconds, and no step depends on it."""
+def _only_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so little noise the accountant takes seconds, and so does a reward's scale: no step depends on them."""
+    monkeypatch.setattr(run, "NORMALIZATION_ROWS", 16)
     monkeypatch.setattr(accountant, "_epsilon", lambda steps, delta, interval: 1.0)
     monkeypatch.setattr(accountant, "_true_positives", lambda steps, interval, false_positives: false_positives)
 
@@ -76,9 +78,9 @@ def trajectory(
     recipe = write_recipe(folder, model=model, target_epsilon=1000, eval_prompts=2, **others | {stage: section})
     done = call(capsys, command, recipe, "--json").json
     assert not done["private"] and [s["stage"] for s in done["stages"]] == [stage]
-    run = folder / "run"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    released = run / ("reward_model" if stage == "reward_model" else "release") / "adapter_model.safetensors"
+    place = folder / "run"
+    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    released = place / ("reward_model" if stage == "reward_model" else "release") / "adapter_model.safetensors"
     norms = {name: float(torch.linalg.vector_norm(t.double())) for name, t in sorted(load_file(released).items())}
     return {"noised_metrics": [line["noised_metrics"] for line in lines], "norms": norms}
 
