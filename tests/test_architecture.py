@@ -26,6 +26,7 @@ ROOMS = [
     ["training"],
     ["algorithms"],
     ["rewards"],
+    ["engines"],
     ["models"],
     ["data", "gradients"],
     ["privacy"],

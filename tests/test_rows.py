@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpalign.algorithms import RLOO, Algorithm, PPOConfig, SamplingConfig, completions
+from dpalign.algorithms import RLOO, Algorithm, PPOConfig, SamplingConfig
 from dpalign.algorithms.base import Rows, micro_batches
 from dpalign.algorithms.completions import sample
 from dpalign.algorithms.rollouts import in_micro_batches
+from dpalign.engines import local
 from dpalign.models import AdapterConfig, RewardModel, TextFormat, head, kernels
 from dpalign.privacy.entropy import SystemEntropy
 from dpalign.training.loop import unit_gradients
@@ -125,10 +126,10 @@ def test_a_half_precision_model_samples_as_many_unless_their_cache_is_large(monk
     shape = half.model.config
     bytes_of_a_row = 2 * shape.num_hidden_layers * shape.hidden_size * 22 * 2  # keys and values of 22 positions
     for room, rows in ((184 * bytes_of_a_row, 184), (184 * bytes_of_a_row - 1, 32)):
-        monkeypatch.setattr(completions, "CACHE", room)
-        assert completions.sampled_at_once(half, config, is_public=False) == rows
-        assert completions.sampled_at_once(full, config, is_public=False) == 184
-    assert completions.sampled_at_once(full, config, is_public=True) == 256
+        monkeypatch.setattr(local, "CACHE", room)
+        assert local.sampled_at_once(half, config, is_public=False) == rows
+        assert local.sampled_at_once(full, config, is_public=False) == 184
+    assert local.sampled_at_once(full, config, is_public=True) == 256
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -144,7 +145,9 @@ def test_attention_in_half_precision_is_computed_in_float32_on_a_cpu(dtype, monk
     with torch.no_grad():
         assert torch.equal(kernels._attention(layer, q, k, v, mask)[0], out)
     dtypes = []
-    monkeypatch.setattr(kernels, "sdpa_attention_forward", lambda module, query, *how: [dtypes.append(query.dtype), (query, None)][1])
+    monkeypatch.setattr(
+        kernels, "sdpa_attention_forward", lambda module, query, *how: [dtypes.append(query.dtype), (query, None)][1]
+    )
     kernels._attention(layer, q[:, :, -1:], k, v, mask[:, :, -1:])
     kernels._attention(layer, q.float(), k.float(), v.float(), mask)
     assert dtypes == [dtype, torch.float32]

@@ -24,6 +24,13 @@ class TooLongError(DPAlignError):
         self.tokens = tokens
 
 
+class EngineError(DPAlignError):
+    """A rollout engine that fails, or samples from other weights than it was given: the run stops, and can go on.
+
+    The message says nothing of what it was asked: whoever was drawn is not in it.
+    """
+
+
 class FoundError(DPAlignError):
     """What a command looked for and should not have found. result: all of it, as `--json` prints it."""
 

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from .data.load import Record
 from .data.overlap import remember_contents
 from .data.text import Text
 from .data.units import UnitDataset
+from .engines import Engine, reach
 from .errors import RECORDS_READ, DPAlignError
 from .evaluation import (
     Evaluation,
@@ -151,8 +152,11 @@ def run_recipe(
         workspace.remember(origins)
         remember_contents(texts, workspace.ledger)
         with reporter.tracking(recipe.report_to if run.has_to_train() else "none", workspace.folder):
-            for stage in plan.order.values():
-                run.stage(stage)
+            try:
+                for stage in plan.order.values():
+                    run.stage(stage)
+            finally:
+                run.leave_engines()
             return run.finish(started, command)
 
 
@@ -241,7 +245,14 @@ def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
         for entering in stage.kind.entering(stage.config).values():
             if isinstance(entering, RewardConfig) and entering.source != RELEASED:
                 try_reward(entering, models.reader(stage.kind.model_kind).device)
+        if has_engine(stage.config):
+            reach(stage.config, models.of(Policy)).close()
     return surveys
+
+
+def has_engine(config: object) -> TypeGuard[CompletionConfig]:
+    """Whether another process samples the completions of a stage with these settings."""
+    return samples(config) and config.engine.url is not None
 
 
 # The models ----------------------------------------------------------------------------------------------------------
@@ -515,6 +526,7 @@ class Run:
     world: World = ALONE
     reference: Reward | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # that a step is expected to take, by stage
+    engines: dict[str, Engine] = field(default_factory=dict)  # that sample, by stage
     written: dict[tuple[int, int], list[Text]] = field(default_factory=dict)  # own texts, by seed and number
 
     def __post_init__(self) -> None:
@@ -544,6 +556,7 @@ class Run:
         """
         self.load_rewards()
         self.check_prompts_of_rewards(records)
+        self.reach_engines()
         self.self_check(records)
 
     def load_rewards(self) -> None:
@@ -608,6 +621,27 @@ class Run:
                 each = check_stage(model, stage.kind, stage.config, rewards, people=people, chats=chats)
                 self.seconds[stage.name] = each * stage.batch_size * stage.plan.passes / self.world.size
 
+    def reach_engines(self) -> None:
+        """Tries the servers that sample completions on public text.
+
+        Raises:
+            DPAlignError: one is not there, or is not what the stage needs.
+        """
+        for name, stage in self.plan.order.items():
+            if has_engine(stage.config) and not is_done(stage, self.workspace):
+                if self.world.size > 1:
+                    raise DPAlignError(
+                        f"{name}.engine: an engine samples for one process, and the run has {self.world.size}: start "
+                        "one, or leave engine out."
+                    )
+                with self.reporter.status("trying the rollout engine"):
+                    self.engines[name] = reach(stage.config, self.models.of(Policy))
+
+    def leave_engines(self) -> None:
+        """They forget what they were pushed."""
+        for engine in self.engines.values():
+            engine.close()
+
     def known(self, config: RewardConfig) -> Reward:
         """A reward that was loaded; for one that the run has still to train, a constant with its range."""
         loaded = self.rewards.known(config)
@@ -623,6 +657,8 @@ class Run:
             self.measure(stage, rewards["reward"])
             return
         algorithm = stage.kind(stage.config, **rewards)
+        if stage.name in self.engines:
+            algorithm.generator = self.engines[stage.name]
         if isinstance(model, RewardModel):
             algorithm.own_texts = self.writer(model, algorithm.config.seed)
         if isinstance(stage, PlannedStage):

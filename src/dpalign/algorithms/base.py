@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.columns import with_columns
 from ..data.load import Record
 from ..data.text import TEMPLATE_COLUMNS, Text
-from ..errors import DPAlignError, TooLongError
+from ..errors import DPAlignError, EngineError, TooLongError
 from ..models import AdapterStack, ModelConfig
 from ..privacy.entropy import SystemEntropy
 from ..privacy.mechanism import MetricRange
@@ -240,6 +240,13 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
         """At most so many examples that the model writes itself; reads no record, and draws on torch's generator."""
         raise NotImplementedError(f"{type(self).__name__} learns from records alone")
 
+    def before_draw(self, model: Model) -> None:
+        """Whatever has to be done with the current weights before a phase's units are drawn; reads no record.
+
+        Raises:
+            EngineError: what samples completions does not have them.
+        """
+
     @abstractmethod
     def rows(self, model: Model, units: list[list[Example]], coins: Coins | None) -> Rows:
         """The rows of one phase (rollouts, say), made with the current model; every row from its own unit alone.
@@ -329,18 +336,19 @@ def rows_of_units(
 ) -> Rows:
     """The rows of drawn units; a unit for which something is raised has none, and so adds zero.
 
-    Running out of memory is raised on: rows have constant shapes, so it tells of nobody's text.
+    Running out of memory is raised on: rows have constant shapes, so it tells of nobody's text. So is the failure of an
+    engine, which fails on public text as well: were it a unit's own, all units would add zero from then on.
     """
     try:
         return algorithm.rows(model, units, coins)
-    except OUT_OF_MEMORY:
+    except (EngineError, *OUT_OF_MEMORY):
         raise
     except Exception:
         parts = [algorithm.rows(model, [[] for _ in units], coins)]
     for number, unit in enumerate(units):
         try:
             own = algorithm.rows(model, [unit], None if coins is None else coins[number : number + 1])
-        except OUT_OF_MEMORY:
+        except (EngineError, *OUT_OF_MEMORY):
             raise
         except Exception:
             continue

@@ -6,52 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..data.load import Record
 from ..data.text import Text, cut_length, encode_prompt_text, encode_text, joined, read_text, template_options
+from ..engines import Local
 from ..errors import DPAlignError, TooLongError
 from ..models import Policy
 from ..models.generation import Prompt
 from ..models.policy import Rollouts
 from ..rewards.load import given_columns
-from ..settings.rollouts import MOST_ROWS, SamplingConfig
+from ..settings.rollouts import SamplingConfig
 from .base import Coins, Reading, Tokenizer, check_records
 
-CACHE = 2**31  # bytes of keys and values that a half-precision model may hold for more rows than a micro-batch
 CHATS = ("messages", "conversations", "text")  # columns whose chat is asked for its last answer
 PROMPT_COLUMNS = (("prompt",), *((name,) for name in CHATS))
 
 
 def sample(policy: Policy, ids: Tensor, mask: Tensor, config: SamplingConfig, coins: Coins | None = None) -> Rollouts:
-    """Completions of `(rows, prompt)` ids with the config's lengths; `coins` as in `Policy.sample`."""
-    return policy.sample(
-        ids,
-        mask,
-        config.max_completion_length,
-        min_new_tokens=config.min_completion_length,
-        temperature=config.temperature,
-        coins=coins,
-        rows_at_once=sampled_at_once(policy, config, is_public=coins is None),
-    )
-
-
-def sampled_at_once(policy: Policy, config: SamplingConfig, *, is_public: bool) -> int:
-    """Rows that are sampled together, by public numbers alone: a micro-batch of a half-precision model whose cache of
-    more rows would be large, because it is chosen where memory is short; else as many as make it fast.
-
-    is_public: whether nobody's rounding matters, so that the last rows need no company.
-    """
-    at_once = MOST_ROWS if is_public else config.sampled_at_once
-    dtype, shape = policy.model.dtype, policy.model.config.get_text_config()
-    if dtype == torch.float32:
-        return at_once
-    layers, width = getattr(shape, "num_hidden_layers", None), getattr(shape, "hidden_size", None)
-    if layers is None or width is None:
-        return config.micro_batch_size
-    cache = at_once * config.positions * layers * 2 * width * dtype.itemsize  # keys and values, at most
-    return at_once if cache <= CACHE else config.micro_batch_size
+    """Completions of `(rows, prompt)` ids with the config's lengths, sampled here; `coins` as in `Policy.sample`."""
+    return Local().sample(policy, ids, mask, config, coins)
 
 
 def encode_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) -> list[int] | None:

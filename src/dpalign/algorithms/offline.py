@@ -8,6 +8,7 @@ whose optimum is at a known KL from the start. A completion's weight comes from 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,6 @@ from ..data.text import Text, encode_prompt_text
 from ..errors import DPAlignError, TooLongError
 from ..models import Policy
 from ..models.generation import Prompt, longest_written, with_words
-from ..models.policy import Rollouts
 from ..privacy.mechanism import MetricRange
 from ..rewards import Reward
 from ..settings.offline import CONDITIONAL, OfflineConfig
@@ -96,9 +96,8 @@ class Offline(ScoredAlgorithm[OfflineConfig]):
         }
         return Rows(rows.unit, rows.tensors | put)
 
-    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: Coins | None) -> Rollouts:
-        with policy.reference():
-            return super().sampled(policy, ids, mask, coins)
+    def sampling(self, policy: Policy) -> AbstractContextManager[None]:
+        return policy.reference()
 
     # 3. What each completion is worth ------------------------------------------------------------------------
 

@@ -7,14 +7,15 @@ is chosen over the one that it scores lowest. A private reward is a release, so 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
 from ..models import Policy
-from ..models.policy import Rollouts
 from ..rewards import Reward
 from ..settings.dpo import DPOConfig
-from .base import Coins, Rows, Tokens
+from .base import Rows, Tokens
 from .pairs import LOSSES, measured, pair_metrics
 from .rollouts import CompletionAlgorithm, rollouts_of
 
@@ -34,9 +35,8 @@ class OwnPairs(CompletionAlgorithm[DPOConfig]):
         self.rows_per_example = 2  # that are learned from
         self.metrics = pair_metrics(config.margin_range)
 
-    def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: Coins | None) -> Rollouts:
-        with policy.reference():
-            return super().sampled(policy, ids, mask, coins)
+    def sampling(self, policy: Policy) -> AbstractContextManager[None]:
+        return policy.reference()
 
     def learned(self, rows: Rows) -> Rows:
         """The best and the worst completion of every prompt: chosen, rejected, chosen, rejected, ...

@@ -6,12 +6,14 @@ A unit is a prompt with its rollouts, or all prompts of a person. Nothing here i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..data.load import Record
+from ..engines import Generator, Local
 from ..errors import DPAlignError
 from ..models import Policy
 from ..models.generation import Prompt, answers, longest_written, write_prompts
@@ -23,7 +25,7 @@ from ..settings.rollouts import CompletionConfig, RolloutConfig, SamplingConfig,
 from .anchor import Anchor
 from .base import Algorithm, Coins, Entering, Reading, Rows, Tokenizer, Tokens
 from .basis import align_inputs
-from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt, sample
+from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt
 
 W = TypeVar("W", bound=CompletionConfig)
 S = TypeVar("S", bound=ScoredConfig)
@@ -39,6 +41,18 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
     @classmethod
     def entering(cls, config: W) -> Entering:
         return {"reward": config.reward}
+
+    @classmethod
+    def assumptions(cls, config: W) -> set[str]:
+        found, engine = super().assumptions(config), config.engine
+        if engine.url is not None and config.draws:
+            where = "the same machine" if engine.is_here else "another machine, which was declared trusted,"
+            found.add(
+                f"stage {cls.name} sent private prompts to a server on {where} that sampled their completions: nobody "
+                "else reads what it is sent, it treats every prompt by itself, and it draws each completion from a "
+                "secret seed of its own, of which it may use 32 bits"
+            )
+        return found
 
     @classmethod
     def longest(cls, config: W) -> int:
@@ -58,6 +72,7 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
         self.rows_per_example = config.num_generations
         self.reward = reward
         self.anchor = Anchor(config)
+        self.generator: Generator = Local()
 
     def setup(self, policy: Policy) -> None:
         config = self.config
@@ -127,9 +142,18 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
             ref_logprobs = in_micro_batches(policy, rollouts_of(rows), config)[0]
         return self.prepare(policy, Rows(rows.unit, rows.tensors | {"ref_logprobs": ref_logprobs}))
 
+    def before_draw(self, policy: Policy) -> None:
+        with self.sampling(policy):
+            self.generator.push(policy)
+
     def sampled(self, policy: Policy, ids: Tensor, mask: Tensor, coins: Coins | None) -> Rollouts:
-        """Completions of `(rows, prompt)` ids, by the policy as it is, each with its own of `coins`."""
-        return sample(policy, ids, mask, self.config, coins)
+        """Completions of `(rows, prompt)` ids, each with its own of `coins`."""
+        with self.sampling(policy):
+            return self.generator.sample(policy, ids, mask, self.config, coins)
+
+    def sampling(self, policy: Policy) -> AbstractContextManager[None]:
+        """Within the block the policy is what completions are sampled from: as it is."""
+        return nullcontext()
 
     def learned(self, rows: Rows) -> Rows:
         """The scored rows that are learned from: all of them."""

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -230,15 +231,30 @@ class AdapterStack(nn.Module):
 
     # Release -----------------------------------------------------------------------------------------
 
-    def save_adapter(self, folder: Path, base_model: str) -> None:
-        """Writes all stages as one LoRA (safetensors) that plain peft loads on the original base, and the tokenizer."""
-        layers: dict[str, Any] = {
-            n: m for n, m in self.model.base_model.model.named_modules() if isinstance(m, LoraLayer) and m.lora_A
+    @torch.no_grad()
+    def concatenated(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each layer the adapters that are on as one, of scale 1: A `(ranks, in)` and B `(out, ranks)`, float32.
+
+        Each layer has the ranks of its own stages' adapters; what it lacks to the most is zero.
+        """
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, layer in self.model.base_model.model.named_modules() if self.adapters else ():
+            stages = [a for a in self.adapters if a in layer.lora_A] if isinstance(layer, LoraLayer) else []
+            if stages:
+                down = torch.cat([layer.lora_A[a].weight * layer.scaling[a] for a in stages])
+                found[name] = down.detach(), torch.cat([layer.lora_B[a].weight for a in stages], 1).detach()
+        rank = max((len(down) for down, _ in found.values()), default=0)
+        pad = nn.functional.pad
+        return {
+            name: (pad(down, (0, 0, 0, rank - len(down))), pad(up, (0, rank - len(down))))
+            for name, (down, up) in found.items()
         }
-        # Each layer has the ranks of its own stages' adapters (rank_pattern); what it lacks to the most is zero.
-        rank = max(sum(m.r[a] for a in self.adapters if a in m.lora_A) for m in layers.values())
-        # Layers by their full names: the stages may adapt different ones. peft's own concatenation refuses that.
-        config = LoraConfig(
+
+    def _one_adapter(self, layers: dict[str, tuple[Tensor, Tensor]]) -> LoraConfig:
+        """What peft calls adapters that are concatenated; with the layers' full names: stages may adapt different ones,
+        which peft's own concatenation refuses."""
+        rank = len(next(iter(layers.values()))[0])
+        return LoraConfig(
             r=rank,
             lora_alpha=rank,
             target_modules=list(layers),
@@ -247,15 +263,31 @@ class AdapterStack(nn.Module):
             fan_in_fan_out=_fan_in_fan_out(self.model),
             task_type=self.task_type,
         )
+
+    def write_adapter(self, folder: Path, base_model: str) -> None:
+        """Writes the adapters that are on as one LoRA, as `save_adapter` does, and leaves the model as it is: for a
+        process that loads it while this one trains."""
+        layers = self.concatenated()
+        config = self._one_adapter(layers)
+        config.base_model_name_or_path = base_model
+        config.save_pretrained(str(folder))
+        tensors = {}
+        for name, (down, up) in layers.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous().cpu()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous().cpu()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def save_adapter(self, folder: Path, base_model: str) -> None:
+        """Writes all stages as one LoRA (safetensors) that plain peft loads on the original base, and the tokenizer."""
+        layers = self.concatenated()
+        config = self._one_adapter(layers)
         self.model.add_adapter(RELEASE_ADAPTER, config)
         try:
+            modules = dict(self.model.base_model.model.named_modules())
             with torch.no_grad():
-                for layer in layers.values():
-                    stages = [a for a in self.adapters if a in layer.lora_A]
-                    down = torch.cat([layer.lora_A[a].weight * layer.scaling[a] for a in stages])
-                    up = torch.cat([layer.lora_B[a].weight for a in stages], 1)
-                    layer.lora_A[RELEASE_ADAPTER].weight.zero_()[: len(down)] = down
-                    layer.lora_B[RELEASE_ADAPTER].weight.zero_()[:, : len(down)] = up
+                for name, (down, up) in layers.items():
+                    modules[name].lora_A[RELEASE_ADAPTER].weight.copy_(down)
+                    modules[name].lora_B[RELEASE_ADAPTER].weight.copy_(up)
             self.model.peft_config[RELEASE_ADAPTER].base_model_name_or_path = base_model
             self.model.save_pretrained(
                 folder, selected_adapters=[RELEASE_ADAPTER], safe_serialization=True, save_embedding_layers=False

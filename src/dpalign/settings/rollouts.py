@@ -8,6 +8,7 @@ from typing import TypeGuard
 
 from ..domains import LENGTH, SCALE, within
 from ..errors import DPAlignError
+from .engine import EngineConfig
 from .prompts import SELF_WRITTEN, PromptedConfig
 from .rewards import RewardConfig
 
@@ -87,6 +88,7 @@ class CompletionConfig(PromptedConfig, SamplingConfig):
         sft_coefficient: weight of the KL divergence, in nats per token, from the model that the stage started from, on
             texts that this writes itself: keeps what was learned before. Its gradient joins the noised one.
         missing_eos_penalty: subtracted from the reward of a completion without EOS.
+        engine: a server that samples the completions, instead of this process.
     """
 
     has_synthetic_gradient = True
@@ -95,6 +97,7 @@ class CompletionConfig(PromptedConfig, SamplingConfig):
     num_generations: int = within(1, "[1, 1024]")
     sft_coefficient: float = within(0.0, "[0, 1e6]")
     missing_eos_penalty: float = within(0.0, "[0, 1e6]")
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property
     def samples(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 
 from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, micro_batches, rows_of_units, unit_means
 from ..data.units import UnitDataset
-from ..errors import DPAlignError
+from ..errors import DPAlignError, EngineError
 from ..files import append_line, private_folder
 from ..gradients import PerUnitGradients
 from ..models import AdapterStack
@@ -68,6 +68,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "base": None,
     "written_texts": 128,
     "written_seed": 0,
+    "engine": {"url": None, "model": None, "is_trusted": False, "folder": None},
 }  # that version 0.1.0 did not have, and what they are for a run of that version
 # That older runs had and that changed nothing at these values.
 GONE_SETTINGS = {"synthetic_steps": 0, "synthetic_batch_size": 256, "synthetic_learning_rate": 4e-3}
@@ -292,7 +293,7 @@ class Stage(Worker):
         try:
             while step < self.end:
                 step = self._phase(step, attempt, sigma)
-        except (KeyboardInterrupt, BrokenPipeError, LostProcessError):
+        except (KeyboardInterrupt, BrokenPipeError, LostProcessError, EngineError):
             if self.whole:  # in memory is what so many steps have made: fewer draws are lost
                 self._save(self.whole, ".")
             raise
@@ -333,6 +334,7 @@ class Stage(Worker):
 
     def _phase(self, step: int, attempt: int, sigma: float) -> int:
         self.begins(step + 1, step + self.plan.minibatches)
+        self.algorithm.before_draw(self.model)
         steps = [self._private_step(sigma)] * self.plan.minibatches
         samples = self.gate.draw(steps, step, attempt)
         work = self.world.deal(dealt(samples, self.examples, self.data.ids, self.world.size))

@@ -125,6 +125,7 @@ class OwnTextStage:
     def _phase(self, step: int) -> int:
         config, algorithm = self.config, self.algorithm
         self.begins(step + 1, step + config.minibatches)
+        algorithm.before_draw(self.model)
         torch.manual_seed(_seed_of(config.seed, step))  # of each phase its own: whoever resumes gets the same
         examples = self._some(config.expected_batch_size * config.minibatches)
         rows = scored(algorithm.rows(self.model, [[example] for example in examples], None))
