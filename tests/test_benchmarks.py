@@ -438,6 +438,18 @@ def check_large_data(out: str, folder: Path) -> None:
     assert 0 < found["draw_ms"] < 200 and found["draw_peak_mb"] < 2 and found["ledger_ratio"] > 0 < found["intent_ms"]
 
 
+def check_stale_adapter(out: str, folder: Path) -> None:
+    """Every trial is found in one step, in both dtypes and in a process; a server that does its work is believed."""
+    found = last_json(out)
+    assert (found["trials"], found["found"], found["false_alarms"]) == (5, 5, 0)
+    for dtype in ("float32", "bfloat16"):
+        stale, fresh = found[dtype]["shares"]
+        assert stale == 0 and 0.6 < fresh < 1.4 and found[dtype]["undecided"] == 0
+    assert (
+        found["bfloat16"]["rounding"] > 1e3 * found["float32"]["rounding"] and found["float32"]["smallest_move"] > 1e-3
+    )
+
+
 def check_malformed(out: str, folder: Path) -> None:
     found = last_json(out)
     assert found["inputs"] == 3 and not found["faults"] and found["slowest_s"] < 20
@@ -552,6 +564,7 @@ SMOKE = {
     "audit.py --output runs/audit.jsonl": Smoke("--runs 1 --canaries 60 --faults noise_halved", check_audit),
     "audit.py --runs 0 --output docs/results/audit.runs.jsonl": Smoke("", check_audit_again),
     "large_data.py --json": Smoke("--records 2000 --repeats 5 --model small --folder .", check_large_data, demo),
+    "stale_adapter.py --json": Smoke("--trials 2 --processes 1", check_stale_adapter),
     "malformed.py --output malformed.jsonl": Smoke("--groups together file ledgers --most 1", check_malformed),
     "profile_iteration.py --device cuda --dtype bfloat16 --model gpt2 --micro_batch_size 512 --output FILE": Smoke(
         "--device cpu --model tiny --micro_batch_size 2 --prompts 2 --prompt_tokens 2 --completion_tokens 2 --repeats 1 "
@@ -560,6 +573,7 @@ SMOKE = {
     ),
 }  # fmt: skip
 USED_BY_OTHERS = {  # a word of theirs that a benchmark names
+    "engine_server": ("stale_adapter", "engine_server.py"),
     "models": ("ppo_iteration", "word_tokenizer"),
     "forked": ("many_processes", "forked"),
     "trl_ppo_worker": ("ppo_iteration", "trl_ppo_worker.py"),

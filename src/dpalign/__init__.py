@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .evaluation import compare
     from .recipe import Recipe
     from .run import run_recipe
+    from .settings.engine import EngineConfig
     from .settings.models import AdapterConfig, ModelConfig
     from .settings.privacy import Privacy
     from .settings.trainers import (
@@ -47,6 +48,7 @@ _HOMES = {
     "DPRLOOTrainer": "trainers",
     "DPRewardTrainer": "trainers",
     "DPSFTTrainer": "trainers",
+    "EngineConfig": "settings.engine",
     "GRPOConfig": "settings.trainers",
     "ModelConfig": "settings.models",
     "OfflineConfig": "settings.trainers",
@@ -72,6 +74,7 @@ __all__ = [
     "DPRLOOTrainer",
     "DPRewardTrainer",
     "DPSFTTrainer",
+    "EngineConfig",
     "GRPOConfig",
     "ModelConfig",
     "OfflineConfig",

@@ -88,7 +88,8 @@ ELSEWHERE = {  # names of TRL, transformers, peft and Opacus: what to say here i
     "top_k": ON_POLICY,
     "top_p": ON_POLICY,
     "total_episodes": "say max_steps (of expected_batch_size prompts each) or num_train_epochs",
-    "use_vllm": "name a server: engine=EngineConfig(url='http://127.0.0.1:8000')",
+    "use_vllm": "it is called engine.url: the address of a server",
+    "vllm_server_base_url": "it is called engine.url",
     "warmup_ratio": "say warmup_steps",
     "whiten_rewards": ONE_ROW,
 }

@@ -152,11 +152,9 @@ def run_recipe(
         workspace.remember(origins)
         remember_contents(texts, workspace.ledger)
         with reporter.tracking(recipe.report_to if run.has_to_train() else "none", workspace.folder):
-            try:
+            with closing(run):
                 for stage in plan.order.values():
                     run.stage(stage)
-            finally:
-                run.leave_engines()
             return run.finish(started, command)
 
 
@@ -637,8 +635,8 @@ class Run:
                 with self.reporter.status("trying the rollout engine"):
                     self.engines[name] = reach(stage.config, self.models.of(Policy))
 
-    def leave_engines(self) -> None:
-        """They forget what they were pushed."""
+    def close(self) -> None:
+        """Has its engines forget what they were pushed."""
         for engine in self.engines.values():
             engine.close()
 

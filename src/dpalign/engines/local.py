@@ -14,7 +14,6 @@ from ..settings.rollouts import MOST_ROWS, SamplingConfig
 from .base import Generator
 
 CACHE = 2**31  # bytes of keys and values that a half-precision model may hold for more rows than a micro-batch
-READ_AT_ONCE = 8  # rows whose log-probabilities are computed together
 
 
 class Local(Generator):
@@ -38,15 +37,10 @@ class Local(Generator):
 
     @torch.no_grad()
     def logprobs(self, policy: Policy, rows: list[list[int]]) -> list[Tensor]:
-        found = []
-        for start in range(0, len(rows), READ_AT_ONCE):
-            part = rows[start : start + READ_AT_ONCE]
-            width = max(map(len, part))
-            ids, mask = policy.encode_prompts(part, width)
-            logits, _ = policy(ids[:, :-1], mask[:, :-1], width - 1)
-            said = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2).float().cpu()
-            found += [said[number, width - len(row) :] for number, row in enumerate(part)]
-        return found
+        width = max(map(len, rows))
+        ids, mask = policy.encode_prompts(rows, width)
+        said = policy.logprobs(ids[:, :-1], mask[:, :-1], ids[:, 1:])[0].float().cpu()
+        return [said[number, width - len(row) :] for number, row in enumerate(rows)]
 
 
 def sampled_at_once(policy: Policy, config: SamplingConfig, *, is_public: bool) -> int:
