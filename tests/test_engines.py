@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +24,12 @@ from dpalign.engines.engine import rollouts_of, seeds_of
 from dpalign.engines.verified import Agreement, kolmogorov
 from dpalign.errors import DPAlignError, EngineError
 from dpalign.models import AdapterConfig
+from dpalign.plan import RecipeStage
 from dpalign.privacy.entropy import SystemEntropy
 from dpalign.recipe import Recipe
 from dpalign.rewards import Reward
+from dpalign.run import Run
+from dpalign.settings.dpo import DPOConfig
 from dpalign.settings.engine import EngineConfig
 from dpalign.settings.offline import OfflineConfig
 from dpalign.settings.ppo import PPOConfig
@@ -507,3 +511,18 @@ def test_a_plan_tries_the_engine_too(tmp_path, capsys):
     assert "does not answer" in call(capsys, "plan", recipe).error
     assert "does not answer" in call(capsys, "run", recipe).error
     assert ledger_rows(tmp_path) == 0 if (tmp_path / "ledger.sqlite").exists() else True
+
+
+def test_private_pairs_need_no_engine():
+    with pytest.raises(DPAlignError, match="engine is for prompts that are no one's"):
+        Recipe(dpo=DPOConfig(engine=EngineConfig(url="http://127.0.0.1:1"))).check()
+
+
+def test_many_processes_share_no_engine(served, tmp_path):
+    """They would sample from weights that were pushed by none of them."""
+
+    run = Run.__new__(Run)
+    run.plan = SimpleNamespace(order={"ppo": RecipeStage("ppo", settings(served.url))})
+    run.workspace, run.world = SimpleNamespace(private=tmp_path), SimpleNamespace(size=2)
+    with pytest.raises(DPAlignError, match=r"^ppo\.engine: an engine samples for one process, and the run has 2"):
+        run.reach_engines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import DPAlignError, EngineError
 from ..models import AdapterConfig, Policy
 from ..models.policy import Rollouts
+from ..printable import printable
 from ..privacy.entropy import SystemEntropy
 from ..settings.engine import EngineConfig
 from ..settings.rollouts import CompletionConfig, SamplingConfig
@@ -73,7 +75,7 @@ class Engine(Generator):
         served = self.api.models()
         name = self.config.model or next(iter(served), None)
         if name is None or name not in served:
-            known = ", ".join(served) or "none"
+            known = printable(", ".join(served)) or "none"
             raise EngineError(f"the rollout engine at {self.url} serves no model {name!r} (it serves: {known}).")
         limit = served[name]
         if limit is not None and limit < config.positions:
@@ -113,7 +115,7 @@ class Engine(Generator):
         """Random weights for what is trainable, large enough to be seen in the trainer's own answers."""
         before = self._ours(policy)
         scale = 0.01
-        while rms(self._ours(policy) - before) < 4 * self.agreement.tolerance:
+        while rms(self._ours(policy) - before) < 10 * self.agreement.tolerance:
             scale *= 2
             if scale > 1e4:
                 raise DPAlignError("the stage's adapter changes nothing that the model says: adapt other layers.")
@@ -182,11 +184,8 @@ class Engine(Generator):
 
     def close(self) -> None:
         """Has the server forget what it was pushed; if that fails, it does no harm."""
-        try:
-            if self._serving not in ("", self._base):
-                self.api.unload(self._serving)
-        except EngineError:
-            pass
+        with suppress(EngineError):
+            self._forget(self._serving)
         self._serving, self._pushed, self._verified = self._base, "", ""
         self.api.wire.close()
         if self._temporary is not None:
@@ -206,12 +205,16 @@ class Engine(Generator):
             folder.mkdir(parents=True)
             policy.write_adapter(folder, self._base)
             self.api.load(self._serving, folder)
-            rmtree(folder)
         else:
             self._serving = self._base
         self._pushed = known
-        if older != self._base:
-            self.api.unload(older)
+        self._forget(older)
+
+    def _forget(self, name: str) -> None:
+        """Has the server unload an adapter; until then it may read its files again."""
+        if name != self._base:
+            rmtree(self._folder() / name, ignore_errors=True)
+            self.api.unload(name)
 
     def _verify(self, policy: Policy) -> None:
         self._verified = ""

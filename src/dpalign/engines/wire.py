@@ -62,9 +62,11 @@ class Wire:
             EngineError: one has no answer.
         """
 
+        ended = threading.Event()
+
         def share(first: int) -> list[tuple[int, Any]]:
             try:
-                return [self.ask(path, body) for body in bodies[first::workers]]
+                return [self.ask(path, body) for body in bodies[first::workers] if not ended.is_set()]
             finally:
                 self.close()
 
@@ -72,7 +74,10 @@ class Wire:
         if workers == 0:
             return []
         with ThreadPoolExecutor(workers) as pool:
-            shares = list(pool.map(share, range(workers)))
+            try:
+                shares = list(pool.map(share, range(workers)))
+            finally:
+                ended.set()  # after a failure or an interruption the others ask for nothing more
         return [shares[number % workers][number // workers] for number in range(len(bodies))]
 
     def told(self, path: str, body: dict[str, Any] | None, doing: str) -> Any:
