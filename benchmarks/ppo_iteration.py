@@ -32,7 +32,6 @@ from unittest.mock import patch
 import torch
 from models import gpt2, word_tokenizer
 
-from dpalign.algorithms import rollouts
 from dpalign.algorithms.base import Rows, encode_units, unit_means
 from dpalign.algorithms.ppo import PPO, PPOConfig
 from dpalign.gradients import PerUnitGradients
@@ -66,14 +65,15 @@ class DPPPO:
     def iterate(self) -> dict[str, float]:
         """Seconds of each phase; `reference` includes decoding and scoring."""
         clock = [self._now()]  # start, generated, collected, end
-        sample = rollouts.sample
+        generator = self.algorithm.generator
+        sample = generator.sample
 
         def timed_sample(*args):
             sampled = sample(*args)
             clock.append(self._now())
             return sampled
 
-        with patch.object(rollouts, "sample", timed_sample):
+        with patch.object(generator, "sample", timed_sample):
             phase = self.algorithm.rows(self.policy, self.examples, [SystemEntropy()] * len(self.examples))
         clock.append(self._now())
         self._train(phase)

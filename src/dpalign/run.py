@@ -151,10 +151,9 @@ def run_recipe(
         run.check(records)
         workspace.remember(origins)
         remember_contents(texts, workspace.ledger)
-        with reporter.tracking(recipe.report_to if run.has_to_train() else "none", workspace.folder):
-            with closing(run):
-                for stage in plan.order.values():
-                    run.stage(stage)
+        with closing(run), reporter.tracking(recipe.report_to if run.has_to_train() else "none", workspace.folder):
+            for stage in plan.order.values():
+                run.stage(stage)
             return run.finish(started, command)
 
 

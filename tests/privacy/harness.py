@@ -40,9 +40,9 @@ from dpalign.algorithms import (
 )
 from dpalign.algorithms.base import micro_batches
 from dpalign.algorithms.rollouts import RolloutConfig
-from dpalign.algorithms.rollouts import sample as own_sample
 from dpalign.data import UnitDataset
 from dpalign.data.load import Record
+from dpalign.engines import Local
 from dpalign.models import AdapterConfig, AdapterStack, RewardModel
 from dpalign.models.policy import Rollouts
 from dpalign.privacy.gate import Gate
@@ -178,7 +178,7 @@ def run_stage(
         patch("dpalign.privacy.gate.GaussianMechanism", Recorder),
         patch("dpalign.privacy.gate.poisson_sample", draw),
         patch("dpalign.training.loop.micro_batches", parts),
-        patch("dpalign.algorithms.rollouts.sample", completions_of_prompts if completions_are_fixed else own_sample),
+        patch.object(Local, "sample", fixed_completions if completions_are_fixed else Local.sample),
         suppress(Interrupted),
     ):
         folder = folder or Path(temporary)
@@ -192,6 +192,10 @@ def run_stage(
         trace.files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
     trace.intents = ledger.intents()
     return trace
+
+
+def fixed_completions(generator, *arguments) -> Rollouts:
+    return completions_of_prompts(*arguments)
 
 
 def completions_of_prompts(policy, ids: Tensor, mask: Tensor, config: RolloutConfig, coins=None) -> Rollouts:
