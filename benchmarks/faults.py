@@ -335,7 +335,12 @@ def fault(stages: str, name: str) -> dict[str, Any]:
         if name == "older checkpoint":
             shutil.rmtree(folder / "run")
             shutil.copytree(kept / "run", folder / "run")
-            return judged(folder, run(folder, 1))
+            drawn = (folder / "draws").read_text(encoding="utf-8")
+            again = run(folder, 1)
+            if again[0].status == 1:  # nothing is left to spend on what was thrown away
+                same = drawn == (folder / "draws").read_text(encoding="utf-8")
+                return {"right": same and "have spent the budget" in again[0].err, "said": again[0].err[-200:]}
+            return judged(folder, again)
         shutil.copy(kept / "ledger.sqlite", folder / "ledger.sqlite")
         summary = folder / "run" / "summary.json"
         before = json.loads(summary.read_text(encoding="utf-8"))["epsilon"]
