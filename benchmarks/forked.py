@@ -58,6 +58,7 @@ def _fork(folder: Path, rank: int, size: int, port: int, body: Callable[[int], i
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of tests may have ignored
         signal.alarm(300)  # whatever waits for ever is ended
         status = body(rank)
     except BaseException:

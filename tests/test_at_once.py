@@ -115,7 +115,7 @@ def test_names_from_elsewhere_are_no_fields_and_lead_to_fields():
     for name, says in ELSEWHERE.items():
         if says.startswith("it is called "):
             meant = says.removeprefix("it is called ").split()[0].rstrip(",;:").rpartition(".")[2]
-            assert meant in named | {"r", "path", "name_or_path", "loss", "beta"}, name
+            assert meant in named | {"r", "url", "path", "name_or_path", "loss", "beta"}, name
     assert instead("qqqq", ["path"]) == ""
 
 

@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpalign.data import units
@@ -186,8 +187,8 @@ def test_neighbours_differ_only_in_what_is_noised(kind, other, tmp_path, capsys,
     assert differences(tmp_path, kind, capsys, monkeypatch, other) == {"noised"}
 
 
-def hash_of_all(config: Any, ledger: Any, identities: list[bytes], low: float, high: float) -> str:
-    return str(ledger.keyed_hash(config.name, b"split", *identities).hex()[:16])
+def hash_of_all(config: Any, ledger: Any, identities: np.ndarray, low: float, high: float) -> str:
+    return str(ledger.keyed_hash(config.name, b"split", *map(bytes, identities)).hex()[:16])
 
 
 def test_a_function_of_the_data_is_found(tmp_path, capsys, monkeypatch):

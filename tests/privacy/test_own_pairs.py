@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from dpalign.models.policy import Rollouts
 from dpalign.privacy.ledger import Ledger
 from dpalign.recipe import Recipe
 from dpalign.rewards import Reward, RewardConfig
+from dpalign.settings.engine import EngineConfig
 from dpalign.settings.measurement import MeasurementConfig
 from dpalign.stages import kind
 from dpalign.training import OwnTextStage, Stage
@@ -96,8 +98,8 @@ def test_what_the_stage_started_from_writes_them(kind):
         return algorithm.rows(policy, units, None).tensors["input_ids"]
 
     class OnPolicy(OwnPairs):
-        def sampled(self, policy, ids, mask, coins):
-            return super(OwnPairs, self).sampled(policy, ids, mask, coins)
+        def sampling(self, policy):
+            return nullcontext()
 
     algorithm = own_pairs()
     policy = moved(algorithm, kind)
@@ -289,6 +291,7 @@ OWN = {
     "num_generations": 2, "reward": RewardConfig(source="judge:x", questions=["a?"]), "max_prompt_length": 9,
     "truncate_prompts": True, "prompt_min_tokens": 3, "prompt_max_tokens": 4, "max_completion_length": 9,
     "min_completion_length": 1, "temperature": 0.5, "sft_coefficient": 0.1, "missing_eos_penalty": 0.1,
+    "engine": EngineConfig(url="http://127.0.0.1:8000"),
 }  # fmt: skip
 OF_RECORDS = {
     "target_epsilon": 2.0, "target_delta": 1e-6, "noise_multiplier": 1.0, "num_train_epochs": 2.0,

@@ -279,7 +279,7 @@ HONOURED = {
     "adaptive_kl_target", "adaptive_kl_horizon", "missing_eos_penalty", "sft_coefficient",
     "num_ppo_epochs", "num_mini_batches", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "noised_baseline",
     "num_iterations", "cliprange_high", "scale_rewards", "loss_type",
-    "method", "keep", "reward_temperature", "good", "bad",
+    "method", "keep", "reward_temperature", "good", "bad", "engine",
 }  # fmt: skip
 
 
