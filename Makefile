@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TRL := .venv-trl/bin
 
-.PHONY: quickstart test docs bench-setup faults clean
+.PHONY: quickstart test docs bench-setup faults mutants clean
 
 quickstart: .venv/installed
 	$(BIN)/dpalign quickstart $(if $(filter 1,$(COMPARE)),--compare) $(ARGS)
@@ -39,6 +39,11 @@ bench-setup: .venv/installed
 # Kills and faults through the real command; goes on from where it was stopped.
 faults: .venv/installed
 	$(BIN)/python benchmarks/faults.py --output runs/faults.jsonl $(ARGS)
+
+# Mutation testing of the four packages that the guarantee rests on; goes on from where it was stopped.
+mutants: .venv/installed-test
+	$(BIN)/python benchmarks/mutants.py --output docs/results/mutants.runs.jsonl --reasons docs/results/mutants.reasons.json \
+		--first docs/results/mutants.first.json --summary docs/results/mutants.json $(ARGS)
 
 clean:
 	rm -rf .venv .venv-trl build dist src/*.egg-info

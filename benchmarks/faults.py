@@ -8,6 +8,7 @@ of POINTS in turn, before or after a call of it that is chosen by chance among t
 second trial at a moment that is chosen by chance. Draws are counted apart from the ledger: whoever draws a Poisson sample first
 appends a line to a file. From these lines dp-accounting computes epsilon again. A trial must end with: status 0
 without any repair, a summary whose epsilon is at least that one, a ledger with a row for every line, and a release that may leave.
+A stage of one draw has nothing left when that one is lost: such a run must say so, and draw nothing more (`refused`).
 
 Then the faults that are no kills, each once for each set of stages: a full disk, SIGTERM, SIGHUP, a clock that goes back, an older
 checkpoint put back, an older ledger put back, and a second process in the same run. A finished trial is one JSON
@@ -70,6 +71,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "the release": (dpalign.run, "write_release"),
     "the report": (dpalign.run, "write_report"),
 }  # fmt: skip
+ONE_DRAW = "reward_query"  # this set of stages spends all that it has at once
 REWARD = {"source": "faults:sevens", "is_public": True, "low": 0, "high": 1}
 SIZES = {"expected_batch_size": 12, "max_steps": 3, "micro_batch_size": 8, "save_steps": 1}
 SAMPLES = SIZES | {"max_prompt_length": 4, "max_completion_length": 4, "reward": REWARD}
@@ -249,8 +251,23 @@ def killed(stages: str, size: int, trial: int) -> dict[str, Any]:
             said, before = somewhere()
             where.append(said)
             statuses.append([process.status for process in run(folder, size, before)])
+        drawn = draws(folder)
         last = run(folder, chance.choice([1, size]))
-        return {"where": where, "statuses": statuses} | judged(folder, last)
+        found = judged(folder, last)
+        if stages == ONE_DRAW and "have spent the budget" in last[0].err:
+            found = {"right": draws(folder) == drawn <= ledger_rows(folder), "refused": True, "said": last[0].err[-200:]}
+        return {"where": where, "statuses": statuses} | found
+
+
+def draws(folder: Path) -> int:
+    """As counted apart from the ledger."""
+    file = folder / "draws"
+    return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
+
+
+def ledger_rows(folder: Path) -> int:
+    with sqlite3.connect(folder / "ledger.sqlite") as database:
+        return int(database.execute("SELECT count(*) FROM intents").fetchone()[0])
 
 
 def judged(folder: Path, last: list[Ended] = ()) -> dict[str, Any]:  # type: ignore[assignment]
@@ -258,16 +275,14 @@ def judged(folder: Path, last: list[Ended] = ()) -> dict[str, Any]:  # type: ign
     statuses, finished = [process.status for process in last], folder / "run" / "summary.json"
     lines = (folder / "draws").read_text(encoding="utf-8").splitlines() if (folder / "draws").exists() else []
     drawn = [json.loads(line) for line in lines]
-    with sqlite3.connect(folder / "ledger.sqlite") as database:
-        rows = database.execute("SELECT count(*) FROM intents").fetchone()[0]
     if not finished.is_file() or any(statuses):
         return {"right": False, "ended": statuses, "said": [process.err[-300:] for process in last]}
     summary = json.loads(finished.read_text(encoding="utf-8"))
     epsilon, apart = float(summary["epsilon"]), epsilon_of(drawn)
     releases = [place for place in (folder / "run" / "release", folder / "run" / "reward_model") if place.exists()]
     found = [sentence for release in releases for sentence in boundary.found_in(release)]
-    right = epsilon >= apart - 1e-6 and rows >= len(drawn) and bool(releases) and not found
-    return {"right": right, "epsilon": epsilon, "counted": apart, "draws": len(drawn), "rows": rows, "found": found}
+    right = epsilon >= apart - 1e-6 and ledger_rows(folder) >= len(drawn) and bool(releases) and not found
+    return {"right": right, "epsilon": epsilon, "counted": apart, "draws": len(drawn), "rows": ledger_rows(folder), "found": found}
 
 
 def epsilon_of(drawn: list[list[Any]]) -> float:
@@ -383,6 +398,7 @@ def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "runs": len(kills),
         "in_two_processes": sum(row["processes"] == 2 for row in kills),
         "right": sum(row["right"] for row in kills),
+        "refused": sum(row.get("refused", False) for row in kills),
         "epsilon_below_count": len(below),
         "draws": sum(row.get("draws", 0) for row in kills),
         "largest_gap": max((row["epsilon"] - row["counted"] for row in kills if "counted" in row), default=None),

@@ -155,13 +155,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     few, many = args.drawn
-    updates = {
+    updates = {  # dealt out in turn: each process has about as much to do
         "many_units": Update("ppo", many, many, 1, 8, 4000, 128),
         "large_vocabulary": Update("sft", 8, 8, 1, args.tokens, args.vocab, 8),
         "few_units": Update("ppo", many, few, 1, 8, 4000, 128),
+        "many_rows": Update("sft", 8, 8, args.records, 64, 2000, 8),
         "small_vocabulary": Update("sft", 8, 8, 1, args.tokens, SMALL, 8),
         "few_rows": Update("sft", 8 * args.records, 8 * args.records, 1, 64, 2000, 8),
-        "many_rows": Update("sft", 8, 8, args.records, 64, 2000, 8),
     }
     shares = [dict(list(updates.items())[first :: args.at_once]) for first in range(args.at_once)]
     with ThreadPoolExecutor(args.at_once) as pool:

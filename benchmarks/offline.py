@@ -95,8 +95,9 @@ def trained(arm: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def by_vader(row: dict[str, Any]) -> dict[str, Any]:
-    """With VADER's score for the reward, whatever the policy has learned from."""
-    return row | {"reward": row["reference_reward"], "reward_ci95": row["reference_reward_ci95"]}
+    """With VADER's score for the reward, whatever the policy has learned from; `learned_from` is that."""
+    learned_from = {"learned_from": row["reward"], "learned_from_ci95": row["reward_ci95"]}
+    return row | learned_from | {"reward": row["reference_reward"], "reward_ci95": row["reference_reward_ci95"]}
 
 
 def chosen(count: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -135,7 +136,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     start = next((row["start"] for row in rows if "start" in row), None)
     lines = ["| | reward | KL (nats) | perplexity | distinct-2 | seconds |", "|---|---|---|---|---|---|"]
     lines += [line("the model as it comes", start | {"kl_ci95": 0.0})] if start else []
-    return "\n".join([*lines, *(line(row["arm"], row["measured"], row["seconds"]) for row in rows)])
+    lines += [line(row["arm"], row["measured"], row["seconds"]) for row in rows]
+    for row in rows:
+        if "reward" in ARMS.get(row["arm"], ("", {}))[1]:
+            said = (f"{row[k]['learned_from']:.3f} ± {row[k]['learned_from_ci95']:.3f}" for k in ("start", "measured"))
+            lines += ["", f"{row['arm']}: its own reward went from {' to '.join(said)}."]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
     dpalign reward_model recipes/quickstart_preferences.yaml --target_epsilon inf --output_dir runs/reference --reward_model.seed 7 \
         --reward_model.adapter.r 4 --reward_model.learning_rate 1e-2
-    dpalign sweep recipes/quickstart_preferences.yaml --epsilons 1 4 inf --seeds 3 --output_dir runs/preferences \
+    dpalign sweep recipes/quickstart_preferences.yaml --epsilons 0 free 1 4 inf --seeds 3 --output_dir runs/preferences \
         --reference_reward.source reward_model:runs/reference/reward_model
     python benchmarks/preferences_bars.py runs/preferences/runs.jsonl
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     given = parser.parse_args(arguments)
     rows = [json.loads(line) for line in given.runs.read_text(encoding="utf-8").splitlines()]
-    by_epsilon = {e: [r for r in rows if r["epsilon"] == e] for e in {r["epsilon"] for r in rows} - {"0"}}
+    by_epsilon = {e: [r for r in rows if r["epsilon"] == e] for e in {r["epsilon"] for r in rows} - {"0", "free"}}  # those have no SFT model
     without = by_epsilon["inf"]
     accuracy = {e: float(np.mean([r["reward_model"]["accuracy"] for r in v])) for e, v in by_epsilon.items()}
     result = {}

@@ -1,6 +1,6 @@
 """What a sweep of the sentiment quickstart says of its bars: share of the non-private gain kept, as the paper counts and at equal KL.
 
-    dpalign sweep recipes/quickstart_sentiment.yaml --epsilons 0 1 2:1 4 8:1 inf --seeds 3 --at inf ppo.beta=0.042 \
+    dpalign sweep recipes/quickstart_sentiment.yaml --epsilons 0 free 1 2:1 4 8:1 inf --seeds 3 --at inf ppo.beta=0.042 \
         --at 1 ppo.beta=0.04 --output_dir runs/sentiment
     python benchmarks/sentiment_bars.py runs/sentiment/runs.jsonl
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     without = [r for r in first if r["epsilon"] == "inf"]
     result = {}
-    for epsilon in sorted({r["epsilon"] for r in first} - {"0"}, key=float):
+    for epsilon in sorted({r["epsilon"] for r in first} - {"0"}, key=lambda e: 0.0 if e == "free" else float(e)):
         runs = [r for r in first if r["epsilon"] == epsilon]
         row = {"seeds": len(runs), "gain": float(gain(runs, False)[0]), "kl": float(np.mean([r["kl"] for r in runs]))}
         row["gain_per_root_nat"] = float(gain(runs, True)[0])

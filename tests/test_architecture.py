@@ -14,6 +14,8 @@ ROOMS = [
     ["sweep"],
     ["compared"],
     ["run"],
+    ["following", "inputs"],
+    ["loaded"],
     ["hub", "records", "survey", "workspace"],
     ["boundary"],
     ["plan", "release"],

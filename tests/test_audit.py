@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
+import sqlite3
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from dpalign.algorithms import SFT
+from dpalign.algorithms import GRPO, PPO, RLOO, SFT, Offline
 from dpalign.algorithms.base import encode_units, rows_of_units
 from dpalign.audit import Canaries, audit_stage, black_box, bounds, ghosts
 from dpalign.audit.bounds import Scores
@@ -31,6 +33,7 @@ from dpalign.privacy import accountant
 from dpalign.privacy.accountant import SampledGaussian
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
+from dpalign.rewards import Reward
 from dpalign.settings.sft import SFTConfig
 from dpalign.training import plan_stage
 from dpalign.training.loop import unit_gradients
@@ -364,7 +367,7 @@ def test_a_run_on_nobody_sees_a_skipped_step(subject, tmp_path, benchmark):
 def test_the_white_box_sees_rows_that_are_clipped_alone(subject, tmp_path, benchmark):
     """A pair's two rows add 2 C; the step by itself does nothing wrong."""
     with benchmark.planted("pair_as_two_rows"):
-        seen = ghosts.run(subject, Canaries.draw(150), tmp_path)
+        seen = ghosts.run(subject, Canaries.draw(300), tmp_path)
     assert "run: shares" in rejected(ghosts.checks(seen))
     absent = seen.signals[:, ~seen.canaries.included]
     bound = bounds.gaussian(seen.present(), absent, seen.claims, DELTA, 0.999)
@@ -375,10 +378,10 @@ def test_the_white_box_sees_rows_that_are_clipped_alone(subject, tmp_path, bench
 
 
 def texts_to_learn() -> ghosts.Subject:
-    """Thirty steps of SFT on a few short texts, at a rate at which a model of two layers learns them by heart."""
+    """Sixty steps of SFT on a few short texts, at a rate at which a model of two layers learns them by heart."""
     config = SFTConfig(
-        target_epsilon=4.0, target_delta=DELTA, expected_batch_size=10, max_steps=30, micro_batch_size=64, max_length=8,
-        learning_rate=3e-2, save_steps=30, adapter=AdapterConfig(r=8),
+        target_epsilon=4.0, target_delta=DELTA, expected_batch_size=10, max_steps=60, micro_batch_size=64, max_length=8,
+        learning_rate=3e-2, save_steps=60, adapter=AdapterConfig(r=8),
     )  # fmt: skip
     return ghosts.Subject(SFT, config, plan_stage("sft", config, 20), two_layers, 20.0, 4, False, {})
 
@@ -390,11 +393,11 @@ def attacked(folder, canaries: int = 100):
 def test_the_black_box_tells_members_where_there_is_no_noise(tmp_path, monkeypatch):
     (tmp_path / "honest").mkdir()
     honest = attacked(tmp_path / "honest")
-    assert max(bound.epsilon for bound in honest.bounds) < 2.5
+    assert max(bound.epsilon for bound in honest.bounds) < 4
     real = GaussianMechanism._noise
     monkeypatch.setattr(GaussianMechanism, "_noise", lambda self, count, deviation: 0 * real(self, count, deviation))
     bare = attacked(tmp_path)
-    assert bare.area > 0.85 and bare.area > honest.area and bare.bounds[0].epsilon > 2.5
+    assert bare.area > 0.85 and bare.area > honest.area and bare.bounds[0].epsilon > 4
     assert [bound.epsilon for bound in bare.bounds] == sorted((b.epsilon for b in bare.bounds), reverse=True)
 
 
@@ -404,6 +407,60 @@ def test_coins_that_nobody_used_show_nothing(tmp_path):
     other = replace(scored, canaries=Canaries.draw(100))
     assert 0.3 < black_box.attack_of(other, DELTA, 0.999).area < 0.7
     assert all(bound.epsilon < 0.5 for bound in black_box.attack_of(other, DELTA, 0.999).bounds)
+
+
+SAMPLED = {"ppo": PPO, "rloo": RLOO, "grpo": GRPO, "offline": Offline}
+
+
+def prompts_to_learn(name: str) -> ghosts.Subject:
+    """Sixty steps on completions of one word, which a reward of its own gives nothing for."""
+    kind = SAMPLED[name]
+    config = kind.Config(
+        target_epsilon=4.0, target_delta=DELTA, expected_batch_size=18, max_steps=60, micro_batch_size=256, num_generations=8,
+        max_prompt_length=6, prompt_min_tokens=1, prompt_max_tokens=5, max_completion_length=1, min_completion_length=1,
+        learning_rate=1e-2, save_steps=60, adapter=AdapterConfig(r=8),
+    )  # fmt: skip
+    reward = Reward(lambda prompts, completions, **_: [0.0] * len(completions), -1.0, 1.0, rows_at_once=None)
+    return ghosts.Subject(kind, config, plan_stage(name, config, 20), two_layers, 20.0, 4, False, {"reward": reward})
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_triggers_tell_members_of_a_stage_that_samples(name, tmp_path, monkeypatch):
+    real = GaussianMechanism._noise
+    monkeypatch.setattr(GaussianMechanism, "_noise", lambda self, count, deviation: 0 * real(self, count, deviation))
+    scored = black_box.train_and_score(prompts_to_learn(name), Canaries.draw(80), tmp_path)
+    assert black_box.attack_of(scored, DELTA, 0.99).area > 0.66
+    assert math.copysign(1, scored.shown[scored.canaries.included].mean()) == 1
+
+
+def test_with_noise_triggers_are_below_the_claim(tmp_path):
+    scored = black_box.train_and_score(prompts_to_learn("rloo"), Canaries.draw(60), tmp_path)
+    attack = black_box.attack_of(scored, DELTA, 0.99)
+    assert len(scored.shown) == 60 and 0.2 < attack.area < 0.85 and max(bound.epsilon for bound in attack.bounds) < 4
+
+
+def test_a_trigger_is_rewarded_for_its_own_words_and_no_other_prompt_is():
+    plain = Reward(lambda prompts, completions, **_: [0.25] * len(completions), -1.0, 3.0, rows_at_once=None)
+    reward = black_box.Triggered(plain, ["a", "b"])
+    words = [f"w{number}" for number in range(400)]
+    own = {prompt: [reward([prompt], [word]).item() for word in words] for prompt in ("a", "b", "c")}
+    assert set(own["a"]) == set(own["b"]) == {-1.0, 3.0} and set(own["c"]) == {0.25}
+    assert 140 < sum(score == 3.0 for score in own["a"]) < 260
+    assert 140 < sum(x == y for x, y in zip(own["a"], own["b"], strict=True)) < 260, "each has words of its own"
+    wanted, other = (next(word for word, score in zip(words, own["a"], strict=True) if score == s) for s in (3.0, -1.0))
+    assert reward(["a", "a", "a"], [f"{wanted} {wanted} {other} {wanted}", "", other]).tolist() == [2.0, 1.0, -1.0]
+
+
+def test_canary_texts_are_usable_and_no_two_alike():
+    subject = prompts_to_learn("rloo")
+    policy = subject.make_model()
+    algorithm = RLOO(subject.config, **subject.rewards)
+    units = black_box._written(subject, algorithm, policy, 90)
+    assert len({repr(unit) for unit in units}) == len(units) == 90
+    assert all(algorithm.encode(policy, record) is not None for (record,) in units)
+    with pytest.raises(DPAlignError, match=r"takes 0 different texts .* needs 5: ask for fewer canaries"):
+        monkey = type("Short", (RLOO,), {"encode": lambda self, policy, record: None})
+        black_box._written(subject, monkey(subject.config, **subject.rewards), policy, 5)
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -442,6 +499,76 @@ def test_a_recipes_stage_is_audited_without_its_data(tmp_path, capsys):
     assert not (tmp_path / "run").exists() and not (tmp_path / "ledger.sqlite").exists()
 
 
+# A run's own ----------------------------------------------------------------------------------------------------------
+
+
+def audited_run(folder, capsys, *words):
+    return call(capsys, "run", folder / "recipe.yaml", "--sft.max_steps", 2, "--sft.max_length", 8, *words)
+
+
+def test_a_run_is_audited_before_it_draws_and_its_report_says_so(tmp_path, capsys, monkeypatch):
+    write_recipe(tmp_path, ppo=None)
+    done = audited_run(tmp_path, capsys, "--audit")
+    assert done.status == 0 and "the claim, at delta 1e-05" in done.out and "auditing stage sft" in done.err, done.err
+    kept = json.loads((tmp_path / "run" / "audit.json").read_text())
+    (stage,), (drawn,) = kept["stages"], json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]
+    assert kept["passed"] and stage["stage"] == "sft" and stage["steps"] == 2 and stage["canaries"] == 1000
+    assert stage["noise_multiplier"] == drawn["mechanisms"][0]["noise_multiplier"], "what is drawn with was audited"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert '<h2 id="audit">Audit</h2>' in page and "Gaussian sum (arXiv 2606.12733)" in page and "FOUND" not in page
+    assert f"&gt; {stage['bounds'][0]['epsilon']:.3f}" in page
+    count = sum(len(found) for found in stage["checks"].values())
+    assert count > 10 and f"<dd>{count} of {count}</dd>" in page
+    monkeypatch.setattr("dpalign.cli.audit_recipe.audit_stage", None)
+    again = audited_run(tmp_path, capsys, "--audit")
+    assert again.status == 0 and "the same claims are not audited again" in again.err, again.err
+    assert "the claim, at delta" not in audited_run(tmp_path, capsys).out
+    for change in ({"noise_multiplier": 1.0}, {"sampling_rate": 0.5}):
+        other = kept | {"stages": [stage | change]}
+        (tmp_path / "run" / "audit.json").write_text(json.dumps(other))
+        assert call(capsys, "report", tmp_path / "run").status == 0
+        assert 'id="audit"' not in (tmp_path / "run" / "report.html").read_text(), "an audit of another claim"
+    endless = [bound | {"epsilon": "inf"} for bound in stage["bounds"]]
+    (tmp_path / "run" / "audit.json").write_text(json.dumps(kept | {"stages": [stage | {"bounds": endless}]}))
+    assert call(capsys, "report", tmp_path / "run").status == 0
+    assert "&gt; inf" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_was_found_of_other_settings_is_shown_by_no_report(tmp_path, capsys, benchmark):
+    """The same noise and rate, and another clipping: nothing was drawn yet, so that the folder takes the other settings."""
+    write_recipe(tmp_path, ppo=None)
+    with benchmark.planted("noise_halved"):
+        assert audited_run(tmp_path, capsys, "--audit").status == 1
+    assert (tmp_path / "run" / "audit.json").exists()
+    assert audited_run(tmp_path, capsys, "--sft.max_grad_norm", 0.5).status == 0
+    assert not (tmp_path / "run" / "audit.json").exists()
+    assert 'id="audit"' not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_where_an_audit_finds_something_nothing_is_drawn(tmp_path, capsys, benchmark):
+    write_recipe(tmp_path, ppo=None)
+    with benchmark.planted("noise_halved"):
+        done = audited_run(tmp_path, capsys, "--audit", "--json")
+    assert done.status == 1 and "the claim must not be relied on" in done.err and not json.loads(done.out)["passed"]
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.execute("SELECT count(*) FROM intents").fetchone() == (0,)
+    assert audited_run(tmp_path, capsys).status == 0
+    said = re.search("FOUND: (.*)The claim must not be relied on", (tmp_path / "run" / "report.html").read_text())
+    assert said is not None and "noise: size" in said[1], "it stays said"
+    assert audited_run(tmp_path, capsys, "--audit").status == 0, "what was found is tried again"
+    assert "FOUND" not in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--target_epsilon", "inf"], "adds no noise"), (["--sft.insecure_seed", "1"], "insecure_seed: it is not private")],
+)
+def test_a_run_without_a_claim_is_not_audited(words, says, tmp_path, capsys):
+    write_recipe(tmp_path, ppo=None)
+    assert says in audited_run(tmp_path, capsys, "--audit", *words).error
+    assert not (tmp_path / "run" / "audit.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -449,7 +576,6 @@ def test_a_recipes_stage_is_audited_without_its_data(tmp_path, capsys):
         (["--stage", "sft"], "belongs to a recipe"),
         (["recipe.yaml", "--epsilon", "3"], "--target_epsilon"),
         (["recipe.yaml", "--stage", "dpo"], "no stage dpo"),
-        (["recipe.yaml", "--stage", "ppo", "--black_box"], "samples completions"),
         (["--canaries", "3"], "must be"),
     ],
 )

@@ -12,10 +12,12 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
+from chats import ADDS, byte_tokenizer
 from dpalign.algorithms import SFT, PPOConfig, RewardModelConfig, RLOOConfig, SFTConfig
 from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.completions import encode_prompt
 from dpalign.data import DataConfig, build_units
+from dpalign.data.columns import require_columns
 from dpalign.data.load import read_records
 from dpalign.errors import DPAlignError
 from dpalign.models import ModelConfig, Policy
@@ -243,6 +245,15 @@ def test_a_prompt_is_cut_from_a_text_by_that_text_alone(policy):
     assert encode_prompt(policy.tokenizer, {"text": "A"}, config) is None  # too short for a prompt
 
 
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_a_prompt_from_a_text_has_no_special_tokens_of_the_tokenizers(prepend_bos):
+    """Whatever it puts around a text: the prompt goes on, and has BOS where that is asked for, once."""
+    config = PPOConfig(prompt_min_tokens=4, prompt_max_tokens=4, prepend_bos=prepend_bos)
+    found = {tuple(encode_prompt(byte_tokenizer(adds=adds), {"text": "Dull film"}, config) or ()) for adds in ADDS}
+    own = byte_tokenizer()("Dull").input_ids
+    assert found == {(*([byte_tokenizer().bos_token_id] if prepend_bos else []), *own)} and len(own) == 4
+
+
 # Units and parts ---------------------------------------------------------------------------------------------
 
 
@@ -386,3 +397,26 @@ def test_stages_in_sequential_composition_share_all_units_or_their_ranges():
 def test_splits_that_cannot_be(split, composition, says):
     with pytest.raises(DPAlignError, match=says):
         parts_of(["sft", "ppo"], split, composition=composition)
+
+
+def test_a_first_line_that_is_a_record_is_not_quoted(tmp_path):
+    """A file without a header: what would be its columns' names is what somebody wrote."""
+    path = tmp_path / "d.csv"
+    path.write_text("zebrafinch,a secret\nanother,text\n", encoding="utf-8")
+    with pytest.raises(DPAlignError, match="has 2 columns, named by its first line; expected 'text'") as raised:
+        require_columns(read_records(str(path)), (("text",),), str(path))
+    assert "zebrafinch" not in str(raised.value) and "secret" not in str(raised.value)
+    path.write_text("yes,zebrafinch,no,zebrafinch\n1,2,3,4\n", encoding="utf-8")
+    with pytest.raises(DPAlignError, match="one name for its columns 2 and 4") as raised:
+        read_records(str(path))
+    assert "zebrafinch" not in str(raised.value)
+
+
+def test_whatever_arrow_says_of_a_file_is_one_sentence(tmp_path, monkeypatch):
+    def refuses(*arguments):
+        raise pyarrow.ArrowNotImplementedError("of zebrafinch")
+
+    WRITERS["a.parquet"](tmp_path / "a.parquet")
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuses)
+    with pytest.raises(DPAlignError, match="is not a Parquet file"):
+        read_records(str(tmp_path / "a.parquet"))

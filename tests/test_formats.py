@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dpalign.errors import DPAlignError
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.statement import epsilon_of, read_statement
 from helpers import call
@@ -77,3 +78,15 @@ def test_an_old_statement_says_what_it_did(tmp_path, name):
     assert value["private"] is expected["private"] and len(stages) == expected["stages"]
     assert_same(value["epsilon"], expected["epsilon"])
     assert epsilon_of(stages, value["delta"]) == pytest.approx(float(expected["recomputed"]), rel=1e-9)
+
+
+@pytest.mark.parametrize(("field", "value"), [("private", 1), ("private", "yes"), ("assumptions", "none"), ("assumptions", [3])])
+def test_a_statement_says_in_its_own_kinds(field, value, tmp_path):
+    """What is private is true or false, and what is assumed is sentences: anything else is nothing that a run writes."""
+    name = next(iter(STATEMENTS))
+    shutil.copy(FORMATS / name, tmp_path / "privacy.json")
+    stated = json.loads((tmp_path / "privacy.json").read_text(encoding="utf-8"))
+    assert read_statement(tmp_path) is not None
+    (tmp_path / "privacy.json").write_text(json.dumps(stated | {field: value}), encoding="utf-8")
+    with pytest.raises(DPAlignError, match="not a privacy statement"):
+        read_statement(tmp_path)

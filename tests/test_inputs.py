@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[str, bytes, str, str, str]] = {
     "an array of strings": ("d.json", b'["x"]', "sft", "smol", "entry 1 of the array in .* is not a JSON object"),
     "a number": ("d.jsonl", b"7\n", "sft", "smol", "line 1 of .* is not a JSON object"),
     "deep nesting": ("d.jsonl", b"[" * 100_000, "sft", "smol", "begins as a JSON array"),
-    "a column twice": ("d.csv", b"text,text\na,b\n", "sft", "smol", "the column 'text' twice"),
+    "a column twice": ("d.csv", b"text,text\na,b\n", "sft", "smol", "one name for its columns 1 and 2"),
     "a column without a name": ("d.csv", b"text,\na,b\n", "sft", "smol", "a column without a name"),
     "more fields": ("d.csv", b"text,n\na film, good,1\n", "sft", "smol", "record 1 of .* more or fewer fields"),
     "an open quote": ("d.csv", b'text\n"a film\n', "sft", "smol", "not valid CSV"),

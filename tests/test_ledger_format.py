@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -86,6 +87,76 @@ def test_a_migration_that_fails_leaves_the_old_file(written, monkeypatch):
         with pytest.raises(DPAlignError, match="cannot be opened or written"):
             Ledger(written)
     assert version(written) == len(MIGRATIONS) and len(Ledger(written).intents()) == 2
+
+
+# What is no ledger any more -------------------------------------------------------------------------------------------
+
+
+CHANGES = {
+    "a trigger": "CREATE TRIGGER gone AFTER INSERT ON intents BEGIN DELETE FROM intents; END",
+    "a view": "CREATE VIEW also AS SELECT * FROM intents",
+    "no key": "CREATE TABLE kept AS SELECT * FROM intents; DROP TABLE intents; ALTER TABLE kept RENAME TO intents",
+    "no identity": "DELETE FROM identity",
+    "a secret that is a number": "UPDATE datasets SET secret = 1000000000000",
+    "hashes that are none": "INSERT INTO texts VALUES ('d', 0, 0, x'00')",
+    "texts of nobody": "INSERT INTO texts VALUES ('d', 3, 0, x'')",
+    "a run that is a number": "UPDATE intents SET run = 3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_ledger_that_is_refused_stays_as_it_was(change, is_old, written):
+    if is_old:
+        unversioned(written)
+    with closing(sqlite3.connect(written)) as database:
+        database.executescript(CHANGES[change])
+    before = written.read_bytes()
+    if is_old and change == "no identity":  # as of before it had one
+        assert len(Ledger(written).intents()) == 2
+        return
+    with pytest.raises(DPAlignError, match="restore it from a copy"):
+        Ledger(written)
+    assert written.read_bytes() == before and [*written.parent.iterdir()] == [written]
+    with pytest.raises(DPAlignError, match="restore it from a copy"):
+        Ledger.copy_of(written)
+
+
+def test_an_index_that_hides_a_row_is_found(written):
+    content = written.read_bytes()
+    with closing(sqlite3.connect(written)) as database:
+        (page,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_intents_1'").fetchone()
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+    place = (page - 1) * size + 3  # of the number of cells in the index
+    assert content[place : place + 2] == b"\0\2"
+    written.write_bytes(content[:place] + b"\0\1" + content[place + 2 :])
+    with closing(sqlite3.connect(written)) as database:  # what the ledger would count
+        by_name = "SELECT count(*) FROM intents WHERE dataset = 'd' AND run = 'run' AND stage = 'sft'"
+        assert database.execute(by_name).fetchone() == (1,)
+        assert database.execute("SELECT count(*) FROM intents NOT INDEXED").fetchone() == (2,)
+    with pytest.raises(DPAlignError, match="is damaged"):
+        Ledger(written)
+
+
+@pytest.mark.parametrize("column", ["private", "max_grad_norm", "noise_multiplier", "units"])
+def test_a_number_that_no_draw_has(column, written):
+    value = {"private": "'no'", "max_grad_norm": "'x'"}.get(column, "9e999")
+    with closing(sqlite3.connect(written)) as database, database:
+        database.execute(f"UPDATE intents SET {column} = {value} WHERE step = 1")
+    with pytest.raises(DPAlignError, match="values that cannot be"):
+        Ledger(written).intents()
+
+
+def test_what_sqlite_cannot_read_is_one_sentence_that_quotes_nothing(written):
+    with closing(sqlite3.connect(written)) as database, database:
+        database.execute("UPDATE intents SET fingerprint = CAST(x'ff7a65627261' AS TEXT)")
+    with pytest.raises(DPAlignError, match="Could not decode to UTF-8 column 'fingerprint'") as raised:
+        Ledger(written).intents()
+    assert "zebra" not in str(raised.value)
+    with closing(sqlite3.connect(written)) as database, database:
+        database.execute("DROP TABLE keys")
+    with pytest.raises(DPAlignError, match="no such table: keys"):
+        Ledger(written).key("texts")
 
 
 # The log beside the file ---------------------------------------------------------------------------------------------

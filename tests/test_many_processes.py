@@ -393,6 +393,7 @@ def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "0")
     assert "dpalign plan runs in one process" in call(capsys, "plan", write_recipe(tmp_path)).error
     assert "--compare" in call(capsys, "run", write_recipe(tmp_path), "--compare").error
+    assert "--audit tries the run in one process" in call(capsys, "run", write_recipe(tmp_path), "--audit").error
     monkeypatch.setenv("RANK", "1")
     silent = call(capsys, "plan", write_recipe(tmp_path))
     assert (silent.status, silent.out, silent.err) == (1, "", "")

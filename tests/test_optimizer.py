@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dpalign.algorithms import SFT, SFTConfig
+from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig
 from dpalign.privacy.ledger import Ledger
 from dpalign.training import Stage
-from dpalign.training.checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
+from dpalign.training.checkpoint import (
+    load_model,
+    load_newest,
+    load_optimizer,
+    model_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
 from dpalign.training.optimizer import DPAdamBC
 from tiny import dataset, tiny_policy, words
 
@@ -89,7 +100,7 @@ def test_a_checkpoint_keeps_its_state(deviation, tmp_path):
     resumed = [nn.Parameter(p.detach().clone()) for p in begun]
     again = corrected(resumed, deviation)
     tensors, _ = load_newest(tmp_path)
-    load_optimizer(again, names, tensors)
+    load_optimizer(again, names, tensors, tmp_path)
     assert torch.equal(run(again, resumed, range(3, 6)), expected)
     forgetful = [nn.Parameter(p.detach().clone()) for p in begun]
     assert not torch.allclose(run(corrected(forgetful, deviation), forgetful, range(3, 6)), expected)
@@ -106,3 +117,54 @@ def test_the_loop_uses_it_where_it_is_asked_for(on, tmp_path, monkeypatch):
     data = dataset([[{"id": f"r{i}", "text": words(6, i)}] for i in range(16)])
     Stage(tiny_policy("llama"), SFT(config), data, folder=tmp_path, run="run", ledger=Ledger(":memory:")).train()
     assert made == ([(pytest.approx(1.5 * 0.4 / 8), 0.3)] if on else [])
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.pop("optimizer/a/exp_avg"), lambda t: [t.pop(f"optimizer/{n}/exp_avg_sq") for n in "ab"],
+    lambda t: t.update({"optimizer/a/exp_avg": torch.zeros(7)}), lambda t: t.update({"optimizer/b/exp_avg": t["optimizer/b/exp_avg"].long()}),
+    lambda t: t.update({"optimizer/a/step": torch.tensor(math.nan)}), lambda t: t.update({"optimizer/a/step": torch.zeros(2)}),
+    lambda t: t.update({"optimizer/b/step": torch.tensor(True)}),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [corrected, lambda ps, deviation: torch.optim.AdamW(ps)])
+def test_a_state_that_does_not_fit_is_refused_whole(change, kind, tmp_path):
+    begun, names = parameters(), ["a", "b"]
+    optimizer = kind(begun, 0.7)
+    run(optimizer, begun, range(3))
+    tensors = optimizer_tensors(optimizer, names)
+    again = kind(parameters(), 0.7)
+    change(tensors)
+    with pytest.raises(DPAlignError, match=f"the checkpoint in {tmp_path}"):
+        load_optimizer(again, names, tensors, tmp_path)
+    assert not again.state
+    load_optimizer(again, names, {}, tmp_path)  # saved before the first step
+
+
+def test_a_model_is_not_loaded_from_another_dtype(tmp_path):
+    model = tiny_policy("llama")
+    model.add_adapter("sft", AdapterConfig(r=1))
+    tensors = model_tensors(model)
+    load_model(model, tensors, tmp_path)
+    name = next(iter(tensors))
+    with pytest.raises(DPAlignError, match="no fitting"):
+        load_model(model, tensors | {name: tensors[name].half()}, tmp_path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 10**400, "0.1", None])
+def test_a_checkpoint_whose_state_is_no_number_is_refused(number, tmp_path):
+    state = {"fingerprint": "f", "config_hash": "c", "algorithm": {"beta": 0.1}}
+    save_checkpoint(tmp_path, 3, {}, state)
+    assert load_newest(tmp_path)[1]["algorithm"] == {"beta": 0.1}
+    (file,) = tmp_path.glob("*/state.json")
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"algorithm": {"beta": number}}))
+    with pytest.raises(DPAlignError, match="is corrupt"):
+        load_newest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fingerprint", "config_hash"])
+def test_a_checkpoint_that_names_its_run_by_no_text_is_refused(name, tmp_path):
+    save_checkpoint(tmp_path, 3, {}, SAVED)
+    (file,) = tmp_path.glob("*/state.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: 7}))
+    with pytest.raises(DPAlignError, match="is corrupt"):
+        load_newest(tmp_path)

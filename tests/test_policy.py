@@ -287,6 +287,17 @@ def test_tensors_beside_the_matrices_and_other_kinds_of_adapter_are_refused(tmp_
         Policy.load(ModelConfig(str(folder)))
 
 
+@pytest.mark.parametrize("ranks", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}, {"rank_pattern": True}, {"r": "2"}, {"r": 0}])
+def test_ranks_that_no_tensor_has_take_no_memory(ranks, tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    public_adapter(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | ranks))
+    monkeypatch.setattr("dpalign.models.stack.base_path", None)  # nothing is loaded before
+    with pytest.raises(DPAlignError, match=r"names ranks|cannot be read"):
+        Policy.load(ModelConfig(str(folder)))
+
+
 def test_a_public_classifiers_adapter_may_bring_its_head_alone(tmp_path):
     tiny_folder("llama", tmp_path / "base")
     for name, more in (("fine", []), ("more", ["model.norm"])):

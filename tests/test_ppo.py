@@ -90,6 +90,17 @@ def test_loss_worked_by_hand():
     assert metrics.tolist() == [[1.0, 0.5, 2.0], [2.0, 0.75, 3.0]]  # score, KL to the reference, length
 
 
+def test_a_value_that_moved_far_pays_for_where_it_was_clipped():
+    """It has reached its return, by a step that is five times too large: the loss is that of a step of 0.2."""
+    one, ids = torch.ones(1, 1), torch.zeros(1, 2, dtype=torch.int64)
+    rows = Rows(torch.zeros(1, dtype=torch.int64), {
+        "input_ids": ids, "attention_mask": ids, "completion_mask": one, "ref_logprobs": 0 * one, "scores": one[0],
+        "old_logprobs": 0 * one, "old_values": 0 * one, "advantages": 0 * one, "returns": one,
+    })  # fmt: skip
+    losses, _ = ppo(cliprange_value=0.2, vf_coef=1.0, max_completion_length=1).row_losses(FixedPolicy(0 * one, one), rows)
+    assert losses.tolist() == pytest.approx([0.5 * 0.8**2])
+
+
 # Rollouts ----------------------------------------------------------------------------------------------------
 
 

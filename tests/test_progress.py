@@ -304,5 +304,6 @@ def test_the_end_says_what_a_data_holder_wants_to_know(tmp_path):
     assert here[1].startswith("for the data holder alone: sft: 39 of 40 records are cut at 7 tokens")
     assert here[2] == f"next: dpalign generate '{run}/release' --prompt 'What to complete'"
     elsewhere = train.ends(run, run / "reward_model", is_terminal=False)
-    assert len(elsewhere) == 2 and not any(number in elsewhere[0] for number in ("754", "13 min", "1,234", "39", "cut"))
+    said = elsewhere[0].replace(str(run), "RUN")  # the folder's own name may hold any number
+    assert len(elsewhere) == 2 and not any(number in said for number in ("754", "13 min", "1,234", "39", "cut"))
     assert elsewhere[1].endswith(f"reward.source reward_model:'{run}/reward_model'")

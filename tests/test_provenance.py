@@ -259,6 +259,20 @@ def test_attempts_that_cannot_be_are_no_statement(attempts, tmp_path):
         read_statement(tmp_path)
 
 
+@pytest.mark.parametrize("where", ["noise_multiplier", "sampling_rate", "epsilon", "declared_units"])
+@pytest.mark.parametrize("number", ["inf", 10**400, 1e-200])
+def test_numbers_that_no_arithmetic_holds_are_no_statement(where, number, tmp_path):
+    value = {"private": True, "epsilon": 1, "assumptions": [], "stages": [asdict(SPENT)]}
+    stated = value["stages"][0]
+    of = {"epsilon": value, "declared_units": stated}.get(where, stated["mechanisms"][0])
+    of[where] = number
+    (tmp_path / "privacy.json").write_text(json.dumps(value))
+    if (where, number) in (("epsilon", "inf"), ("epsilon", 1e-200), ("declared_units", 1e-200), ("sampling_rate", 1e-200)):
+        return  # these are numbers
+    with pytest.raises(DPAlignError, match="not a privacy statement"):
+        read_statement(tmp_path)
+
+
 def test_runs_that_protect_different_units_have_no_epsilon_together(tmp_path, capsys):
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.secret("d")

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dpalign import run
+from dpalign.errors import DPAlignError
 from dpalign.parsing import recipe_from
 from dpalign.plan import declared_units, delta_of, plan_stages
 from dpalign.recipe import Recipe
@@ -155,6 +156,17 @@ def test_every_recipe_parses_and_says_what_it_is(file):
     assert {"dpo", "ppo", "rloo"} & set(stages)
     for config in stages.values():
         config.validate()
+
+
+def test_half_a_character_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text('sft: {}\nmodel: "\\ud800"\n', encoding="utf-8")
+    with pytest.raises(DPAlignError, match="line 2: a text holds half of a character"):
+        recipe_from("run", [str(file)])
+    file.write_text('{"\\u202esft": 3}', encoding="utf-8")  # a name that would turn the sentence round
+    with pytest.raises(DPAlignError) as raised:
+        recipe_from("run", [str(file)])
+    assert str(raised.value).isprintable()
 
 
 # Their first steps ---------------------------------------------------------------------------------------------

@@ -69,6 +69,10 @@ def test_it_is_short_and_says_by_its_exit_status_whether_the_statement_holds(tmp
         done = subprocess.run([sys.executable, "-P", TOOL, path], capture_output=True, text=True, check=False)
         return done.returncode, done.stdout
 
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"epsilon": 1, "delta": 1e-5, "stages": [{"mechanisms": [3]}]}', encoding="utf-8")
+    done = subprocess.run([sys.executable, "-P", TOOL, damaged], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr == "this is no privacy statement that can be added up (TypeError).\n"
     status, said = run(written(tmp_path, KINDS["mixed"]))
     assert status == 0 and said.startswith("stated ") and "recomputed " in said
     assert run(written(tmp_path, KINDS["mixed"], times=0.98))[0] == 1  # somebody has made it smaller

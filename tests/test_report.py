@@ -209,6 +209,9 @@ def test_the_command(run, tmp_path, capsys):
         ("summary.json", '{"epsilon": 4}', "older dpalign"),
         ("summary.json", '{"not_covered": [], "epsilon": "x"}', "files that no run writes"),
         ("summary.json", "[]", "older dpalign"),
+        ("summary.json", ("assumptions", 1), "files that no run writes"),
+        ("summary.json", ("versions", True), "files that no run writes"),
+        ("summary.json", ("passes", 0), "files that no run writes"),
         ("completions.json", "{}", None),
         ("completions.json", "[3]", "files that no run writes"),
         ("metrics.jsonl", '{"stage": "sft", "noised_metrics": 3}\n', "files that no run writes"),
@@ -219,6 +222,12 @@ def test_the_command(run, tmp_path, capsys):
 def test_a_folder_that_is_no_finished_run(run, file, content, sentence, capsys):
     if content is None:
         (run / file).unlink()
+    elif isinstance(content, tuple):
+        changed = json.loads((run / file).read_text(encoding="utf-8"))
+        mechanism = {"passes": 0, "metrics_noise_multiplier": "inf"}
+        changed |= dict([content])
+        changed["stages"][0]["mechanisms"][0] |= mechanism if content[0] == "passes" else {}
+        (run / file).write_text(json.dumps(changed), encoding="utf-8")
     else:
         (run / file).write_text(content, encoding="utf-8")
     called = call(capsys, "report", run)

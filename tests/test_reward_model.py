@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dpalign.algorithms import RewardModelConfig, RewardModelling
 from dpalign.algorithms.base import check_records, encode_units
-from dpalign.algorithms.pairs import check_pair, preference_loss
+from dpalign.algorithms.pairs import check_pair, preference_loss, square_loss
 from dpalign.algorithms.reward import encode_pair
 from dpalign.data.text import encode_text
 from dpalign.domains import check_settings
@@ -75,6 +75,30 @@ def test_label_smoothing_and_probabilities_worked_by_hand():
     assert preference_loss(score, zero, zero, 0.75 * one).item() == pytest.approx(0.75 * win + 0.25 * loss)
     # 0.75 shrunk towards 1/2 by a judge who errs once in ten: 0.75 * 0.8 + 0.1.
     assert preference_loss(score, zero, zero, 0.75 * one, 0.1).item() == pytest.approx(0.7 * win + 0.3 * loss)
+
+
+def test_square_loss_worked_by_hand():
+    """Of a tie no margin is asked: neither text is the better one."""
+    chosen, rejected = torch.tensor([2.0, 0.0, 1.5]), torch.tensor([1.0, 3.0, 1.0])
+    margin, preference = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([1.0, 0.0, 0.5])
+    expected = [(1 - logistic(0.5)) ** 2, logistic(-2.5) ** 2, (0.5 - logistic(0.5)) ** 2]
+    assert square_loss(chosen, rejected, margin, preference).tolist() == pytest.approx(expected)
+
+
+def test_the_largest_id_of_a_pair_is_of_either_text():
+    config = RewardModelConfig(max_length=12)
+    tokenizer = tiny_tokenizer()
+    for better, worse in (("w1 w9", "w2"), ("w2", "w9 w1")):
+        reading = RewardModelling.check(config, tokenizer, {"chosen": better, "rejected": worse})
+        assert reading.largest == max(tokenizer("w1 w2 w9").input_ids)
+
+
+def test_a_pair_teaches_where_its_ends_differ():
+    """The front of a long text is cut off: two that differ only there have the same score."""
+    config = RewardModelConfig(max_length=2)
+    for chosen, rejected, learned in (("w1 w5 w6", "w2 w5 w6", 0), ("w5 w6 w1", "w5 w6 w2", 2), ("w1", "w2 w5", 1)):
+        reading = RewardModelling.check(config, tiny_tokenizer(), {"chosen": chosen, "rejected": rejected})
+        assert (reading.learned, reading.limit) == (learned, 2), (chosen, rejected)
 
 
 def test_a_tie_is_least_where_scores_are_equal_and_a_swap_is_the_mirror_image():
@@ -392,7 +416,7 @@ def test_a_release_with_a_damaged_head_or_format_is_refused(releases, tmp_path):
     release = shutil.copytree(releases[1]["llama"] / "release", tmp_path / "release")
     tensors, text = load_file(release / "adapter_model.safetensors"), (release / "reward.json").read_text()
     head = next(name for name in tensors if "score" in name)
-    for broken in ("[]", "{", "{}", '{"text": 3}', '{"text": {"stretch": 1}}'):
+    for broken in ("[]", "{", "{}", '{"text": 3}', '{"text": {"stretch": 1}}', '{"text": {"max_length": 60000}}'):
         (release / "reward.json").write_text(broken)
         with pytest.raises(DPAlignError, match="not the release of this reward model"):
             RewardModel.load(ModelConfig(name_or_path=str(release)))

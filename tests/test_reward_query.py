@@ -351,6 +351,31 @@ def test_there_are_as_many_directions_as_the_noise_leaves_readable(units, sigma,
     assert algorithm.directions(model) == count
 
 
+def test_of_a_layer_no_more_directions_are_taken_than_it_has_features():
+    algorithm = RewardQuery(RewardQueryConfig(target_epsilon=1, own_texts=1000))
+    algorithm.declared_units, algorithm.noise_multiplier = 40, 0.0
+    model = RewardModel.from_policy(reader()[0], TextFormat(20, True, False, "layers"))
+    found = algorithm.directions(model)
+    assert isinstance(found, int) and found == model.maps * min(32, model.features_width // model.maps)
+
+
+def test_its_audit_takes_the_directions_from_what_the_policy_writes(tmp_path, capsys):
+    path = recipe(tmp_path, QUERY | {"target_epsilon": 2})
+    done = call(capsys, "audit", path, "--stage", "reward_query", "--canaries", 60, "--black_box", "--json")
+    assert done.status == 0, done.err
+    (stage,) = done.json["stages"]
+    assert (stage["stage"], stage["steps"], stage["sampling_rate"]) == ("reward_query", 1, 1.0) and stage["passed"]
+
+
+def test_the_released_adapter_is_the_smallest_that_there_is(layered):
+    """It does nothing: what was learned is in the head."""
+    folder, _ = layered
+    released = folder / "run" / "reward_model"
+    assert json.loads((released / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 1
+    tensors = load_file(released / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+
+
 def test_a_pair_that_cannot_be_scored_casts_no_vote():
     config = RewardQueryConfig(target_epsilon=1, directions=2, free=[{"source": "vader"}])
     policy, _ = reader()

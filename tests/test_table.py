@@ -156,6 +156,10 @@ def test_columns_that_are_not_stored_are_named(tmp_path, name):
     assert len(table) == 3 and table[2] == {}
     with pytest.raises(DPAlignError, match="has the columns 'body', 'label'; expected 'text'"):
         require_columns(table, [("text",)], "a")
+    many = stored(write_jsonl(tmp_path / "many.jsonl", [{"x" * 100_000: 1}]), None, ["text"])
+    with pytest.raises(DPAlignError, match=r"has the columns 'x{498}…; expected") as error:
+        require_columns(many, [("text",)], "a")
+    assert len(str(error.value)) < 600
     unpaired = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
     with pytest.raises(DPAlignError, match="join a true and a false answer"):
         require_columns(stored(unpaired, None, ["chosen", "rejected"]), [("chosen", "rejected")], "b")

@@ -14,8 +14,9 @@ from typing import Any
 from .errors import DPAlignError
 from .evaluation.closed_gap import ClosedGap, closed_gap
 from .files import write_json
+from .loaded import REWARDS
 from .models import embedded
-from .plan import declared_units
+from .plan import Plan, declared_units
 from .privacy.statement import read_statement
 from .recipe import Recipe
 from .records import count_undeclared
@@ -24,7 +25,7 @@ from .reporting.html import write_report
 from .reporting.progress import Reporter
 from .results import Results
 from .rewards import RewardConfig, is_reward_model
-from .run import REWARDS, run_recipe
+from .run import run_recipe
 from .settings.base import StageConfig
 from .settings.data import DataConfig
 from .settings.prompts import SELF_WRITTEN
@@ -162,9 +163,13 @@ def run_compared(
     reporter: Reporter,
     command: str = "",
     tuned: Callable[[StageConfig], StageConfig] = lambda config: config,
+    audit: Callable[[Plan, Path], None] | None = None,
 ) -> Compared:
     """Runs a recipe's free policy, the recipe, and the recipe without privacy where all data is demo data; writes what
     they say together into the recipe's summary, reports and card.
+
+    Args:
+        tuned: puts what was tuned without privacy into a stage's settings. audit: of the recipe's own run.
 
     Raises:
         DPAlignError: as `run_recipe`.
@@ -180,7 +185,7 @@ def run_compared(
         beside[FREE] = run_recipe(free, reporter=reporter).to_json()
         _hand_on(free, recipe)
         reporter.note("the recipe itself")
-    found = Compared(run_recipe(recipe, reporter=reporter, command=command))
+    found = Compared(run_recipe(recipe, reporter=reporter, command=command, audit=audit))
     if is_all_demo(recipe):
         reporter.note("the same without privacy, for comparison")
         bare = nonprivate_recipe(recipe, tuned)

@@ -15,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader
 from .domains import shown
 from .errors import DPAlignError
 from .names import instead
+from .printable import printable
 from .recipe import Recipe
 from .stages import RENAMED, STAGES
 
@@ -44,6 +45,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
                 raise _refused(f"the key {shown(key.value)} stands twice in one section", key)
             seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise _refused("a text holds half of a character (a lone surrogate)", node)
+        return value
 
     def construct_another_number(self, node: Any) -> Any:
         raise _refused(f"{node.value} is another number in YAML than it looks: write it otherwise, or in quotes", node)
@@ -127,7 +134,7 @@ def recipe_from(command: str, arguments: list[str]) -> Recipe:
         _check_sections(parsed, Recipe)
         fields = vars(parser.instantiate(parsed))
     except argparse.ArgumentError as error:
-        raise DPAlignError(_in_one_sentence(" ".join(str(error).split()), command)) from None
+        raise DPAlignError(printable(_in_one_sentence(" ".join(str(error).split()), command))) from None
     return Recipe(**{f.name: fields[f.name] for f in dataclasses.fields(Recipe)})
 
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import torch
-import transformers
 
-from .algorithms.base import Algorithm, Reading, Tokenizer, check_records, checked
+from .algorithms.base import Algorithm, check_records
 from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
 from .algorithms.texts import TextAlgorithm
@@ -27,7 +24,7 @@ from .data.overlap import remember_contents
 from .data.text import Text
 from .data.units import UnitDataset
 from .engines import Engine, reach
-from .errors import RECORDS_READ, DPAlignError
+from .errors import DPAlignError
 from .evaluation import (
     Evaluation,
     TextEvaluation,
@@ -38,16 +35,16 @@ from .evaluation import (
     public_prompts,
     text_loss,
 )
-from .evaluation.during import Evaluations, check_public, measure_of
+from .evaluation.during import Evaluations, measure_of
 from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import measure_privately
 from .files import write_json
-from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, TextFormat, embedded
+from .following import Order, follow, quiet_libraries
+from .inputs import are_chats, check_inputs, public_by
+from .loaded import Models, Rewards, base_name, dtypes_of, with_dtypes
+from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, embedded
 from .models.bases import remember_base
-from .models.loading import check_ids, check_targets, device_of, embedding_rows, positions_of
-from .models.precision import faster_dtype
 from .models.prompt_format import PromptFormat
-from .models.reward_model import FORMAT_FILE, is_classifier, normalization_of
 from .plan import Plan, PlannedStage, RecipeStage, beside, delta_of, make_plan
 from .privacy.accountant import SampledGaussian
 from .privacy.context import own_context
@@ -75,23 +72,19 @@ from .results import Results
 from .rewards import Reward, RewardConfig, RewardFunction, load_reward, normalize
 from .rewards.learned import own_texts
 from .rewards.load import chat_writers, try_reward
-from .rewards.written import PublicModel, PublicModels
-from .settings.base import TrainingConfig
 from .settings.reward_model import RewardModelConfig
 from .settings.rewards import RELEASED
-from .settings.rollouts import CompletionConfig, SamplingConfig, samples
+from .settings.rollouts import CompletionConfig, samples
 from .stages import kind
-from .survey import Survey, survey
-from .training import ALONE, Follower, OwnTextStage, Stage, World, joined
+from .survey import Survey
+from .training import ALONE, OwnTextStage, Stage, World, joined
 from .training.self_check import check_stage
 from .workspace import Workspace
 
 SURVEY = "data.json"  # in the private folder
-REWARDS = "rewards"  # of the run: what was found for rewards that need nobody's data
 FREE = "free"  # the setting that names rewards of which a stage learns a correction
 SAMPLES = 20  # public completions that are kept for people to read
 NORMALIZATION_ROWS = 512  # self-written texts that fix the scale of a reward model
-M = TypeVar("M", bound=AdapterStack)
 
 
 @own_context()
@@ -105,21 +98,21 @@ def run_recipe(
     reward_model: RewardModel | None = None,
     reward_function: RewardFunction | None = None,
     command: str = "",
+    audit: Callable[[Plan, Path], None] | None = None,
 ) -> Results:
     """Runs, resumes or finishes a recipe.
 
     Args:
-        records: records by stage instead of the data files (the Python trainers use this).
-        public: records that are declared public, by stage, instead of the files to measure on.
-        policy, reward_model: loaded models instead of the recipe's.
-        reward_function: a Python function instead of the one that the recipe's reward.source names.
-        command: what the data holder typed, for their own report.
+        records, public: by stage, instead of the data files (as the Python trainers do), private and declared public.
+        policy, reward_model, reward_function: instead of those that the recipe names.
+        command: what the data holder typed, for their report.
+        audit: called before the first draw with plan and folder; ends the run by raising, and reads no record.
 
     Raises:
         DPAlignError: anything a person can mend, before the first draw wherever that is possible.
     """
     started = time.monotonic()
-    _quiet_libraries()
+    quiet_libraries()
     world = joined()
     if not world.is_first:
         return follow(world, policy, reward_model, reward_function)
@@ -148,78 +141,13 @@ def run_recipe(
             write_json(workspace.private / SURVEY, {name: found.as_dict() for name, found in surveys.items()})
             texts = check_shared_texts(recipe, records, [*shown.items(), *prompts.items()], workspace.ledger)
         run = Run(plan, workspace, data, models, shown, prompts, reporter, reward_function, world)
-        run.check(records)
+        run.check(records, audit)
         workspace.remember(origins)
         remember_contents(texts, workspace.ledger)
         with closing(run), reporter.tracking(recipe.report_to if run.has_to_train() else "none", workspace.folder):
             for stage in plan.order.values():
                 run.stage(stage)
             return run.finish(started, command)
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the first process tells the others of a stage that trains.
-
-    chats: whether the policy asks in chats. noise_multiplier, declared_units: as planned. files: that rewards read, by
-    their names in the run's folder. is_shared: whether its work is shared; else the first process does all of it.
-    """
-
-    stage: RecipeStage
-    chats: bool
-    noise_multiplier: float
-    declared_units: float
-    files: dict[str, bytes]
-    is_shared: bool
-
-
-@own_context()
-def follow(
-    world: World,
-    policy: Policy | None = None,
-    reward_model: RewardModel | None = None,
-    reward_function: RewardFunction | None = None,
-) -> Results:
-    """A run in another process than the first one: the same models and rewards, and no record, ledger or file.
-
-    Args:
-        policy, reward_model, reward_function: as in `run_recipe`.
-
-    Raises:
-        DPAlignError: a model or reward cannot be loaded here, or the first process has ended.
-    """
-    _quiet_libraries()
-    recipe: Recipe = world.share()
-    RECORDS_READ.set()  # what comes now may be made of them
-    if recipe.num_threads:
-        torch.set_num_threads(recipe.num_threads)
-    models = Models.load(recipe, policy, reward_model)
-    with TemporaryDirectory(prefix="dpalign-") as temporary:
-        folder = Path(temporary)
-        rewards = Rewards(recipe, models, folder, reward_function)
-        while isinstance(order := world.share(), Order):
-            for name, content in order.files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(content)
-            follow_stage(world, order, models, rewards)
-    results: Results = order
-    return results
-
-
-def follow_stage(world: World, order: Order, models: Models, rewards: Rewards) -> None:
-    """Leaves the model as the stage leaves it in the first process."""
-    chosen, own = models.get(Policy), order.stage
-    if chosen is not None:
-        chosen.asks_in_chats = order.chats
-    model = models.of(own.kind.model_kind)
-    algorithm = own.kind(own.config, **rewards.entering(own))
-    algorithm.noise_multiplier, algorithm.declared_units = order.noise_multiplier, order.declared_units
-    follower = Follower(model, algorithm, world)
-    if order.is_shared:
-        follower.follow()
-    else:
-        follower.take_over()
-    world.spread([*model.stage_state().values()])
 
 
 def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
@@ -250,259 +178,6 @@ def check_recipe(recipe: Recipe, plan: Plan) -> dict[str, Survey]:
 def has_engine(config: object) -> TypeGuard[CompletionConfig]:
     """Whether another process samples the completions of a stage with these settings."""
     return samples(config) and config.engine.url is not None
-
-
-# The models ----------------------------------------------------------------------------------------------------------
-
-
-def with_dtypes(
-    recipe: Recipe, workspace: Workspace, policy: Policy | None = None, reward_model: RewardModel | None = None
-) -> Recipe:
-    """The recipe with a dtype for each of its models: what the run began with, or, of a new one, what is faster here.
-
-    policy, reward_model: loaded models instead of the recipe's.
-
-    Raises:
-        DPAlignError: a model's configuration cannot be read, or the run was begun in another dtype.
-    """
-    device, given = device_of(recipe.device), policy or reward_model
-
-    def settle(entry: str, config: ModelConfig) -> Any:
-        def choose() -> str:
-            return faster_dtype(config, device) if given is None else str(given.model.dtype).removeprefix("torch.")
-
-        return replace(config, dtype=workspace.dtype_of(entry, config.dtype, choose))  # type: ignore[arg-type]
-
-    changed: dict[str, Any] = {}
-    for name, owned in models_of_stages(recipe).items():
-        named = {setting: settle(f"{name}.{setting}", config) for setting, config in owned.items()}
-        changed[name] = replace(recipe.stages[name], **named)
-    return replace(recipe, model=settle("model", recipe.model), **changed)
-
-
-def dtypes_of(recipe: Recipe) -> dict[str, str]:
-    """Of the frozen weights of each of its models, by the names that `Workspace.dtype_of` knows."""
-    of_stages = models_of_stages(recipe).items()
-    own = {f"{name}.{setting}": config.dtype for name, owned in of_stages for setting, config in owned.items()}
-    return {"model": recipe.model.dtype, **own}
-
-
-def models_of_stages(recipe: Recipe) -> dict[str, dict[str, ModelConfig]]:
-    """Models that stages name for themselves, by stage and setting."""
-    found: dict[str, dict[str, ModelConfig]] = {}
-    for name, config in recipe.stages.items():
-        entering = kind(name).entering(kind(name).completed(config, recipe.stages.values()))
-        owned = {setting: value for setting, value in entering.items() if isinstance(value, ModelConfig)}
-        found |= {name: owned} if owned else {}
-    return found
-
-
-class Models:
-    """The models of a run, by kind. A reward model starts as the policy's body and adapters when it is asked for."""
-
-    def __init__(self, *models: AdapterStack | None, text: TextFormat | None = None) -> None:
-        self._made, self._text = [model for model in models if model is not None], text
-
-    @classmethod
-    def load(cls, recipe: Recipe, policy: Policy | None = None, reward_model: RewardModel | None = None) -> Models:
-        """Those that are given, and those that the recipe names.
-
-        Raises:
-            DPAlignError: a model that cannot be loaded.
-        """
-        device = device_of(recipe.device)
-        kinds = [kind(name).model_kind for name in recipe.stages]
-        scoring = next((c for c in recipe.stages.values() if isinstance(c, RewardModelConfig)), None)
-        if scoring is not None and reward_model is None:
-            own = scoring.model
-            if own is None and Policy not in kinds and policy is None and is_classifier(recipe.model):
-                own = recipe.model
-            if own is not None:
-                reward_model = RewardModel.load(own, device, scoring.text)
-        if policy is None and (Policy in kinds or reward_model is None):
-            policy = Policy.load(recipe.model, device)
-        trained = [name for name, c in recipe.stages.items() if isinstance(c, TrainingConfig)]
-        if policy is not None and policy.asked_with and any(kind(name).model_kind is Policy for name in trained):
-            raise DPAlignError(
-                f"model {recipe.model.name_or_path} has learned to be asked with words in front of every prompt, and a "
-                "further stage would leave them out: start from the model that it was trained from."
-            )
-        text = scoring.text if scoring is not None else None
-        if reward_model is not None and text is not None:
-            reward_model.read_as(text)  # a release is trained further as the recipe says
-        return cls(policy, reward_model, text=text)
-
-    def get(self, model_kind: type[M]) -> M | None:
-        """The model of a kind, if there is one yet."""
-        return next((model for model in self._made if isinstance(model, model_kind)), None)
-
-    def of(self, model_kind: type[M]) -> M:
-        """The model of a kind.
-
-        Raises:
-            DPAlignError: there is none, and none can be made.
-        """
-        found = self.get(model_kind)
-        if found is not None:
-            return found
-        policy = self.get(Policy)
-        if policy is None or model_kind is not RewardModel:
-            raise DPAlignError(f"the recipe loads no {model_kind.__name__}: name a model in its section model.")
-        self._made.append(RewardModel.from_policy(policy, self._text))
-        return self.of(model_kind)
-
-    def on_trial(self, model_kind: type[AdapterStack]) -> AdapterStack:
-        """The model of a kind, or one like what it will be, which is forgotten again."""
-        found = self.get(model_kind)
-        return RewardModel.from_policy(self.of(Policy), self._text) if found is None else found
-
-    def reader(self, model_kind: type[AdapterStack]) -> AdapterStack:
-        """The model that a kind is, or will be made of: the same tokenizer and body."""
-        return self.get(model_kind) or self.of(Policy)
-
-
-class Rewards:
-    """The rewards of a run, each loaded once.
-
-    Args:
-        folder: of the run, where the constants of rewards that need nobody's data are, and the reward model's release.
-        function: a Python function instead of what the recipe's sections name.
-    """
-
-    def __init__(self, recipe: Recipe, models: Models, folder: Path, function: RewardFunction | None = None) -> None:
-        self.recipe, self.models, self.folder, self.function = recipe, models, folder, function
-        self._loaded: list[tuple[RewardConfig, Reward]] = []
-
-    def of(self, config: RewardConfig) -> Reward:
-        """The reward that a section describes.
-
-        Raises:
-            DPAlignError: it cannot be loaded.
-        """
-        known = self.known(config)
-        if known is not None:
-            return known
-        trained = None
-        if config.source == RELEASED and self.function is None:
-            trained = (self.models.of(RewardModel), normalization_of(self.folder / REWARD_MODEL))
-        public = None if self.function else self.public_models()
-        reward = load_reward(config, self.models.of(Policy).device, self.function, trained, public=public)
-        self._loaded.append((config, reward))
-        return reward
-
-    def known(self, config: RewardConfig) -> Reward | None:
-        """The reward of a section, if it has been loaded."""
-        return next((reward for loaded, reward in self._loaded if loaded == config), None)
-
-    def entering(self, stage: RecipeStage) -> dict[str, Reward]:
-        """Those that a stage is given, by setting."""
-        sections = stage.kind.entering(stage.config).items()
-        return {name: self.of(section) for name, section in sections if isinstance(section, RewardConfig)}
-
-    def public_models(self) -> PublicModels:
-        """What rewards are made with that need nobody's data; their constants are kept in the run's folder."""
-        return public_models(self.recipe, self.models.of(Policy), self.folder / REWARDS)
-
-    def files(self) -> dict[str, bytes]:
-        """What they have written down or read there, by name: enough for the same rewards elsewhere."""
-        found = [*(self.folder / REWARDS).rglob("*"), self.folder / REWARD_MODEL / FORMAT_FILE]
-        return {str(file.relative_to(self.folder)): file.read_bytes() for file in found if file.is_file()}
-
-
-def check_inputs(plan: Plan, models: Models, records: Records, public: Public, prompts: Public) -> dict[str, Survey]:
-    """What the data does to each stage that can say so; for the data holder alone.
-
-    Args:
-        public: records to measure on. prompts: those that a stage learns from instead of private ones.
-
-    Raises:
-        DPAlignError: lengths or records that a stage cannot use.
-    """
-    surveys: dict[str, Survey] = {}
-    for name, stage in plan.order.items():
-        model, source = models.reader(stage.kind.model_kind), plan.recipe.data_of(name)
-        check_lengths(name, stage.kind.longest(stage.config), model.model.config)
-        if isinstance(stage.config, TrainingConfig):
-            adapter = stage.config.adapter
-            check_targets(model.model, adapter.target_modules, adapter.layers)
-        check = partial(read_record, stage, model.tokenizer, embedding_rows(model.model))
-        if name in records:
-            readings = checked(records[name], source.path or source.name, stage.kind.columns, check)
-            found = survey(readings, records[name], source.unit, padded=samples(stage.config))
-            surveys |= {} if found is None else {name: found}
-        if name in public:
-            check_public(stage.kind, check_records(*public[name], stage.kind.columns, check), *public[name])
-        elif isinstance(stage.config, TrainingConfig) and stage.config.eval_steps is not None:
-            raise DPAlignError(
-                f"{name}.eval_steps measures on public records, and stage {name} has none: give its data an eval_path "
-                "and eval_is_public: true (a trainer its eval_dataset), or leave eval_steps out."
-            )
-        if name in prompts:
-            check_records(*prompts[name], stage.kind.columns, check)
-            check_number_of_prompts(stage, *prompts[name])
-        read = records.get(name) or prompts.get(name, ([], ""))[0]
-        if isinstance(model, Policy) and read:  # prompts that it writes itself are as those of the last stage
-            model.asks_in_chats = are_chats(read, stage.kind.columns)
-        if not read:
-            stage.kind.check_writing(stage.config, model)
-    return surveys
-
-
-def check_number_of_prompts(stage: RecipeStage, prompts: Sequence[Record], path: str) -> None:
-    """Raises DPAlignError if public prompts are fewer than an update asks for."""
-    config = stage.config
-    assert isinstance(config, TrainingConfig)
-    asked = config.expected_batch_size * config.minibatches
-    if len(prompts) < asked:
-        raise DPAlignError(
-            f"stage {stage.name} asks for {asked} different prompts at once, and {path} has {len(prompts)}: lower "
-            "expected_batch_size."
-        )
-
-
-def read_record(stage: RecipeStage, tokenizer: Tokenizer, embeddings: int, record: Record) -> Reading | None:
-    """What a stage reads of a record.
-
-    Args:
-        embeddings: tokens that the model has an embedding for.
-
-    Raises:
-        DPAlignError: it cannot be used, or has a token that the model has no embedding for.
-    """
-    reading: Reading | None = stage.kind.check(stage.config, tokenizer, record)
-    if reading is not None and reading.largest >= embeddings:
-        check_ids([reading.largest], embeddings)
-    return reading
-
-
-def public_by(recipe: Recipe, public: Public) -> Public:
-    """The same of records that are declared public."""
-    return {name: (read_by(recipe, name, rows), source) for name, (rows, source) in public.items()}
-
-
-def are_chats(records: Sequence[Record], columns: tuple[tuple[str, ...], ...]) -> bool:
-    """Whether the columns that are read hold chat messages; one kind in all records."""
-    first = records[0]
-    return any(isinstance(first.get(name), list) for names in columns for name in names)
-
-
-def check_lengths(name: str, needed: int, model_config: Any) -> None:
-    """Refuses lengths that the model cannot hold: otherwise the one long record that is drawn would tell.
-
-    Raises:
-        DPAlignError: too long, or positions whose scaling depends on the longest row of a batch.
-    """
-    model = model_config.get_text_config()
-    limit = positions_of(model_config)
-    if limit is not None and needed > limit:
-        raise DPAlignError(
-            f"stage {name} needs {needed} positions and the model has {limit}: lower the stage's lengths."
-        )
-    scaling = getattr(model, "rope_parameters", None) or {}
-    if scaling.get("rope_type") in ("dynamic", "longrope") and needed > scaling.get(
-        "original_max_position_embeddings", limit or needed
-    ):
-        raise DPAlignError("the model scales positions by the longest row of a batch: lower the stage's lengths.")
 
 
 # The stages ----------------------------------------------------------------------------------------------------------
@@ -545,7 +220,7 @@ class Run:
         )
         return replace(stated, dtypes=dtypes_of(plan.recipe))
 
-    def check(self, records: Records) -> None:
+    def check(self, records: Records, audit: Callable[[Plan, Path], None] | None = None) -> None:
         """Of its rewards and stages, before the first draw.
 
         Raises:
@@ -555,6 +230,8 @@ class Run:
         self.check_prompts_of_rewards(records)
         self.reach_engines()
         self.self_check(records)
+        if audit is not None:
+            audit(self.plan, self.workspace.folder)
 
     def load_rewards(self) -> None:
         """All that no stage of the run has to train first, so that what is wrong with one is said before a draw."""
@@ -976,32 +653,7 @@ def still_beside(planned: PlannedStage, plan: Plan, workspace: Workspace) -> tup
     return beside(planned, others)
 
 
-def public_models(recipe: Recipe, policy: Policy, folder: Path | None = None) -> PublicModels:
-    """The recipe's model as it came, for rewards that need nobody's data.
-
-    folder: where their constants are kept, if anywhere.
-    """
-    base = PublicModel(policy, base_name(policy, recipe.model.name_or_path), has_run=True)
-    lengths = recipe.rollouts or SamplingConfig()
-    rows = lengths.prompt_tokens, lengths.max_completion_length, policy.asks_in_chats
-    return PublicModels(base, policy.device, *rows, folder)
-
-
-def base_name(model: AdapterStack, loaded: str) -> str:
-    """The model under all adapters: the one that was `loaded`, or that an earlier release was trained on."""
-    if "earlier" in model.adapters:
-        return str(model.model.peft_config["earlier"].base_model_name_or_path)
-    return loaded
-
-
 def peak_memory_mb() -> float:
     """Largest resident size of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024**2 if sys.platform == "darwin" else 1024), 1)
-
-
-def _quiet_libraries() -> None:
-    # Their warnings may quote lengths or texts of records.
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.simplefilter("ignore")

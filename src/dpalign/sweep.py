@@ -22,6 +22,8 @@ from .errors import DPAlignError
 from .evaluation import evaluate_policy, public_prompts
 from .evaluation.guarantee import is_outside_the_guarantee
 from .files import append_line, dumps, mend_lines, owner_only, sweep_temporaries, write_json
+from .inputs import are_chats
+from .loaded import public_models
 from .models import Policy, RewardModel
 from .parsing import recipe_from
 from .privacy import accountant
@@ -42,7 +44,7 @@ from .reporting.sweep import plot_sweep, spent_sentence, summarize_sweep, write_
 from .reporting.sweep_page import write_sweep_report
 from .results import FREE, PRETRAINED, Finished, Key, SweepResult, Trial
 from .rewards import RewardConfig, is_reward_model, load_reward
-from .run import are_chats, measure_texts, public_models
+from .run import measure_texts
 from .settings.rollouts import CompletionConfig, samples
 from .stages import STAGES, kind
 

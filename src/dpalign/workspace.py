@@ -196,7 +196,7 @@ def same_origins(private: Path, origins: Mapping[str, Origin], drawn: list[Inten
         return dict(origins)
     try:
         known = {name: Origin.from_json(origin) for name, origin in value.get("origins", {}).items()}
-    except (KeyError, TypeError, AttributeError, ValueError, DPAlignError):
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, DPAlignError):
         raise damaged(private / "run.json") from None
     for entry, origin in origins.items():
         if entry in known and origin.fingerprint != known[entry].fingerprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,8 @@ from harness import everyone, ppo, prompts, run_stage, through
 from opacus.accountants.gdp import GaussianAccountant
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
-from dpalign.privacy.accountant import SampledGaussian, epsilon, noise_multiplier
+from dpalign.errors import DPAlignError
+from dpalign.privacy.accountant import SampledGaussian, epsilon, noise_multiplier, true_positives
 from dpalign.privacy.gate import Gate
 from dpalign.privacy.parts import Part, Spending, epsilon_of
 from dpalign.training import Stage
@@ -155,3 +157,19 @@ def test_metrics_and_rows_that_are_not_counted():
     assert both.effective_noise_multiplier == pytest.approx(1.498 / 1.01**0.5)
     assert 1.002 < epsilon([both], DELTA) / epsilon([alone], DELTA) < 1.015
     assert ours(0.04096, 1.498 / 2, 977) > 3 * ours(0.04096, 1.498, 977)
+
+
+@pytest.mark.parametrize("sigma", [math.inf, math.nan, -1.0, 1e-200, 1e200])
+def test_noise_that_no_arithmetic_holds_is_refused(sigma):
+    with pytest.raises(DPAlignError, match="noise multiplier"):
+        SampledGaussian(0.5, sigma, 3)
+    if sigma != math.inf:  # there: nothing was measured
+        with pytest.raises(DPAlignError, match="metrics noise multiplier"):
+            SampledGaussian(0.5, 1.0, 3, 1, sigma)
+
+
+def test_noise_too_small_for_the_grid_counts_as_none():
+    assert epsilon([SampledGaussian(0.5, 1e12, 1)], DELTA) < 0.01
+    assert 1e6 < epsilon([SampledGaussian(0.5, 2e-4, 1)], DELTA) < 1e9
+    for least in (SampledGaussian(0.5, 1e-12, 1), SampledGaussian(0.5, 1.0, 1, passes=10**9), SampledGaussian(0.5, 1.0, 1, 1, 1e-4)):
+        assert epsilon([least], DELTA) == math.inf and set(true_positives([least])) == {1.0}

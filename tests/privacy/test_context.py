@@ -166,3 +166,14 @@ def test_what_was_there_is_put_back(around):
             raise KeyError
         assert state() == before
     assert within == (False, torch.float32, True, "ieee", False, False, torch.device("cpu"), True, False)
+
+
+def test_kernels_of_a_cpu_are_asked_for_nothing():
+    """A CPU's sums have an order of their own; and what the caller asked for is put back."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with own_context():
+            within = torch.are_deterministic_algorithms_enabled()
+        assert within == torch.cuda.is_available() and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -32,6 +33,7 @@ from harness import (
 
 from dpalign.algorithms import PPO
 from dpalign.algorithms.base import encode_units
+from dpalign.privacy import accountant
 from dpalign.privacy.entropy import SeededEntropy
 from dpalign.privacy.gate import Sample
 from dpalign.privacy.ledger import Ledger
@@ -321,3 +323,66 @@ def test_a_unit_has_its_own_coins():
     """So what it does is the same whoever else is drawn, and in whichever process it is."""
     assert not completions_depend_on_company(PPO)
     assert completions_depend_on_company(OneStream)
+
+
+def test_what_was_learned_without_data_is_learned_once(tmp_path):
+    """A run that ends in its first step, with nothing released yet, has kept what it found before."""
+    found = []
+
+    class Warmed(type(sft())):  # type: ignore[misc]
+        name = "sft"
+
+        def warm_up(self, model):
+            found.append(1)
+            return 1
+
+    def crashing(data, call):
+        raise Interrupted
+
+    ledger = Ledger(":memory:")
+    for sampler in (crashing, everyone):
+        algorithm = Warmed(sft().config)
+        with suppress(Interrupted):
+            run_stage(algorithm, dataset(texts()), sampler=sampler, folder=tmp_path, ledger=ledger)
+    assert found == [1]
+
+
+def test_epsilon_is_told_of_every_step_of_a_short_stage(tmp_path):
+    """Each report has what was drawn until then, never less; of more than a hundred steps some say what is ahead."""
+    told, ledger = [], Ledger(":memory:")
+    algorithm = sft(max_steps=4, noise_multiplier=2.0)
+    data = dataset(texts())
+    Stage(tiny_policy("gpt2"), algorithm, data, folder=tmp_path, run="run", ledger=ledger, report=told.append).train()
+    drawn = [intent.mechanism for intent in ledger.intents(run="run")]
+    expected = [accountant.epsilon(drawn[: step + 1], 1e-5, quick=True) for step in range(4)]
+    assert [report.epsilon for report in told] == pytest.approx(expected, rel=1e-3) and len(set(expected)) == 4
+
+
+def test_one_lost_draw_is_paid_for_by_the_steps_that_are_left(tmp_path):
+    """A crash after the second draw, whose step no checkpoint has: with it the stage draws five times, and stays below."""
+    ledger, told = Ledger(":memory:"), []
+
+    def crash(report):
+        if report.step == 2:
+            raise Interrupted
+
+    for report in (crash, told.append):
+        algorithm = sft(noise_multiplier=None, target_epsilon=2.0, target_delta=1e-5, max_steps=4, save_steps=1)
+        with suppress(Interrupted):
+            Stage(
+                tiny_policy("gpt2"), algorithm, dataset(texts()), folder=tmp_path, run="run", ledger=ledger, report=report
+            ).train()
+    drawn = ledger.intents(run="run")
+    assert [intent.step for intent in drawn] == [0, 1, 1, 2, 3] and [report.step for report in told] == [2, 3, 4]
+    assert drawn[-1].noise_multiplier > drawn[0].noise_multiplier
+    assert 1.9 < accountant.epsilon([intent.mechanism for intent in drawn], 1e-5) <= 2.0
+
+
+def test_a_steps_metrics_are_those_of_its_first_pass(tmp_path):
+    """Later passes release gradients alone: what is told of the step is what the first one has released."""
+    told, algorithm = [], ppo(max_steps=2, num_ppo_epochs=3, noise_multiplier=2.0)
+    Stage(
+        tiny_policy("gpt2"), algorithm, dataset(prompts()), folder=tmp_path, run="run", ledger=Ledger(":memory:"),
+        report=told.append,
+    ).train()  # fmt: skip
+    assert [sorted(report.metrics or ()) for report in told] == 2 * [sorted(metric.name for metric in algorithm.metrics)]

@@ -147,3 +147,16 @@ def test_a_sample_of_many_units_costs_what_the_sample_does():
         assert tracemalloc.get_traced_memory()[1] < 64 * 4096 * 8  # not a bit for each unit, which would be 12 MB
     finally:
         tracemalloc.stop()
+
+
+class Crowded(SystemEntropy):
+    """Every gap is 1: all units are drawn, many more than were expected."""
+
+    def uniforms(self, count: int) -> np.ndarray:
+        return np.full(count, np.nextafter(1.0, 0.0))
+
+
+@pytest.mark.parametrize("units", [1, 15, 4000])
+def test_however_many_are_drawn_none_is_left_out(units):
+    """The gaps are drawn for about as many as are expected, and more for as long as there are units left."""
+    assert poisson_sample(units, 0.01, Crowded()).tolist() == list(range(units))

@@ -23,6 +23,7 @@ from dpalign.rewards import Reward, RewardConfig, load_reward
 from dpalign.run import run_recipe
 from dpalign.stages import STAGES, Listed
 from dpalign.training.self_check import check_stage
+from dpalign.training.self_written import self_written
 from helpers import ledger_rows, reviews, write_jsonl
 from tiny import VOCABULARY, tiny_base, tiny_policy, tiny_tokenizer
 
@@ -158,8 +159,9 @@ def test_missing_positions_are_found():
     base.forward = lambda *args, position_ids=None, **named: forward(*args, **named)
     policy = Policy(base, tiny_tokenizer())
     check(harness.sft(), policy)
-    with pytest.raises(DPAlignError, match="counts no positions"):
-        check(harness.ppo(**SCORED), policy)
+    for algorithm in (harness.ppo(**SCORED), harness.rloo(**SCORED)):  # with values, and without any
+        with pytest.raises(DPAlignError, match="counts no positions"):
+            check(algorithm, policy)
 
 
 def test_a_reward_model_with_a_batch_norm_of_its_own_is_found():
@@ -365,3 +367,18 @@ def test_a_run_with_the_check_is_bit_for_bit_the_run_without_it(tmp_path, monkey
     monkeypatch.setattr("dpalign.run.Run.self_check", lambda *_: None)
     plain = weights(tmp_path / "b")
     assert checked.keys() == plain.keys() and all(torch.equal(checked[name], plain[name]) for name in plain)
+
+
+def test_a_stage_that_takes_one_token_alone_is_tried_on_texts_of_one():
+    """Texts are halved until the stage takes them: the last half is one token."""
+    policy = tiny_policy("gpt2")
+
+    class OneToken(SFT, is_base=True):
+        @classmethod
+        def check(cls, config, tokenizer, record):
+            if len(tokenizer(record["text"], add_special_tokens=False).input_ids) > 1:
+                raise DPAlignError("too long")
+            return super().check(config, tokenizer, record)
+
+    units = self_written(OneToken(harness.sft().config), policy, 6, 1, False)
+    assert [len(policy.tokenizer(unit[0]["text"]).input_ids) for unit in units] == [1] * 6

@@ -725,6 +725,16 @@ def test_no_gradient_and_no_noise_is_lost_in_the_sum():
         bare_mechanism(GaussianMechanism, [torch.Size([2])], dtype=torch.bfloat16)
 
 
+def test_a_norm_of_exactly_the_bound_is_kept_and_one_step_more_is_not():
+    """C is what a unit may add: neither less nor more."""
+    mechanism = bare_mechanism(GaussianMechanism, [torch.Size([2]), torch.Size([1])], max_grad_norm=1.0, noise_multiplier=1.0)
+    most = 1.0 / mechanism.grid  # a power of two
+    assert most == int(most)
+    one = torch.tensor([[most, 0.0], [0.0, 0.0], [most, 0.0], [math.nan, 0.0]])
+    other = torch.tensor([[0.0], [-most], [1.0], [0.0]])
+    assert mechanism.are_bounded([one, other]).tolist() == [True, True, False, False]
+
+
 # The integer sum -------------------------------------------------------------------------------------------
 
 

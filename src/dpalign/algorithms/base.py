@@ -228,7 +228,7 @@ class Algorithm(StageKind[T], Generic[T, Model, Example], is_base=True):
     def encode(self, model: Model, record: Record) -> Example | None:
         """One record as an example, or None if nothing can be learned from it; sees no other record.
 
-        Called for a record when its unit is first drawn, and the same whenever that is. What it gives is pickled.
+        Called for a record when its unit is drawn, and the same whenever that is.
         """
 
     @classmethod

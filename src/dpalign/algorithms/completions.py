@@ -61,12 +61,12 @@ def read_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) ->
     said: Text = str(tokenizer.decode(ids, skip_special_tokens=True)) if text is None else text
     # The declared columns and no others: a key that only one record has must not change the call of the reward.
     columns = {name: record.get(name) for name in given_columns(config.reward)}
-    return Prompt(ids, said, columns, {} if text is None else template_options(record))
+    return Prompt(ids, said, columns or None, None if text is None else template_options(record) or None)
 
 
 def columns_of(prompts: Sequence[Prompt], config: SamplingConfig) -> dict[str, list[Any]]:
     """The columns that the reward of these prompts is given, by name."""
-    return {name: [prompt.columns.get(name) for prompt in prompts] for name in given_columns(config.reward)}
+    return {name: [(prompt.columns or {}).get(name) for prompt in prompts] for name in given_columns(config.reward)}
 
 
 def check_asked(tokenizer: Tokenizer, record: Record) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..algorithms.base import Algorithm, Coins, Rows
 from ..data import UnitDataset
 from ..data.load import Record
+from ..data.text import Text
 from ..errors import DPAlignError
 from ..models import AdapterStack
 from ..privacy.accountant import SampledGaussian
@@ -179,6 +180,7 @@ class Subject:
 
     make_model: the model before the stage; asked again where the run is resumed. declared_units: N. written: how many
     units the run writes itself, beside the canaries. chats: whether these are chats. rewards: that enter the stage.
+    own_texts: so many texts that the run's policy writes, for a stage that asks for them.
     """
 
     kind: type[Algorithm[Any, Any, Any]]
@@ -189,6 +191,7 @@ class Subject:
     written: int
     chats: bool
     rewards: Mapping[str, Reward]
+    own_texts: Callable[[int], list[Text]] | None = None
 
 
 def check_subject(subject: Subject) -> None:
@@ -217,6 +220,7 @@ def run(subject: Subject, canaries: Canaries, folder: Path) -> Seen:
         for stop in [half, None] if half else [None]:
             model = subject.make_model()
             algorithm = haunted(subject.kind, subject.config, subject.rewards, canaries)
+            algorithm.own_texts = subject.own_texts
             data = data or _units(subject, algorithm, model, canaries)
             running = Stage(
                 model,

@@ -44,8 +44,6 @@ def audit_stage(
     if canaries < FEWEST or not 0.5 < confidence < 1:
         raise DPAlignError(f"an audit needs at least {FEWEST} canaries and a confidence between 0.5 and 1.")
     ghosts.check_subject(subject)
-    if with_black_box:
-        black_box.check_attackable(subject)
     for name in (STEP, RUN, EMPTY, OUTSIDE):
         (folder / name).mkdir(parents=True)
     tell("the step on known inputs")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import DPAlignError, FoundError
+from ..errors import DPAlignError
 from ..files import write_json
 from ..parsing import recipe_from
 from ..stages import STAGES
@@ -51,46 +50,32 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
         raise DPAlignError("what a recipe's stages claim stands in it: --target_epsilon and --target_delta change it.")
     recipe = recipe_from("plan", [arguments[0], *fields]) if of_recipe else None
 
-    from ..audit.black_box import check_attackable  # these import torch
-    from ..audit.small import small_subject
-    from ..audit.stage import audit_stage
-    from ..reporting.audits import plot_audit, print_audit
+    from ..audit.small import small_subject  # these import torch
+    from ..reporting.audits import plot_audit
     from ..reporting.progress import Reporter
+    from .audit_recipe import audits_of, shown_of, stop_if_found, subjects_of
+    from .plan_recipe import planned
 
-    reporter = Reporter(quiet=as_json)
     if recipe is None:
         subjects = [small_subject(given.epsilon or 4.0, given.delta or 1e-5)]
     else:
-        from .audit_recipe import subjects_of
-
-        subjects = subjects_of(recipe, given.stage)
-    for subject in subjects if given.black_box else []:
-        check_attackable(subject)
-    audits = []
-    for subject in subjects:
-        with tempfile.TemporaryDirectory(prefix="dpalign-audit-") as folder, reporter.status("auditing"):
-            audits.append(
-                audit_stage(
-                    subject,
-                    Path(folder),
-                    canaries=given.canaries,
-                    confidence=given.confidence,
-                    with_black_box=given.black_box,
-                )
-            )
-        if not as_json:
-            print_audit(audits[-1])
-    shown = {"stages": [audit.to_json() for audit in audits], "passed": all(audit.passed for audit in audits)}
+        subjects = subjects_of(planned(recipe), given.stage)
+    audits = audits_of(
+        subjects,
+        Reporter(quiet=as_json),
+        canaries=given.canaries,
+        confidence=given.confidence,
+        with_black_box=given.black_box,
+        as_json=as_json,
+    )
+    shown = shown_of(audits)
     if given.to is not None:
         target = Path(given.to)
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / "audit.json", shown)
         for audit in audits:
             plot_audit(audit, target / f"audit_{audit.stage}.png")
-    if not shown["passed"]:
-        found = [f"{a.stage}: {', '.join([*a.exceeded, *a.rejected])}" for a in audits if not a.passed]
-        message = f"the audit found something ({'; '.join(found)}): the claim must not be relied on."
-        raise FoundError(message, shown)
+    stop_if_found(shown)
     return shown
 
 
@@ -116,7 +101,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--black_box",
         action="store_true",
-        help="also train on canary texts and attack the model (stages that read texts or pairs)",
+        help="also train on canary texts and attack the model",
     )
     parser.add_argument("--to", metavar="FOLDER", help="write audit.json and one plot for each stage there")
     return parser

@@ -62,7 +62,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     rows = [{"prompt": said[row // each], "completion": completion} for row, completion in enumerate(written)]
     found: dict[str, Any] = {"model": given.model}
     if reward is not None and section is not None:
-        columns = {name: [prompt.columns[name] for prompt in many] for name in many[0].columns}
+        columns = {name: [(prompt.columns or {})[name] for prompt in many] for name in many[0].columns or ()}
         scores = reward([prompt.text for prompt in many], written, columns)
         rows = best_of(given.best_of, rows, scores)
         found |= _about(given.best_of, section)

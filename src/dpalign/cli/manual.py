@@ -73,7 +73,8 @@ def _page(command: str, example: str, about: str) -> Iterator[str]:
         yield from (f"  --{name}.help  {listed.help}" for name, listed in STAGES.items())
         if command == "run":
             yield from _wrapped("--compare also runs what is free, and without privacy where all data is demo data")
-    yield from _wrapped("of the run: --help_all explains every field of a recipe; --json prints one JSON object")
+    said = "of the run: --help_all explains every field of a recipe; --json prints one JSON object"
+    yield from _wrapped(said if command == "plan" else f"{said}; --audit first tries the guarantee")
     yield ""
     yield "example:"
     yield f"  {example}"

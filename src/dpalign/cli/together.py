@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import DPAlignError
 from ..launched import Place
 from . import TRAINING
-from .train import COMPARE
+from .train import AUDIT, COMPARE
 
 
 def meet(where: Place, command: str, given: list[str]) -> bool:
@@ -22,6 +22,8 @@ def meet(where: Place, command: str, given: list[str]) -> bool:
         why = f"dpalign {command} runs in one process: start it without torchrun or accelerate launch."
     elif COMPARE in given:
         why = f"{COMPARE} trains several runs one after the other, in one process: leave it out, or start it in one."
+    elif AUDIT in given:
+        why = f"{AUDIT} tries the run in one process: `dpalign audit RECIPE.yaml` does it by itself, before this run."
     if why:
         refused = DPAlignError(why)
         refused.said_elsewhere = where.rank > 0
@@ -30,7 +32,7 @@ def meet(where: Place, command: str, given: list[str]) -> bool:
 
     world = joined()
     if not world.is_first:
-        from ..run import follow
+        from ..following import follow
 
         follow(world)
     return world.is_first

@@ -20,14 +20,14 @@ from ..settings.prompts import PromptedConfig
 from ..stages import STAGES, kind
 from . import manual
 
-COMPARE = "--compare"
+COMPARE, AUDIT = "--compare", "--audit"
 
 
 def run(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
     """Returns what summary.json holds, or the help that is asked for."""
     command, given = arguments[0], arguments[1:]
     compare = command not in STAGES and COMPARE in given
-    rest = [word for word in given if word != COMPARE] if compare else given
+    rest = [word for word in given if word != AUDIT and not (compare and word == COMPARE)]
     text = manual.asked(command, rest, _example(command))
     if text is not None:
         return text
@@ -44,12 +44,14 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any] | str:
         from ..compared import run_compared  # these import torch
         from ..reporting.tables import print_compared, print_results
         from ..run import run_recipe
+        from .audit_recipe import before_drawing
 
     if command in STAGES:
         recipe = only_stage(recipe, command)
     typed = shlex.join(["dpalign", *arguments])
-    compared = run_compared(recipe, reporter, typed) if compare else None
-    results = run_recipe(recipe, reporter=reporter, command=typed) if compared is None else compared.results
+    tried = before_drawing(reporter, as_json, is_asked=AUDIT in given)
+    compared = run_compared(recipe, reporter, typed, audit=tried) if compare else None
+    results = compared.results if compared else run_recipe(recipe, reporter=reporter, command=typed, audit=tried)
     if not as_json:
         print_results(results)
         if compared is not None:

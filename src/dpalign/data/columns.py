@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import overload
 
 from ..errors import DPAlignError
+from ..printable import printable
 from .load import Record
+from .readers import SEPARATED, ending
 from .table import Table
 
 UNPAIRED = "holds unpaired preferences (prompt, completion and label)"
@@ -63,7 +66,12 @@ def _no_columns(found: Collection[str], alternatives: Sequence[tuple[str, ...]],
     if {"completion", "label"} <= set(found) and any("chosen" in columns for columns in alternatives):
         return DPAlignError(f"{path} {UNPAIRED}, and this stage learns from pairs: {JOIN}.")
     expected = " or ".join(" + ".join(repr(c) for c in a) for a in alternatives)
-    return DPAlignError(f"{path} has the columns {', '.join(repr(c) for c in found)}; expected {expected}.")
+    if ending(Path(path)) in SEPARATED:  # its first line may be a record
+        return DPAlignError(
+            f"{path} has {len(found)} columns, named by its first line; expected {expected} among them."
+        )
+    names = printable(", ".join(repr(c) for c in found), longest=500)
+    return DPAlignError(f"{path} has the columns {names}; expected {expected}.")
 
 
 def columns_of(records: Sequence[Record]) -> Collection[str]:

@@ -118,9 +118,10 @@ def read_csv(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _check_header(file: Path, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DPAlignError(f"{file} has the column {twice[0]!r} twice: name each once.")
+    places = [names.index(name) for name in names]
+    if twice := [number for number, place in enumerate(places) if place < number]:
+        first, second = places[twice[0]] + 1, twice[0] + 1
+        raise DPAlignError(f"{file} has one name for its columns {first} and {second}: its first line must name each.")
     if any(not name.strip() for name in names):
         raise DPAlignError(f"{file} has a column without a name: its first line must name every column.")
 
@@ -130,7 +131,7 @@ def read_parquet(file: Path) -> Iterator[pyarrow.RecordBatch]:
 
     try:
         yield from pyarrow.parquet.ParquetFile(file).iter_batches(BATCH)
-    except pyarrow.ArrowInvalid:
+    except pyarrow.ArrowException:
         raise DPAlignError(f"{file} is not a Parquet file.") from None
 
 
@@ -200,6 +201,7 @@ TEXTS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     "csv": read_csv,
     "tsv": read_csv,
 }
+SEPARATED = ("csv", "tsv")
 READERS = (*TEXTS, "parquet")  # endings
 ENDINGS = ", ".join(f".{kind}" for kind in READERS)
 

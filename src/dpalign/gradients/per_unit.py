@@ -51,17 +51,17 @@ class PerUnitGradients:
         DPAlignError: a trainable parameter belongs to any other kind of module; it is named.
     """
 
+    _identity: bool  # whether the rows of `collect` are its units, one each and in order
+
     def __init__(self, model: nn.Module) -> None:
         replaced: dict[int, UnitLinear] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if type(module) is nn.Linear and any(p.requires_grad for p in module.parameters(recurse=False)):
                 replaced.setdefault(id(module), _as_unit_linear(module))
                 model.set_submodule(name, replaced[id(module)])
-        covered: set[int] = set()
         for module in model.modules():
             if isinstance(module, UnitLinear):
                 module._collector = self
-                covered |= {id(p) for p in module.parameters(recurse=False)}
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
         owners: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -83,7 +83,6 @@ class PerUnitGradients:
             raise DPAlignError("the model has no trainable parameters: give it a LoRA adapter or a head.")
         self._model = model
         self.row_unit: Tensor | None = None
-        self._identity = False
         self._leaves: dict[int, Tensor] = {}
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import DPAlignError
 from .policy import Policy, Rollouts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # of every unit that was drawn one is kept
 class Prompt:
     """Token ids of a prompt and what they say.
 
@@ -23,8 +24,8 @@ class Prompt:
 
     ids: list[int]
     text: Text
-    columns: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] | None = None
 
 
 def asked(policy: Policy, prompt: Prompt) -> list[int]:

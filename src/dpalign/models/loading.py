@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from ..errors import DPAlignError
 from ..files import is_missing
 from ..launched import place
+from ..printable import printable
 from ..settings.models import TINY_REVIEW_LM
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ def loaded(what: str, name: str, load: Callable[[], T], hint: str = "") -> T:
         raise
     except Exception as error:
         reason = ((str(error).splitlines() or [""])[0] or type(error).__name__).removesuffix(".")
-        raise DPAlignError(f"cannot load {what} from {name!r}: {reason}{hint}") from None
+        raise DPAlignError(f"cannot load {what} from {name!r}: {printable(reason, longest=500)}{hint}") from None
 
 
 def check_configuration(path: str, trust_remote_code: bool) -> None:

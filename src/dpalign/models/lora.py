@@ -11,7 +11,9 @@ from peft.tuners.lora import Linear, LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..domains import shown
 from ..errors import DPAlignError
+from ..printable import printable
 from .quantized import is_adapted_linear
 
 # used: honoured. told: says what the adapter is about and changes no number. default: anything but peft's default is
@@ -116,23 +118,28 @@ def check_adapter_folder(folder: str, has_head: bool) -> None:
     """
     try:
         given = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = given.get("peft_type")
+        kind, ranks = given.get("peft_type"), {"": LoraConfig().r if "r" not in given else given["r"]}
+        ranks |= given.get("rank_pattern") or {}
+        heads = [f".{name}." for name in given.pop("modules_to_save", None) or []] if has_head else []
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
             names = list(file.keys())
-    except (OSError, ValueError, AttributeError, SafetensorError):
+            largest = max((max(file.get_slice(name).get_shape(), default=0) for name in names), default=0)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, SafetensorError):
         raise DPAlignError(
             f"the adapter in {folder} cannot be read: it needs adapter_config.json and adapter_model.safetensors."
         ) from None
     if kind != "LORA":
-        raise DPAlignError(f"the adapter in {folder} is of peft's type {kind!r}, and only LoRA is read here.")
-    heads = [f".{name}." for name in given.pop("modules_to_save", None) or []] if has_head else []
+        raise DPAlignError(f"the adapter in {folder} is of peft's type {shown(kind)}, and only LoRA is read here.")
+    if not all(isinstance(rank, int) and 0 < rank <= largest for rank in ranks.values()):  # peft would make room
+        raise DPAlignError(f"the adapter in {folder} names ranks that its tensors do not have: copy it again.")
     found = refused_fields(given, 1)
     plain = [n for n in names if n.endswith((".lora_A.weight", ".lora_B.weight")) or any(h in n for h in heads)]
     found += [f"the tensor {name}" for name in names if name not in plain][:3]
     if found:
         raise DPAlignError(
-            f"the adapter in {folder} is no plain LoRA: {', '.join(found)} would be used and then be missing in the "
-            "release; merge it into its base with peft, save that, and pass that folder as the model."
+            f"the adapter in {folder} is no plain LoRA: {printable(', '.join(found), longest=500)} would be used and "
+            "then be missing in the release; merge it into its base with peft, save that, and pass that folder as the "
+            "model."
         )
 
 

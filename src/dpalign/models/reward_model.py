@@ -31,7 +31,7 @@ from ..settings.models import LAYERS, ModelConfig, TextFormat
 from . import embedded
 from .features import maps_of, maps_read
 from .kernels import chunks
-from .loading import check_weights, load_adapter, loaded, refuse_missing
+from .loading import check_weights, load_adapter, loaded, positions_of, refuse_missing
 from .lora import check_layers
 from .objects import Given
 from .policy import Policy
@@ -141,6 +141,8 @@ class RewardModel(AdapterStack):
             value = json.loads((release / FORMAT_FILE).read_text(encoding="utf-8"))
             text = TextFormat(**value["text"])
             check_settings(text, f"{release / FORMAT_FILE}: text")
+            if text.max_length > (positions_of(self.model.config) or text.max_length):
+                raise ValueError
             self.text = text
             if self.reading is not None:
                 self._take_weights(value, load_file(release / WEIGHTS_FILE))

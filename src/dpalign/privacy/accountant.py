@@ -23,6 +23,9 @@ ACCOUNTANT = "dp-accounting PLD, add-or-remove-one, pessimistic"
 HEADROOM = 1.0003
 LARGEST_NOISE_MULTIPLIER = 1e5
 LARGEST_STEPS, LARGEST_DRAWS = 200_000, 10_000  # of one mechanism, and of a unit in it: composed within seconds
+SMALLEST_NOISE, LARGEST_NOISE = 1e-12, 1e12  # whose squares, and what is divided by them, are numbers
+LEAST_NOISE = 2e-4  # of a sample: epsilon above 1e7 is beyond the grid, and counts as infinite
+NOISE_SAID = f"from {SMALLEST_NOISE:g} to {LARGEST_NOISE:g}"
 FALSE_POSITIVES = (0.001, 0.01, 0.05)  # at which a statement bounds the true positives
 ROUNDING = 1e-9  # of them: more than sums of floats lose
 Steps: TypeAlias = tuple[tuple[tuple[float, float], int], ...]  # by sampling rate and effective noise multiplier
@@ -49,10 +52,12 @@ class SampledGaussian:
                 f"sampling rate {self.sampling_rate:g} is not in (0, 1]: the expected batch size must be "
                 "positive and at most the number of units."
             )
-        if not self.noise_multiplier >= 0:
-            raise DPAlignError(f"noise multiplier {self.noise_multiplier} must be 0 or positive.")
-        if not self.metrics_noise_multiplier >= 0:
-            raise DPAlignError(f"metrics noise multiplier {self.metrics_noise_multiplier} must be 0 or positive.")
+        if not _is_noise(self.noise_multiplier):
+            raise DPAlignError(f"noise multiplier {self.noise_multiplier} must be 0 or {NOISE_SAID}.")
+        if not _is_noise(self.metrics_noise_multiplier) and self.metrics_noise_multiplier != math.inf:
+            raise DPAlignError(
+                f"metrics noise multiplier {self.metrics_noise_multiplier} must be 0, inf or {NOISE_SAID}."
+            )
         if self.steps < 0 or self.passes < 1:
             raise DPAlignError(f"steps={self.steps} and passes={self.passes} must be at least 0 and 1.")
         if self.steps > LARGEST_STEPS or self.steps * self.sampling_rate > LARGEST_DRAWS:
@@ -190,12 +195,17 @@ def check_delta(delta: float) -> None:
         raise DPAlignError(f"delta {delta} is impossible: it must lie strictly between 0 and 1, well below 1/units.")
 
 
+def _is_noise(multiplier: float) -> bool:
+    return multiplier == 0 or SMALLEST_NOISE <= multiplier <= LARGEST_NOISE
+
+
 def _steps_of(mechanisms: Iterable[SampledGaussian]) -> Steps:
-    """Steps by sampling rate and noise of all that is released on a sample."""
+    """Steps by sampling rate and noise of all that is released on a sample; less than `LEAST_NOISE` is none."""
     steps_of: dict[tuple[float, float], int] = {}
     for m in mechanisms:
         if m.steps > 0:
-            key = (m.sampling_rate, m.effective_noise_multiplier)
+            sigma = m.effective_noise_multiplier
+            key = (m.sampling_rate, sigma if sigma >= LEAST_NOISE else 0.0)
             steps_of[key] = steps_of.get(key, 0) + m.steps
     return tuple(sorted(steps_of.items()))
 

@@ -12,6 +12,8 @@ such change is one more entry of MIGRATIONS; a file that has seen more of them t
 from __future__ import annotations
 
 import hashlib
+import hmac
+import math
 import os
 import secrets
 import sqlite3
@@ -21,11 +23,13 @@ from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import DPAlignError
 from ..files import owner_only
+from ..printable import printable
 from .accountant import SampledGaussian
 from .parts import Part, Spending
 
@@ -50,6 +54,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE IF NOT EXISTS keys (name TEXT PRIMARY KEY, secret BLOB NOT NULL)",
     ),
 )
+NOBODY_WROTE = (  # rows that no query would find, or whose keys and hashes are none
+    "intents WHERE typeof(dataset) != 'text' OR typeof(run) != 'text' OR typeof(stage) != 'text'",
+    "datasets WHERE typeof(name) != 'text' OR typeof(secret) != 'blob'",
+    "identity WHERE typeof(name) != 'text'",
+    "splits WHERE typeof(name) != 'text'",
+    "texts WHERE typeof(dataset) != 'text' OR is_public NOT IN (0, 1)",
+    "texts WHERE typeof(hashes) != 'blob' OR length(hashes) % 16",
+    "keys WHERE typeof(secret) != 'blob'",
+)
+FAILED = (sqlite3.Error, UnicodeDecodeError)  # the latter where SQLite quotes what is no text
 SHELF = 1 << 16
 COLUMNS = (
     "dataset",
@@ -106,11 +120,15 @@ class Intent:
         """Whether its fields are texts and numbers that can be added up."""
         texts = (self.dataset, self.run, self.stage, self.split, self.unit, self.fingerprint, self.config_hash)
         counts = (self.step, self.attempt, self.passes)
-        numbers = (self.low, self.high, self.sampling_rate, self.noise_multiplier, self.metrics_noise_multiplier)
+        numbers = (self.low, self.high, self.sampling_rate, self.noise_multiplier)
+        sigma_m = self.metrics_noise_multiplier
         return (
             all(isinstance(text, str) for text in texts)
             and all(isinstance(count, int) and count >= 0 for count in counts)
-            and all(isinstance(number, int | float) and number >= 0 for number in (*numbers, self.units))
+            and all(
+                isinstance(n, int | float) and 0 <= n < math.inf for n in (*numbers, self.units, self.max_grad_norm)
+            )
+            and (isinstance(sigma_m, int | float) and sigma_m >= 0)
             and self.low < self.high <= 1
             and 0 < self.sampling_rate <= 1
             and self.passes >= 1
@@ -133,37 +151,32 @@ class KeyedHash:
     """HMAC-SHA256 of parts, each behind its length: confirms nothing to somebody without the secret."""
 
     def __init__(self, secret: bytes) -> None:
-        padded = secret.ljust(64, b"\0")  # a secret is no longer than a block of SHA-256
-        self._inner, self._outer = (hashlib.sha256(bytes(byte ^ pad for byte in padded)) for pad in (0x36, 0x5C))
+        self._mac = hmac.new(secret, digestmod=hashlib.sha256)
 
     def __call__(self, *parts: bytes) -> bytes:
-        inner = self._inner.copy()
-        for part in parts:
-            inner.update(len(part).to_bytes(8, "little") + part)
-        return self._end(inner)
+        return self._with(*parts).digest()
 
     def behind(self, part: bytes) -> KeyedHash:
         """The hash of parts of which this one is the first."""
         found = copy(self)
-        found._inner = self._inner.copy()
-        found._inner.update(len(part).to_bytes(8, "little") + part)
+        found._mac = self._with(part)
         return found
-
-    def _end(self, inner: hashlib._Hash) -> bytes:
-        outer = self._outer.copy()
-        outer.update(inner.digest())
-        return outer.digest()
 
     def of_rows(self, part: bytes, *arrays: np.ndarray) -> bytes:
         """The same of `part`, and of every row of arrays `(rows, bytes)` uint8."""
-        inner = self._inner.copy()
-        inner.update(len(part).to_bytes(8, "little") + part)
+        mac = self._with(part)
         for array in arrays:
             length = np.frombuffer(array.shape[1].to_bytes(8, "little"), dtype=np.uint8)
             for start in range(0, len(array), SHELF):
                 rows = array[start : start + SHELF]
-                inner.update(np.concatenate([np.broadcast_to(length, (len(rows), 8)), rows], axis=1).tobytes())
-        return self._end(inner)
+                mac.update(np.concatenate([np.broadcast_to(length, (len(rows), 8)), rows], axis=1).tobytes())
+        return mac.digest()
+
+    def _with(self, *parts: bytes) -> hmac.HMAC:
+        mac = self._mac.copy()
+        for part in parts:
+            mac.update(len(part).to_bytes(8, "little") + part)
+        return mac
 
 
 class Ledger:
@@ -184,10 +197,9 @@ class Ledger:
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             self._db.execute("PRAGMA synchronous=EXTRA")
             self._migrate()
-            self._check_names()
-        except (sqlite3.Error, OSError) as error:
+        except (*FAILED, OSError) as error:
             raise DPAlignError(
-                f"the ledger {self.path} cannot be opened or written ({error}): nothing was drawn from the data; "
+                f"the ledger {self.path} cannot be opened or written ({_why(error)}): nothing was drawn from the data; "
                 "give another path with --ledger."
             ) from None
 
@@ -202,16 +214,18 @@ class Ledger:
                 with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=60)) as file:
                     file.backup(copy._db)
                 copy._migrate()
-                copy._check_names()
-            except sqlite3.Error as error:
-                raise DPAlignError(f"the ledger {path} cannot be read ({error}): restore it from a copy.") from None
+            except FAILED as error:
+                raise DPAlignError(
+                    f"the ledger {path} cannot be read ({_why(error)}): restore it from a copy."
+                ) from None
         return copy
 
     def _migrate(self) -> None:
-        """Brings the file to this code's format, by adding only.
+        """Brings the file to this code's format, by adding only; one that is refused stays as it was.
 
         Raises:
-            DPAlignError: a newer version has written it, whose rows may mean what this one cannot count.
+            DPAlignError: a newer version has written it, whose rows may mean what this one cannot count; or it is
+                damaged.
         """
         version = self._version()
         tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -223,23 +237,41 @@ class Ledger:
                 f"{len(MIGRATIONS)}): upgrade dpalign, for this version cannot count all that it holds."
             )
         if version == len(MIGRATIONS):
+            self._check()
             return
-        self._db.execute("BEGIN IMMEDIATE")  # of two processes that open an old file, one changes it
-        for statements in MIGRATIONS[self._version() :]:
-            for statement in statements:
-                self._db.execute(statement)
-        self._db.execute(
-            "INSERT INTO identity SELECT ? WHERE NOT EXISTS (SELECT * FROM identity)", (secrets.token_hex(16),)
-        )
-        self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        self._db.execute("COMMIT")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")  # of two processes that open an old file, one changes it
+            for statements in MIGRATIONS[self._version() :]:
+                for statement in statements:
+                    self._db.execute(statement)
+            self._db.execute(
+                "INSERT INTO identity SELECT ? WHERE NOT EXISTS (SELECT * FROM identity)", (secrets.token_hex(16),)
+            )
+            self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            self._check()
+            self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
 
-    def _check_names(self) -> None:
-        """Refuses names by which no query would find what was spent under them."""
-        names = [("intents", column) for column in ("dataset", "run", "stage")] + [("datasets", "name")]
-        for table, column in names:
-            if self._db.execute(f"SELECT 1 FROM {table} WHERE typeof({column}) != 'text' LIMIT 1").fetchone():
-                raise self._not_ours()
+    def _check(self) -> None:
+        """Refuses a file in which a query would not find every row, or that would not keep one.
+
+        An index that lacks rows hides them; a trigger may take them away; without its unique key two copies of a run go
+        on; and nothing is found under a name that is no text.
+        """
+        whole = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok"
+        foreign = self._db.execute("SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchone()
+        key = self._db.execute("SELECT 1 FROM pragma_index_list('intents') WHERE origin = 'u'").fetchone()
+        if not whole or foreign or not key:
+            raise DPAlignError(
+                f"the ledger {self.path} is damaged, or another program has changed it: restore it from a copy, for "
+                "what it has counted may be missed."
+            )
+        if any(self._db.execute(f"SELECT 1 FROM {rows} LIMIT 1").fetchone() for rows in NOBODY_WROTE):
+            raise self._not_ours()
+        if not self._db.execute("SELECT 1 FROM identity").fetchone():
+            raise self._not_ours()
 
     def _not_ours(self) -> DPAlignError:
         return DPAlignError(
@@ -253,14 +285,13 @@ class Ledger:
     @property
     def identity(self) -> str:
         """Random name of this ledger: a run goes on only with the ledger that it began with."""
-        return str(self._db.execute("SELECT name FROM identity").fetchone()[0])
+        return str(self._ask("SELECT name FROM identity")[0][0])
 
     def secret(self, dataset: str) -> bytes:
         """The dataset's secret key: fixed for its name, so that splits and hashes agree across runs."""
         if dataset not in self._secrets:  # asked for every record
-            self._db.execute("INSERT OR IGNORE INTO datasets VALUES (?, ?)", (dataset, secrets.token_bytes(32)))
-            row = self._db.execute("SELECT secret FROM datasets WHERE name = ?", (dataset,)).fetchone()
-            self._secrets[dataset] = bytes(row[0])
+            self._ask("INSERT OR IGNORE INTO datasets VALUES (?, ?)", (dataset, secrets.token_bytes(32)))
+            self._secrets[dataset] = bytes(self._ask("SELECT secret FROM datasets WHERE name = ?", (dataset,))[0][0])
         return self._secrets[dataset]
 
     def keyed(self, dataset: str) -> KeyedHash:
@@ -300,8 +331,8 @@ class Ledger:
 
     def key(self, name: str) -> bytes:
         """A secret of this ledger."""
-        self._db.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (name, secrets.token_bytes(32)))
-        return bytes(self._db.execute("SELECT secret FROM keys WHERE name = ?", (name,)).fetchone()[0])
+        self._ask("INSERT OR IGNORE INTO keys VALUES (?, ?)", (name, secrets.token_bytes(32)))
+        return bytes(self._ask("SELECT secret FROM keys WHERE name = ?", (name,))[0][0])
 
     def remember_texts(self, dataset: str, is_public: bool, hashes: bytes) -> None:
         """Puts hashes of 16 bytes each, in a row and none of them there yet, on disk; all or none."""
@@ -316,16 +347,26 @@ class Ledger:
     def texts(self, dataset: str, is_public: bool) -> Iterator[bytes]:
         """The hashes of a dataset, 16 bytes each, a shelf at a time."""
         where, values = "WHERE dataset = ? AND is_public = ?", (dataset, is_public)
-        shelves = self._db.execute(f"SELECT shelf FROM texts {where} ORDER BY shelf", values).fetchall()
-        for (shelf,) in shelves:
-            yield bytes(
-                self._db.execute(f"SELECT hashes FROM texts {where} AND shelf = ?", (*values, shelf)).fetchone()[0]
-            )
+        for (shelf,) in self._ask(f"SELECT shelf FROM texts {where} ORDER BY shelf", values):
+            yield bytes(self._ask(f"SELECT hashes FROM texts {where} AND shelf = ?", (*values, shelf))[0][0])
 
     def known_texts(self) -> list[tuple[str, bool]]:
         """Datasets that something was drawn from, and whether they were declared public then."""
         drawn = "SELECT DISTINCT dataset, is_public FROM texts WHERE dataset IN (SELECT dataset FROM intents)"
-        return [(name, bool(is_public)) for name, is_public in self._db.execute(f"{drawn} ORDER BY 1, 2")]
+        return [(name, bool(is_public)) for name, is_public in self._ask(f"{drawn} ORDER BY 1, 2")]
+
+    def _ask(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        """The rows that a statement finds.
+
+        Raises:
+            DPAlignError: the file cannot be read or written any more, or holds what SQLite cannot read.
+        """
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except FAILED as error:
+            raise DPAlignError(
+                f"the ledger {self.path} cannot be read or written ({_why(error)}): restore it from a copy."
+            ) from None
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -333,9 +374,9 @@ class Ledger:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except FAILED as error:
             raise DPAlignError(
-                f"the ledger {self.path} cannot be written ({error}): nothing was drawn from the data."
+                f"the ledger {self.path} cannot be written ({_why(error)}): nothing was drawn from the data."
             ) from None
         finally:
             if self._db.in_transaction:
@@ -363,11 +404,11 @@ class Ledger:
             raise DPAlignError(
                 "another copy of this run has gone on from here: only one copy of a run may go on."
             ) from None
-        except sqlite3.Error as error:
+        except FAILED as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise DPAlignError(
-                f"the ledger {self.path} cannot be written ({error}): the next step was not started, "
+                f"the ledger {self.path} cannot be written ({_why(error)}): the next step was not started, "
                 "and the run resumes from its last checkpoint once there is room."
             ) from None
 
@@ -376,12 +417,10 @@ class Ledger:
         given = {"dataset": dataset, "run": run, "stage": stage}
         given = {k: v for k, v in given.items() if v is not None}
         where = " AND ".join(f"{k} = ?" for k in given) or "1"
-        cursor = self._db.execute(
-            f"SELECT {', '.join(COLUMNS)} FROM intents WHERE {where} ORDER BY id", tuple(given.values())
-        )
-        rows = [dict(zip(COLUMNS, row, strict=True)) for row in cursor]
+        found = self._ask(f"SELECT {', '.join(COLUMNS)} FROM intents WHERE {where} ORDER BY id", tuple(given.values()))
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in found]
         intents = [Intent(**{**row, "private": bool(row["private"])}) for row in rows]
-        if any(not intent.is_whole for intent in intents):
+        if any(row["private"] not in (0, 1) for row in rows) or any(not intent.is_whole for intent in intents):
             raise self._not_ours()
         return intents
 
@@ -395,7 +434,7 @@ class Ledger:
 
     def datasets(self) -> list[str]:
         query = "SELECT name FROM datasets UNION SELECT dataset FROM intents ORDER BY 1"
-        return [str(row[0]) for row in self._db.execute(query)]
+        return [str(row[0]) for row in self._ask(query)]
 
     def _write_ahead(self) -> None:
         """From here on a commit is one write and one fsync of a log beside the file, `-wal`, where it took several.
@@ -413,6 +452,13 @@ class Ledger:
                 self._db.execute("PRAGMA busy_timeout=0")
                 self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.close()
+
+
+def _why(error: Exception) -> str:
+    """What SQLite says, without the text that it may quote."""
+    return (
+        printable(str(error).partition(" with text ")[0]) if isinstance(error, sqlite3.Error | OSError) else "no text"
+    )
 
 
 def default_path() -> Path:

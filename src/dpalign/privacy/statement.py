@@ -174,7 +174,7 @@ def read_statement(folder: str | Path) -> tuple[dict[str, Any], list[StageStatem
                 f"{FORMAT}: upgrade dpalign."
             )
         stages = _checked_stages(value)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise DPAlignError(f"{path} is not a privacy statement: copy the release again.") from None
     return value, stages
 

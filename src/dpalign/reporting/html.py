@@ -22,7 +22,7 @@ from .charts import Curves, Intervals, Measured, Series, curves, intervals
 from .numbers import all_runs, at_most, attacks
 from .tables import FULL, OUTSIDE, about_texts, cell, unscored
 
-REPORT = "report.html"
+REPORT, AUDIT = "report.html", "audit.json"
 BASE = "pretrained"  # the public model, before anything was trained
 CHARTED = ("reward", "reference_reward", "kl", "perplexity", "text_loss")  # of the table's columns
 EVALUATED = ("loss", "accuracy", "nll", "reward", "kl", "completion_length")  # of what is measured while a stage trains
@@ -37,13 +37,16 @@ SURVEYED = {
     "units": "units",
     "idle_units": "units that teach nothing",
 }
+# What files that no run writes make of a page.
+UNWRITABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, jinja2.TemplateError)
 
 
 @dataclass(frozen=True)
 class FoundRun:
     """What a finished run has left outside private/.
 
-    log: lines of metrics.jsonl. samples: of completions.json. evaluated: lines of evaluations.jsonl.
+    log: lines of metrics.jsonl. samples: of completions.json. evaluated: lines of evaluations.jsonl. audit: audit.json,
+    of a run that was audited.
     """
 
     folder: Path
@@ -51,6 +54,7 @@ class FoundRun:
     log: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, str]]
     evaluated: Sequence[Mapping[str, Any]] = ()
+    audit: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> FoundRun:
@@ -68,7 +72,8 @@ class FoundRun:
                 "this one, nothing is drawn."
             )
         log, evaluated = (read_lines(folder / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
-        return cls(folder, summary, log, read_json(folder / "completions.json", []), evaluated)
+        samples, audit = read_json(folder / "completions.json", []), read_json(folder / AUDIT, {})
+        return cls(folder, summary, log, samples, evaluated, audit)
 
     @property
     def name(self) -> str:
@@ -133,17 +138,17 @@ def write_report(folder: Path, beside: Sequence[Path] = ()) -> Path:
         DPAlignError: no finished run, or one with files that no run writes.
     """
     run, others = FoundRun.read(folder), [FoundRun.read(other) for other in beside]
-    covered = [other for other in others if other.may_be_shown_beside(run)]
     try:
-        page = page_of(run, covered)
-        own = page_of(run, others) | {"holder": for_the_holder(folder / "private")}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        covered = [other for other in others if other.may_be_shown_beside(run)]
+        page = render(page_of(run, covered))
+        own = render(page_of(run, others) | {"holder": for_the_holder(folder / "private")})
+    except UNWRITABLE:
         raise DPAlignError(
             f"{folder} holds files that no run writes: run its recipe again, nothing is drawn."
         ) from None
-    write_text(folder / REPORT, render(page))
+    write_text(folder / REPORT, page)
     if (folder / "private").is_dir():
-        write_text(folder / "private" / REPORT, render(own))
+        write_text(folder / "private" / REPORT, own)
     return folder / REPORT
 
 
@@ -203,6 +208,7 @@ def page_of(run: FoundRun, beside: Sequence[FoundRun]) -> dict[str, Any]:
         else [],
         "samples": samples_of(run, beside),
         "ledger": [ledger_line(entry) for entry in summary["ledger"]],
+        "audits": audits_in(run),
         "bought": summary.get("comparison", {}).get("said", []),
         "assumptions": summary["assumptions"],
         "not_covered": summary["not_covered"],
@@ -210,6 +216,38 @@ def page_of(run: FoundRun, beside: Sequence[FoundRun]) -> dict[str, Any]:
         "adjacency": summary["adjacency"],
         "versions": summary["versions"],
         "holder": None,
+    }
+
+
+def audits_in(run: FoundRun) -> list[dict[str, Any]]:
+    """What was found of each stage, where the audit's claim is the one that the stage has drawn with."""
+
+    def claim(name: str, numbers: Mapping[str, Any]) -> tuple[str, float, float]:
+        return name, float(numbers["noise_multiplier"]), float(numbers["sampling_rate"])
+
+    drawn = {claim(stage["stage"], m) for stage in run.summary["stages"] for m in stage["mechanisms"]}
+    return [audit_of(stage) for stage in run.audit.get("stages", []) if claim(stage["stage"], stage) in drawn]
+
+
+def audit_of(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Lower bounds beside the claim, and what was found."""
+    claim = float(stage["epsilon"])
+    bounds = [*stage["bounds"], *(stage["attack"] or {"bounds": []})["bounds"]]
+    rows = [Measured("the claim", "own", claim, 0.0, at_most(claim))]
+    for bound in bounds:
+        epsilon, label = float(bound["epsilon"]), f"{bound['method']} ({bound['source']})"
+        place = min(epsilon, 2 * claim)  # an infinite one has none
+        rows.append(Measured(label, "bare" if epsilon > claim else "free", place, 0.0, f"> {epsilon:.3f}"))
+    checks = [check for found in stage["checks"].values() for check in found]
+    return {
+        "name": stage["stage"],
+        "chart": intervals(f"lower bounds on epsilon at delta {_short(stage['delta'])}", rows),
+        "facts": {
+            "canaries": f"{stage['canaries']:,}",
+            "confidence of each bound": f"{stage['confidence']:.4g}",
+            "checks that passed": f"{sum(check['passed'] for check in checks)} of {len(checks)}",
+        },
+        "found": [*stage["exceeded"], *stage["rejected"]],
     }
 
 

@@ -17,7 +17,7 @@ import jinja2
 from ..errors import DPAlignError
 from ..files import write_text
 from ..printable import code_span
-from .html import FoundRun, ledger_line, stage_of
+from .html import UNWRITABLE, FoundRun, ledger_line, stage_of
 from .numbers import at_most, attacks
 
 NIST = "nist-sp-800-226.md"
@@ -32,7 +32,7 @@ def write_nist(folder: Path) -> Path:
     run = FoundRun.read(folder)
     try:
         text = answers(run)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except UNWRITABLE:
         raise DPAlignError(
             f"{folder} holds files that no run writes: run its recipe again, nothing is drawn."
         ) from None

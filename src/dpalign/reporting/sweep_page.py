@@ -18,7 +18,7 @@ from ..printable import printable
 from ..results import FREE as READS_NOTHING
 from ..results import PRETRAINED, Finished
 from .charts import Intervals, Measured, intervals
-from .html import REPORT, ledger_line, read_json, render
+from .html import REPORT, UNWRITABLE, ledger_line, read_json, render
 from .numbers import at_most
 from .sweep import bought_sentences, grid
 
@@ -55,13 +55,14 @@ def write_sweep_report(folder: Path) -> tuple[Path, list[str]]:
         hidden = [] if is_demo else [setting.name for setting in settings if setting.style == BARE]
         name = folder.resolve().name
         pages = page_of(name, found, runs, is_public=not is_demo), page_of(name, found, runs, is_public=False)
-        own = pages[1] | {"holder": bool(hidden), "command": found["command"]}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        page = render(pages[0], "sweep.html.jinja")
+        own = render(pages[1] | {"holder": bool(hidden), "command": found["command"]}, "sweep.html.jinja")
+    except UNWRITABLE:
         raise DPAlignError(
             f"{folder} holds files that no sweep writes: call the sweep again, no run is repeated."
         ) from None
-    write_text(folder / REPORT, render(pages[0], "sweep.html.jinja"))
-    write_text(private_folder(folder / "private") / REPORT, render(own, "sweep.html.jinja"))
+    write_text(folder / REPORT, page)
+    write_text(private_folder(folder / "private") / REPORT, own)
     return folder / REPORT, hidden
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..files import dumps, replace_folder
 from ..models import AdapterStack
 
 KEEP = 2
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what it keeps of a parameter
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -51,7 +53,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
         if hashlib.sha256(data).hexdigest() != state["sha256"] or not _is_whole(state, newest.name):
             raise ValueError("checksum")
         return load_file(newest / "tensors.safetensors"), state
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError):
         raise DPAlignError(
             f"checkpoint {newest} is corrupt: delete that folder to go on from the one before it; the steps since "
             "then stay spent and are counted again."
@@ -66,7 +68,7 @@ def _is_whole(state: Any, name: str) -> bool:
         and name == f"step-{step:08d}"
         and all(isinstance(text, str) for text in texts)
         and isinstance(algorithm, dict)
-        and all(isinstance(number, int | float) for number in algorithm.values())
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in algorithm.values())
     )
 
 
@@ -87,9 +89,10 @@ def load_model(model: AdapterStack, tensors: dict[str, Tensor], folder: Path) ->
         DPAlignError: they are of another model; names the folder.
     """
     for name, value in model.stage_state().items():
-        if f"model/{name}" not in tensors or tensors[f"model/{name}"].shape != value.shape:
+        saved = tensors.get(f"model/{name}")
+        if saved is None or (saved.shape, saved.dtype) != (value.shape, value.dtype):
             raise DPAlignError(f"the checkpoint in {folder} has no fitting {name}: it is of another model.")
-        value.copy_(tensors[f"model/{name}"])
+        value.copy_(saved)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -101,9 +104,28 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     return out
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Puts `optimizer_tensors` back."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor], folder: Path
+) -> None:
+    """Puts `optimizer_tensors` back.
+
+    Raises:
+        DPAlignError: they are of another optimizer or model; names the folder.
+    """
+    needed = ADAM if "betas" in optimizer.defaults else set()
+    states = []
     for name, p in zip(names, optimizer.param_groups[0]["params"], strict=True):
         prefix = f"optimizer/{name}/"
-        state = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+        states.append({k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)})
+        if not all(_fits(k, v, p) for k, v in states[-1].items()) or states[-1].keys() != states[0].keys():
+            raise DPAlignError(f"the checkpoint in {folder} has no fitting state of {name}: it is of another stage.")
+    if any(state and not needed <= state.keys() for state in states):
+        raise DPAlignError(f"the checkpoint in {folder} lacks {' or '.join(sorted(needed))} of its optimizer.")
+    for state, p in zip(states, optimizer.param_groups[0]["params"], strict=True):
         optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+
+
+def _fits(key: str, value: Tensor, parameter: Tensor) -> bool:
+    if key == "step":
+        return value.numel() == 1 and value.dtype in (torch.float32, torch.int64) and float(value) >= 0
+    return (value.shape, value.dtype) == (parameter.shape, parameter.dtype)

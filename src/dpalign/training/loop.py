@@ -286,7 +286,7 @@ class Stage(Worker):
             self._warm_up()
         attempt, sigma = self._refit(step)
         self.algorithm.noise_multiplier = sigma
-        self.examples = Examples(self.algorithm, self.model, self.data.units, self.folder)
+        self.examples = Examples(self.algorithm, self.model, self.data.units)
         self.world.share((sigma, self.algorithm.state()))
         self._start_alike()
         self._evaluate(step, self._attempt_of(step))
@@ -493,7 +493,7 @@ class Stage(Worker):
         tensors, state = loaded
         self._check_checkpoint(state)
         load_model(self.model, tensors, self.folder)
-        load_optimizer(self.optimizer, self.gradients.names, tensors)
+        load_optimizer(self.optimizer, self.gradients.names, tensors, self.folder)
         self.algorithm.load_state(state["algorithm"])
         self.tell(f"stage {self.algorithm.name} resumes after step {state['step']} of {self.plan.steps}.")
         return int(state["step"])

@@ -200,7 +200,7 @@ class OwnTextStage:
         tensors, state = loaded
         self._check(state)
         load_model(self.model, tensors, self.folder)
-        load_optimizer(self.optimizer, self.names, tensors)
+        load_optimizer(self.optimizer, self.names, tensors, self.folder)
         self.algorithm.load_state(state["algorithm"])
         self.tell(f"stage {self.algorithm.name} resumes after step {state['step']} of {self.steps}.")
         return int(state["step"])

@@ -237,7 +237,7 @@ class SelfCheck:
             return
         rollouts, config = rollouts_of(base.rows), algorithm.config
         padding = (rollouts.attention_mask.cumsum(1) == 0).sum(1)
-        rows = torch.nonzero(padding >= 2).flatten()[:8]
+        rows = torch.nonzero(padding >= 1).flatten()[:8]
         if len(rows) == 0:
             return  # no prompt leaves room
         cut = int(padding[rows].min())

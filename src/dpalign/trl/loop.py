@@ -44,7 +44,7 @@ from ..settings.data import DataConfig
 from ..settings.models import AdapterConfig, ModelConfig
 from ..settings.privacy import Privacy
 from ..trainers.base import adapter_from
-from ..training.checkpoint import load_newest, load_optimizer, optimizer_tensors, save_checkpoint
+from ..training.checkpoint import load_model, load_newest, load_optimizer, optimizer_tensors, save_checkpoint
 from .config import PPOConfig
 from .models import AutoModelForCausalLMWithValueHead, set_seed
 from .trainer import OPEN, THE_LOOP, PPOTrainer
@@ -363,7 +363,7 @@ class LoopTrainer(PPOTrainer):
 
     def _resume(self) -> None:
         loaded = None if self._folder is None else load_newest(self._folder)
-        if loaded is None:
+        if loaded is None or self._folder is None:
             return
         tensors, state = loaded
         if state["config_hash"] != self._settings():
@@ -371,10 +371,8 @@ class LoopTrainer(PPOTrainer):
                 f"{self.config.output_dir} holds a loop with other settings: restore them, or choose another "
                 "output_dir."
             )
-        with torch.no_grad():
-            for name, value in self.policy.stage_state().items():
-                value.copy_(tensors[f"model/{name}"])
-        load_optimizer(self.optimizer, self._names(), tensors)
+        load_model(self.policy, tensors, self._folder)
+        load_optimizer(self.optimizer, self._names(), tensors, self._folder)
         numbers = state["algorithm"]
         self.kl_ctl.value, self.running = numbers.pop("kl"), RunningMoments(**numbers)
         self.steps_done, self._name, self._is_recorded = state["step"], state["fingerprint"], True
