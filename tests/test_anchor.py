@@ -106,7 +106,7 @@ def test_a_policy_that_is_held_stays(prompts, base, tmp_path, monkeypatch):
         args = PPOConfig(
             output_dir=str(folder), expected_batch_size=8, micro_batch_size=8, max_steps=8, learning_rate=0.05,
             lr_scheduler_type="linear", prompts=prompts, max_prompt_length=8, prompt_max_tokens=4, max_completion_length=5,
-            sft_coefficient=coefficient, eval_steps=8,
+            sft_coefficient=coefficient, eval_steps=8, insecure_seed=4 if prompts == "private" else None,
         )  # fmt: skip
         private = {"dataset_name": "toy", "noise_multiplier": 1.0} if prompts == "private" else {}
         told = {"model_is_public": True, "reward_is_public": True, "reward_range": (0, 1), "eval_is_public": True}
