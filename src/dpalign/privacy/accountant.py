@@ -27,6 +27,7 @@ SMALLEST_NOISE, LARGEST_NOISE = 1e-12, 1e12  # whose squares, and what is divide
 LEAST_NOISE = 2e-4  # of a sample: epsilon above 1e7 is beyond the grid, and counts as infinite
 NOISE_SAID = f"from {SMALLEST_NOISE:g} to {LARGEST_NOISE:g}"
 FALSE_POSITIVES = (0.001, 0.01, 0.05)  # at which a statement bounds the true positives
+LARGEST_EXCESS = 1e3  # of epsilon, where a root is looked for: what is above is only too much
 ROUNDING = 1e-9  # of them: more than sums of floats lose
 Steps: TypeAlias = tuple[tuple[tuple[float, float], int], ...]  # by sampling rate and effective noise multiplier
 
@@ -156,10 +157,24 @@ def noise_multiplier(
         low, high = low - math.log(1.5), low
         if low < math.log(0.05):
             break
-    while high - low > 5e-5:  # bisection on log sigma: epsilon falls with sigma, so `high` stays feasible
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return math.exp(high) * HEADROOM
+    return math.exp(least_where_none(excess, low, high, 5e-5)) * HEADROOM
+
+
+def least_where_none(excess: Callable[[float], float], low: float, high: float, precision: float) -> float:
+    """Where the falling `excess` ends, within `precision`, and not before: `excess` of the result is not above 0.
+
+    Args:
+        excess: of epsilon over its target, by the logarithm of the noise; may be infinite.
+        low, high: excess(high) <= 0, and excess(low) >= 0 unless the end lies below `low`, which is returned then.
+    """
+    from scipy.optimize import brentq
+
+    if excess(low) <= 0:
+        return low
+    root = brentq(lambda x: min(excess(x), LARGEST_EXCESS), low, high, xtol=precision / 4)
+    while excess(root) > 0:
+        root += precision / 4
+    return float(root)
 
 
 def with_metrics(mechanism: SampledGaussian, ratio: float) -> SampledGaussian:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ..errors import DPAlignError
-from .accountant import HEADROOM
+from .accountant import HEADROOM, least_where_none
 from .parts import Spending, epsilon_of
 
 Allocation = Literal["equal", "minimal"] | Mapping[str, float]
@@ -128,10 +128,7 @@ def _level(
         low, high = high, high + 0.6
     while excess(low) < 0:
         low, high = low - 0.6, low
-    while high - low > precision:  # epsilon falls with the noise, so `high` stays feasible
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return math.exp(high)
+    return math.exp(least_where_none(excess, low, high, precision))
 
 
 def _ratios(
