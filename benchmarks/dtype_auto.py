@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--completion_tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3, help="in each dtype, after one to warm up")
     parser.add_argument("--layers", type=int, default=30, help="of the model of SmolLM2's shape")
+    parser.add_argument("--vocabulary", type=int, default=49152, help="of the model of SmolLM2's shape")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measured(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One model's row."""
     device = device_of(given.device)
-    path = name if name == TINY_REVIEW_LM else smollm2_shaped(folder / name, given.layers)
+    path = name if name == TINY_REVIEW_LM else smollm2_shaped(folder / name, given.layers, given.vocabulary)
     rounds = {dtype: Rounds(ModelConfig(path, dtype=dtype), device, given) for dtype in DTYPES}  # type: ignore[arg-type]
     seconds: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     for number in range(given.rounds + 1):
@@ -123,10 +124,10 @@ class Rounds:
         return time.perf_counter()
 
 
-def smollm2_shaped(folder: Path, layers: int) -> str:
+def smollm2_shaped(folder: Path, layers: int, vocabulary: int) -> str:
     """A folder with a model of SmolLM2-135M's shape."""
     shape = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)

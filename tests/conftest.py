@@ -8,10 +8,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from dpalign import run
 from dpalign.models import plain_logits, precision, verify
 
 torch.set_num_threads(1)
 FRESH = verify.in_fresh_process
+CHECKED, ALWAYS = {}, [False]
 precision.SMALL = 10**9  # what a test finds must not depend on the machine: every model is float32
 
 
@@ -27,3 +29,26 @@ def _releases_are_checked_here() -> Iterator[None]:
 def _own_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the user's ledger."""
     monkeypatch.setenv("DPALIGN_LEDGER", str(tmp_path / "ledger.sqlite"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_stage_is_tried_once() -> Iterator[None]:
+    """Hundreds of runs have the same few stages: a self-check says the same of each. The mark `self_check` has them all."""
+    check = run.check_stage
+
+    def once(model: object, kind: type, config: object, rewards: dict[str, object], **records: bool) -> float:
+        key = (kind, type(model.model.get_base_model() if model.adapters else model.model), *rewards, *records.items())
+        if ALWAYS[0] or key not in CHECKED:
+            CHECKED[key] = check(model, kind, config, rewards, **records)
+        return CHECKED[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "check_stage", once)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    ALWAYS[0] = request.node.get_closest_marker("self_check") is not None
+    yield
+    ALWAYS[0] = False

@@ -9,10 +9,7 @@ import io
 import json
 import os
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ import yaml
 
 from dpalign.cli import main
 from dpalign.models import embedded
+from fresh import Started
 
 ADJECTIVES = ["dull", "bright", "strange", "quiet", "brave", "silly", "lovely", "clumsy", "honest", "greedy"]
 NOUNS = ["film", "play", "novel", "series", "concert", "game", "album", "circus", "lecture", "parade"]
@@ -130,23 +128,9 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "DPALIGN_LEDGER": str(folder / "ledger.sqlite")}
 
 
-# Its releases are checked in it, and not in one more process for each (conftest.py does the same for this process).
-COMMAND = """
-import sys
-from dpalign.models import plain_logits, verify
-verify.in_fresh_process = plain_logits.logits
-from dpalign.cli import main
-sys.exit(main())
-"""
-
-
-def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: object) -> Started:
     """`dpalign ARGUMENTS` as a fresh process, that Ctrl-C ends also where the tests run in the background."""
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, arguments)],
-        cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    return Started(folder, [*map(str, arguments)], environment(folder))
 
 
 def in_fresh_process(folder: Path, *arguments: object) -> tuple[int, str, str]:

@@ -530,7 +530,10 @@ class Smoke:
 
 
 GPT2 = "--layers 1 --hidden 32 --heads 2 --vocab 64 --threads 1"
-STAGES = "--sft.expected_batch_size 4 --sft.max_steps 1 --ppo.expected_batch_size 4 --ppo.max_steps 1"
+STAGES = (
+    "--sft.expected_batch_size 4 --sft.max_steps 1 --sft.micro_batch_size 4 "
+    "--ppo.expected_batch_size 4 --ppo.max_steps 1 --ppo.micro_batch_size 4 --ppo.max_completion_length 4"
+)
 SMOKE = {
     "private_step.py --json": Smoke(f"{GPT2} --rows 3 --tokens 6 --pairs 2", check_private_step, fixed_memory),
     "memory_flat.py --json": Smoke(
@@ -555,7 +558,7 @@ SMOKE = {
         "--processes 2 --units 32 --steps 2 --model small", check_many_processes, demo
     ),
     "dtype_auto.py --json": Smoke(
-        "--models smollm2 --layers 1 --prompts 2 --completion_tokens 2 --rounds 1", check_dtypes
+        "--models smollm2 --layers 1 --vocabulary 512 --prompts 2 --completion_tokens 2 --rounds 1", check_dtypes
     ),
     "float_attack.py --json": Smoke("--trials 4", check_float_attack),
     "sentiment_bars.py docs/results/quickstart_sentiment.runs.jsonl": Smoke("", check_sentiment_bars),

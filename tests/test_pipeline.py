@@ -6,21 +6,24 @@ import fcntl
 import json
 import math
 import stat
+import subprocess
+import sys
 
 import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 
-from helpers import PICKLES, call, files_below, in_fresh_process, ledger_rows, statement, write_recipe
+from helpers import PICKLES, call, environment, files_below, ledger_rows, statement, write_recipe
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run in a fresh process: its folder, standard output and standard error."""
     folder = tmp_path_factory.mktemp("pipeline")
-    status, out, err = in_fresh_process(folder, "run", write_recipe(folder), "--json")
-    assert status == 0, err
-    return folder, out, err
+    command = [sys.executable, "-m", "dpalign", "run", str(write_recipe(folder)), "--json"]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
 
 
 def recomputed(stages: list[dict], delta: float) -> float:

@@ -27,6 +27,7 @@ from dpalign.training.self_written import self_written
 from helpers import ledger_rows, reviews, write_jsonl
 from tiny import VOCABULARY, tiny_base, tiny_policy, tiny_tokenizer
 
+pytestmark = pytest.mark.self_check
 SCORED = {"reward": RewardConfig()}
 
 
