@@ -72,7 +72,7 @@ def check_settings(settings: Any, path: str = "") -> None:
     """
     for f in fields(settings):
         value, name = getattr(settings, f.name), f"{path}.{f.name}" if path else f.name
-        expected = _hints(settings.__class__)[f.name]
+        expected = hints_of(settings.__class__)[f.name]
         if not _is_of(value, expected):
             raise DPAlignError(f"field {name}: expected {_type_name(expected)}, got {shown(value)}.")
         if is_dataclass(value):
@@ -130,6 +130,11 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(inner)
     elif isinstance(value, str | int | float) and not isinstance(value, bool):
         yield value
+
+
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The types of a class's fields; read once, since that compiles each annotation."""
+    return _hints(kind)
 
 
 @cache

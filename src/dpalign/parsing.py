@@ -7,12 +7,12 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader  # type: ignore[attr-defined]
 
-from .domains import shown
+from .domains import hints_of, shown
 from .errors import DPAlignError
 from .names import instead
 from .printable import printable
@@ -140,7 +140,7 @@ def recipe_from(command: str, arguments: list[str]) -> Recipe:
 
 def _check_sections(values: Namespace, kind: type[Any], path: str = "") -> None:
     """Refuses another value where a section of settings belongs, which jsonargparse sees only when it makes one."""
-    values, hints = values.get("init_args", values), get_type_hints(kind)
+    values, hints = values.get("init_args", values), hints_of(kind)
     for name, hint in hints.items():
         section, value = section_of(name, kind), values.get(name)
         if section is None or (value is None and type(None) in get_args(hint)):
@@ -154,7 +154,7 @@ def section_of(path: str, recipe: type[Any] = Recipe) -> type[Any] | None:
     """The settings at a dotted path such as `ppo.reward` (the whole recipe at an empty one); None if there are none."""
     found: type[Any] | None = recipe
     for name in filter(None, path.split(".")):
-        hint = get_type_hints(found).get(name)
+        hint = hints_of(found).get(name)
         found = next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)  # type: ignore[assignment]
         if found is None:
             return None

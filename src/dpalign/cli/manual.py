@@ -8,8 +8,9 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
+from ..domains import hints_of
 from ..parsing import section_of
 from ..recipe import Recipe
 from ..stages import STAGES
@@ -122,7 +123,7 @@ def _field(path: str) -> tuple[dataclasses.Field[Any], str, Any] | None:
     parent, _, name = path.rpartition(".")
     kind = section_of(parent)
     found = None if kind is None else next((f for f in dataclasses.fields(kind) if f.name == name), None)
-    return None if kind is None or found is None else (found, sentences(kind).get(name, ""), get_type_hints(kind)[name])
+    return None if kind is None or found is None else (found, sentences(kind).get(name, ""), hints_of(kind)[name])
 
 
 def _default(field: dataclasses.Field[Any], says: str) -> str:
