@@ -5,7 +5,7 @@
 Mutants are all places where an operator of `Places` applies: comparisons, arithmetic, `and` and `or`, negated conditions, dropped `not` and
 `-`, numbers, booleans, min and max, any and all, dropped calls and increments, break and continue. Messages (texts, f-strings, what is raised,
 what is told), annotations and decorators are left alone. A shuffle that is the same each time puts them in order, each package by
-its share; `--runs N` takes the first N.
+its share; `--runs N` takes N: those that the output has, as long as their lines stand (an edit changes the order of the others), then the first.
 
 First the unchanged tests run once, each with the lines that it reaches: they must pass. Then, for each mutant, the tests that reach its line,
 quickest first, then the others of their files, up to `--seconds` of tests, and the first failure ends it. Hundreds of tests
@@ -462,7 +462,7 @@ def summed(rows: list[dict[str, Any]], mutants: list[Mutant], reasons: dict[str,
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=100, help="mutants, the first of a fixed order")
+    parser.add_argument("--runs", type=int, default=100, help="mutants, together with those that the output has")
     parser.add_argument("--files", nargs="+", default=[*PACKAGES], help="files or folders below src/dpalign")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files below tests, without test_ and .py")
     parser.add_argument("--seconds", type=float, default=40.0, help="of tests for one mutant, as long as they take without it")
@@ -479,7 +479,8 @@ def main(arguments: list[str] | None = None) -> None:
     population = mutants_of(given.files)
     rows = [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()] if given.output.exists() else []
     done = {(row["mutant"], row["before"]): row["killed"] for row in rows}
-    waiting = [mutant for mutant in population[: given.runs] if not done.get((mutant.name, mutant.before), False)]
+    asked = sorted(population, key=lambda mutant: (mutant.name, mutant.before) not in done)[: given.runs]
+    waiting = [mutant for mutant in asked if not done.get((mutant.name, mutant.before), False)]
     waiting = [mutant for mutant in waiting if given.again or (mutant.name, mutant.before) not in done]
     first: dict[str, str] = json.loads(given.first.read_text(encoding="utf-8")) if given.first else {}
     if waiting:
