@@ -22,7 +22,7 @@ from dpalign.training.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from dpalign.training.optimizer import DPAdamBC
+from dpalign.training.optimizer import DPAdamBC, share_of_rate
 from tiny import dataset, tiny_policy, words
 
 OPTIONS = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.01}
@@ -168,3 +168,9 @@ def test_a_checkpoint_that_names_its_run_by_no_text_is_refused(name, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: 7}))
     with pytest.raises(DPAlignError, match="is corrupt"):
         load_newest(tmp_path)
+
+
+def test_the_cosine_falls_from_the_whole_rate_to_nothing():
+    config = SFTConfig(warmup_steps=2, lr_scheduler_type="cosine")
+    found = [share_of_rate(config, step, 10) for step in (0, 1, 2, 4, 6, 8, 10)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0.0])

@@ -12,6 +12,7 @@ import pytest
 from dpalign.cli.plan_recipe import plan_of
 from dpalign.parsing import recipe_from
 from dpalign.privacy import accountant
+from dpalign.training.plan import StagePlan, signal_of
 from helpers import call, write_recipe
 
 # units, batch size, steps, golden noise multiplier at epsilon 4 and delta 4e-5 (dp-accounting PLD, checked twice)
@@ -167,3 +168,9 @@ def test_planning_leaves_the_recipe_as_it_was(tmp_path):
 )
 def test_every_number_of_a_command_has_an_interval(capsys, arguments, says):
     assert re.search(says, call(capsys, *arguments, "--json").error)
+
+
+def test_passes_over_a_sample_add_to_its_signal_as_steps_do():
+    plan = StagePlan.of(accountant.SampledGaussian(0.5, 3.0, 4, passes=9), 1e-5)
+    signal = signal_of(plan, 100)
+    assert signal is not None and signal.planned == pytest.approx(6 * 50 / 3)  # the root of 4 times 9, units, noise

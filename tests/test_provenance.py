@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 
@@ -45,6 +46,12 @@ def two(tmp_path, capsys):
     run = ("ppo", recipe, "--output_dir", tmp_path / "two", "--json")
     call(capsys, *run, "--model.name_or_path", tmp_path / "one" / "release")
     return tmp_path, run
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan, "9", None])
+@pytest.mark.parametrize("name", ["declared_units", "max_grad_norm"])
+def test_a_stage_with_what_is_no_number_cannot_be_added_up(name, number):
+    assert SPENT.is_whole and not replace(SPENT, **{name: number}).is_whole
 
 
 def test_a_run_cannot_forget_the_release_that_it_began_from(two, capsys):

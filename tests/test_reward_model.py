@@ -500,3 +500,7 @@ def test_normalisation_gives_the_policys_own_text_mean_0_and_deviation_1():
     assert again == constants and len(set(seen)) > 32
     scores = constants.scale * torch.tensor(Learned(model)(seen[:64], [""] * 64)) + constants.shift
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4) and float(scores.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_pair_is_two_texts_to_a_plan():
+    assert RewardModelling.tokens(RewardModelConfig(max_length=48)).trained == 96

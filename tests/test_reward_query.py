@@ -467,3 +467,10 @@ def test_it_is_no_classifier_that_is_trained_further(layered, tmp_path, capsys):
     data = {"name": "judges", "path": str(tmp_path / "pairs.jsonl")}
     path = write_recipe(tmp_path, sft=None, ppo=None, reward_model=fields, reward_model_data=data, target_epsilon="inf")
     assert "cannot be trained further with pooling last" in call(capsys, "run", path).error
+
+
+def test_a_text_with_one_number_that_is_none_is_left_out_whole():
+    features = torch.randn(60, 2, 5, generator=torch.Generator().manual_seed(0))
+    features[7, 1, 3] = float("inf")
+    others = torch.cat([features[:7], features[8:]])
+    assert torch.equal(whitening(features, 4, 1.0, 4), whitening(others, 4, 1.0, 4))

@@ -22,7 +22,7 @@ from dpalign.recipe import Recipe
 from dpalign.rewards import Reward, RewardConfig, load_reward
 from dpalign.run import run_recipe
 from dpalign.stages import STAGES, Listed
-from dpalign.training.self_check import check_stage
+from dpalign.training.self_check import SelfCheck, check_stage
 from dpalign.training.self_written import self_written
 from helpers import ledger_rows, reviews, write_jsonl
 from tiny import VOCABULARY, tiny_base, tiny_policy, tiny_tokenizer
@@ -383,3 +383,18 @@ def test_a_stage_that_takes_one_token_alone_is_tried_on_texts_of_one():
 
     units = self_written(OneToken(harness.sft().config), policy, 6, 1, False)
     assert [len(policy.tokenizer(unit[0]["text"]).input_ids) for unit in units] == [1] * 6
+
+
+@pytest.mark.parametrize(("others", "found"), [(3, True), (2, False)])
+def test_of_five_units_rounding_may_tip_the_completions_of_two(others, found):
+    """Never those of more than half; and of a stage that samples nothing, none."""
+    trial = object.__new__(SelfCheck)
+    trial.algorithm = harness.rloo(**SCORED)
+    ids = torch.arange(10).reshape(5, 2)
+    changed = torch.cat([ids[:others] + 1, ids[others:]])
+    one, two = (Rows(torch.arange(5), {"input_ids": rows}) for rows in (ids, changed))
+    if not found:
+        assert trial._same_tokens(one, two, 5) == [False] * others + [True] * (5 - others)
+        trial.algorithm = harness.sft()
+    with pytest.raises(DPAlignError, match="the tokens of a unit's rows depend on the other units"):
+        trial._same_tokens(one, two, 5)

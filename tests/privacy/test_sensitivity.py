@@ -906,3 +906,11 @@ def test_the_metrics_of_a_pair_or_a_group_are_one_units(algorithm, case):
     assert 0.3 < moved(one.metrics, other.metrics) <= TOLERANCE
     one, other = (run_stage(algorithm(), data, mechanism=MetricsNotClipped) for data in neighbours(*case))
     assert moved(one.metrics, other.metrics) > TOLERANCE
+
+
+def test_without_clipping_the_sum_is_that_of_the_units_that_are_finite():
+    mechanism = bare_mechanism(GaussianMechanism, [torch.Size([2]), torch.Size([1, 2])], clipping="none")
+    one = torch.tensor([[1.0, 2.0], [10.0, 20.0], [math.inf, 40.0], [5.0, 6.0]])
+    other = torch.tensor([[[1.0, 1.0]], [[math.nan, 2.0]], [[4.0, 4.0]], [[8.0, 8.0]]])
+    mechanism.add([one, other])
+    assert [total.tolist() for total in mechanism._sums] == [[6.0, 8.0], [[9.0, 9.0]]]
