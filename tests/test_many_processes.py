@@ -31,7 +31,7 @@ from dpalign.privacy.gate import Gate, PrivateStep, Sample, Share
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.training.loop import Follower, Stage, dealt, process_of
 from dpalign.training.world import joined
-from helpers import COMMAND, call, environment, judged, ledger_rows, reviews, statement, write_jsonl, write_recipe
+from helpers import call, environment, judged, ledger_rows, reviews, statement, write_jsonl, write_recipe
 from reader import ROOT
 from test_trainers import sft
 from test_trajectories import fix_secret
@@ -40,6 +40,14 @@ from tiny import tiny_object
 sys.path.append(str(ROOT / "benchmarks"))
 forked, together = (getattr(importlib.import_module("forked"), name) for name in ("forked", "together"))
 
+# Its releases are checked in it, and not in one more process for each (conftest.py does the same for this process).
+COMMAND = """
+import sys
+from dpalign.models import plain_logits, verify
+verify.in_fresh_process = plain_logits.logits
+from dpalign.cli import main
+sys.exit(main())
+"""
 SEEDED = {"micro_batch_size": 8, "insecure_seed": 3, "noise_multiplier": 1.0}
 STAGES = {
     "sft": {"max_steps": 3},
