@@ -41,7 +41,7 @@ PERSONS = {*APART, "e-mails"}
 MOST_PAIRS = 50  # of a person
 INTERVALS = 3
 # Of SFT on messages, by unit: expected sample, steps, learning rate without privacy and with.
-SFT = {"record": (4096, 60, 2e-2, 1e-2), "person": (128, 40, 2e-2, 1e-2)}
+SFT = {"record": (512, 12, 2e-2, 2e-2), "person": (128, 8, 2e-2, 2e-2)}
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def message_losses(folder: Path, unit: str, epsilon: float, seed: int, args: arg
         "target_delta": judged.DELTA, "data.name": "messages", "data.path": folder / "private.jsonl",
         "data.eval_path": folder / "public.jsonl", "data.eval_is_public": "true", "eval_prompts": args.measured,
         "sft.expected_batch_size": min(batch, args.most_sampled), "sft.max_steps": min(steps, args.most_steps),
-        "sft.learning_rate": plain_rate if math.isinf(epsilon) else rate, "sft.max_length": 40, "sft.seed": seed,
+        "sft.learning_rate": plain_rate if math.isinf(epsilon) else rate, "sft.max_length": 24, "sft.seed": seed,
         "sft.prepend_bos": "true", "sft.micro_batch_size": 64, "sft.lr_scheduler_type": "linear",
     }  # fmt: skip
     if unit == "person":
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--base", default="tiny-review-lm", help="model of SFT on messages")
     parser.add_argument("--measured", type=int, default=1000, help="other people's messages")
-    parser.add_argument("--of_a_person", type=int, default=64, help="messages of a person in SFT")
+    parser.add_argument("--of_a_person", type=int, default=8, help="messages of a person in SFT")
     parser.add_argument("--most_sampled", type=int, default=100_000, help="units of an SFT step")
     parser.add_argument("--most_steps", type=int, default=100_000, help="of SFT")
     args = parser.parse_args(argv)
@@ -224,9 +224,10 @@ def main(argv: list[str] | None = None) -> None:
                     file.write(json.dumps(row) + "\n")
     found = table(rows)
     for row in found:
+        kind = row.get("policy", "SFT" if row["task"] == MESSAGES else "reward")
         gap = "not admitted" if row["closed_gap"] is None else f"closed {row['closed_gap']:.2f} +-{row['ci95']:.2f}"
         print(
-            f"{row['task']:17} {row['unit']:6} {row.get('policy', 'reward'):10} epsilon {row['epsilon']:3}, "
+            f"{row['task']:17} {row['unit']:6} {kind:10} epsilon {row['epsilon']:3}, "
             f"{row['units']:6} units: free {row['free']:.3f}, private {row['private']:.3f}, non-private "
             f"{row['nonprivate']:.3f}; {gap}"
         )
