@@ -376,9 +376,9 @@ def check_rewards_again(out: str, folder: Path) -> None:
 
 
 def check_bought_again(out: str, folder: Path) -> None:
-    """The same, of what privacy buys: four tasks, two kinds of units for three of them."""
+    """The same, of what privacy buys: four tasks, two kinds of units for three of them; and text messages at two epsilons."""
     published = json.loads((RESULTS / "what_privacy_buys.json").read_text(encoding="utf-8"))
-    assert last_json(out) == published and len(published["rows"]) == 7 * 2 * 5
+    assert last_json(out) == published and len(published["rows"]) == 7 * 2 * 5 + 4
     lines = [line for line in out.splitlines() if " units: free " in line]
     assert "\n".join(lines) in (RESULTS / "what_privacy_buys.md").read_text(encoding="utf-8")
 
