@@ -14,7 +14,7 @@ from opacus.accountants.gdp import GaussianAccountant
 from prv_accountant import PoissonSubsampledGaussianMechanism, PRVAccountant
 
 from dpalign.errors import DPAlignError
-from dpalign.privacy.accountant import SampledGaussian, epsilon, noise_multiplier, true_positives
+from dpalign.privacy.accountant import SampledGaussian, epsilon, least_where_none, noise_multiplier, true_positives
 from dpalign.privacy.gate import Gate
 from dpalign.privacy.parts import Part, Spending, epsilon_of
 from dpalign.training import Stage
@@ -173,3 +173,15 @@ def test_noise_too_small_for_the_grid_counts_as_none():
     assert 1e6 < epsilon([SampledGaussian(0.5, 2e-4, 1)], DELTA) < 1e9
     for least in (SampledGaussian(0.5, 1e-12, 1), SampledGaussian(0.5, 1.0, 1, passes=10**9), SampledGaussian(0.5, 1.0, 1, 1, 1e-4)):
         assert epsilon([least], DELTA) == math.inf and set(true_positives([least])) == {1.0}
+
+
+def test_a_root_is_found_from_the_side_that_keeps_the_target():
+    """Mutants: the root as it was found, which may lie just before; a range all of which keeps it, searched."""
+    for end in [number / 100 for number in range(-90, 91)]:
+
+        def excess(x: float, end: float = end) -> float:
+            return math.inf if x < end - 0.9 else math.exp(end - x) - 1
+
+        found = least_where_none(excess, -2.0, 1.0, 1e-4)
+        assert excess(found) <= 0 and end <= found <= end + 1e-4
+    assert least_where_none(lambda x: -1.0, 0.5, 1.0, 1e-4) == 0.5
