@@ -121,7 +121,7 @@ RUN = {
         "--json", {" T": " 2"}, says='"noise_multiplier": 2.2865'
     ),
     "dpalign plan --units 10000000 --batch_size 4096 --steps 2441 --delta 1e-8 --epsilon 4": Small(
-        "--json", says='"noise_multiplier": 0.53634'
+        "--json", says='"noise_multiplier": 0.53635'
     ),
     "dpalign plan recipe.yaml": Small(says="ppo"),
     "dpalign plan RECIPE": Small(instead={"RECIPE": "recipe.yaml"}, says="ppo"),

@@ -175,13 +175,40 @@ def test_noise_too_small_for_the_grid_counts_as_none():
         assert epsilon([least], DELTA) == math.inf and set(true_positives([least])) == {1.0}
 
 
-def test_a_root_is_found_from_the_side_that_keeps_the_target():
-    """Mutants: the root as it was found, which may lie just before; a range all of which keeps it, searched."""
-    for end in [number / 100 for number in range(-90, 91)]:
+def halved(excess: Callable[[float], float], low: float, high: float, precision: float) -> float:
+    while high - low > precision:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return high
+
+
+@pytest.mark.parametrize(("falls", "most"), [(lambda x: math.inf if x < -0.9 else math.exp(-x) - 1, 14), (lambda x: 1.0 if x < 0 else -1.0, 25)])
+def test_a_root_is_the_one_that_halving_finds(falls, most):
+    """From the side that keeps the target, smooth or not. Mutants: the root itself, which may lie just before; the step after it."""
+    asked = []
+    step = 3 / 2**15  # of halving below
+    steps = [-2.0 + place * step + 1e-13 for place in range(1000, 32000, 500)]  # the root found may lie before, and it after
+    for end in [number / 100 for number in range(-190, 100)] + steps:
 
         def excess(x: float, end: float = end) -> float:
-            return math.inf if x < end - 0.9 else math.exp(end - x) - 1
+            asked.append(x)
+            return falls(x - end)
 
         found = least_where_none(excess, -2.0, 1.0, 1e-4)
-        assert excess(found) <= 0 and end <= found <= end + 1e-4
-    assert least_where_none(lambda x: -1.0, 0.5, 1.0, 1e-4) == 0.5
+        counted = len(asked)
+        asked.clear()
+        assert found == pytest.approx(halved(excess, -2.0, 1.0, 1e-4), abs=1e-12)
+        assert excess(found) <= 0 and counted <= most
+        asked.clear()
+    everything = least_where_none(lambda x: -1.0, 0.5, 1.0, 1e-4)
+    assert everything == pytest.approx(halved(lambda x: -1.0, 0.5, 1.0, 1e-4), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "steps", "ratio", "sigma"),
+    [(4, 512 / 4802, 34, 0, 1.08366), (4, 0.1066, 34, 10, 1.08894), (8, 0.5, 8, 5, 1.13336), (2, 0.25, 12, 10, 2.14915)],
+)
+def test_a_run_that_an_earlier_version_planned_goes_on(target, rate, steps, ratio, sigma):
+    """Its settings are compared to 6 digits of these, which 0.1.0 found."""
+    found = noise_multiplier(target, 1e-5, sampling_rate=rate, steps=steps, metrics_noise_ratio=ratio)
+    assert SampledGaussian(rate, found, steps).rounded()["noise_multiplier"] == sigma
