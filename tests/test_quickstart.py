@@ -100,6 +100,10 @@ def test_its_table_has_every_reward_and_policy_and_one_query_is_all_it_draws(hom
     assert card.count("What it was measured to be worth") == 1 and card.index("to be worth") < card.index("not cover")
     assert f"accuracy {pairs['accuracy']:.3f}" in card and f"free rewards {pairs['free_accuracy']:.3f}" in card
     assert f"reference reward {best['reward']['judge']:.3f}" in card
+    # And how far people's texts are from the policy's own: 24 that it wrote, both texts of the 8 public pairs.
+    assert pairs["own_texts"] == 24 and pairs["shift"] >= 0 and 0 <= pairs["outside"] <= 1
+    assert f"{pairs['shift']:.2f} deviations from what the policy writes" in " ".join(card.split())
+    assert "farther out than 95% of that" in page and f"{pairs['outside']:.0%} of them" in " ".join(card.split())
     (mean,) = (home / "q" / "rewards").glob("mean-*")
     assert pairs["free_accuracy"] == pytest.approx(agreement_of(mean, home)) and pairs["pairs"] == 8
     # What shows the free rewards' scales is written by the first of the three runs, and by no other.

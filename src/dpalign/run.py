@@ -18,6 +18,7 @@ import torch
 from .algorithms.base import Algorithm, check_records
 from .algorithms.completions import check_asked
 from .algorithms.pairs import PairAlgorithm
+from .algorithms.reward import both_texts
 from .algorithms.texts import TextAlgorithm
 from .data.load import Record
 from .data.overlap import remember_contents
@@ -26,9 +27,11 @@ from .data.units import UnitDataset
 from .engines import Engine, reach
 from .errors import DPAlignError
 from .evaluation import (
+    Apart,
     Evaluation,
     TextEvaluation,
     agreement_on,
+    apart,
     best_of,
     evaluate_stages,
     of_each_stage,
@@ -85,6 +88,7 @@ SURVEY = "data.json"  # in the private folder
 FREE = "free"  # the setting that names rewards of which a stage learns a correction
 SAMPLES = 20  # public completions that are kept for people to read
 NORMALIZATION_ROWS = 512  # self-written texts that fix the scale of a reward model
+APART_ROWS = 192  # texts of either kind, to say how far people's are from the policy's
 
 
 @own_context()
@@ -345,7 +349,10 @@ class Run:
             pairs, _ = self.public[stage.name]
             with self.reporter.status("measuring on the public pairs"):
                 own, free = algorithm.compared(model, pairs)
-                self.results.pairs[stage.name] = agreement_on(own, pairs, free)
+                found = agreement_on(own, pairs, free)
+                if isinstance(model, RewardModel):
+                    found = found.with_distance(self.distance(model, algorithm.config, pairs))
+                self.results.pairs[stage.name] = found
 
     def train(self, planned: PlannedStage, algorithm: Algorithm[Any, Any, Any], model: AdapterStack) -> None:
         """One private stage, from its newest checkpoint if there is one."""
@@ -537,6 +544,14 @@ class Run:
         """1 where no policy is at hand."""
         write = self.writer(model, config.seed)
         return Normalization() if write is None else normalize(model, write(config.scale_texts or NORMALIZATION_ROWS))
+
+    def distance(self, model: RewardModel, config: RewardModelConfig, pairs: list[Record]) -> Apart | None:
+        """How far the texts of public pairs are from the policy's own, as the reward model reads them."""
+        write = self.writer(model, config.seed)
+        if write is None:
+            return None
+        own = write(config.scale_texts or NORMALIZATION_ROWS)[:APART_ROWS]
+        return apart(model.features(own), model.features(*both_texts(pairs[: APART_ROWS // 2])))
 
     def writer(self, model: RewardModel, seed: int) -> Callable[[int], list[Text]] | None:
         """Writes so many texts as the policy stages will, for a reward model to read, the same ones once; None if there

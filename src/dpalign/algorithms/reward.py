@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -128,9 +128,14 @@ def score_differences(model: RewardModel, records: list[Record]) -> Tensor:
 
 def differences_and_free(model: RewardModel, records: list[Record]) -> tuple[Tensor, Tensor | None]:
     """`score_differences`, and `(pairs,)` those of the mean of the model's free scores; None if it has none."""
-    options = [template_options(record) for record in records for _ in range(2)]
-    texts = [text for record in records for text in pair_texts(record)]
+    texts, options = both_texts(records)
     free = model.free_scores(texts)
     scores = model.score(texts, options, free=free)
     mean = None if free is None else free.sum(1)
     return scores[0::2] - scores[1::2], None if mean is None else mean[0::2] - mean[1::2]
+
+
+def both_texts(records: list[Record]) -> tuple[list[Text], list[dict[str, Any]]]:
+    """The texts of pairs, chosen, rejected, chosen, ..., and their `template_options`."""
+    options = [template_options(record) for record in records for _ in range(2)]
+    return [text for record in records for text in pair_texts(record)], options

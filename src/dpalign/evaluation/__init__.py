@@ -1,5 +1,6 @@
 """Measuring models: exactly on public prompts and pairs, or by one noisy release on private units."""
 
+from .apart import Apart, apart
 from .best_of import BestOf, best_of
 from .compare import Compared, Comparison, compare
 from .guarantee import stated_epsilon
@@ -20,6 +21,7 @@ from .texts import TextEvaluation, text_loss
 from .win_rate import WinRate, higher_wins, judged, load_judge, win_rate
 
 __all__ = [
+    "Apart",
     "BestOf",
     "Compared",
     "Comparison",
@@ -30,6 +32,7 @@ __all__ = [
     "TextEvaluation",
     "WinRate",
     "agreement_on",
+    "apart",
     "best_of",
     "compare",
     "evaluate_pairs",

@@ -16,6 +16,7 @@ from ..algorithms.reward import score_differences
 from ..data.load import Record
 from ..errors import DPAlignError
 from ..models import RewardModel
+from .apart import Apart
 
 BINS = 10
 
@@ -28,7 +29,8 @@ class PairEvaluation:
     95% interval. calibration_error: expected difference between the stated probability that a text is the better one
     and how often it is, over 10 bins (Guo et al. 2017). nll: nats per pair. margin, margin_std: score of the better
     text minus that of the other. free_accuracy: that of the scores which need nobody's data and the reward starts from,
-    if it has any: what people's data bought is above it.
+    if it has any: what people's data bought is above it. shift, outside, own_texts: how far the pairs' texts are from
+    those that the policy writes (`Apart`).
     """
 
     accuracy: float
@@ -40,6 +42,13 @@ class PairEvaluation:
     pairs: int
     free_accuracy: float | None = None
     free_accuracy_ci95: float | None = None
+    shift: float | None = None
+    outside: float | None = None
+    own_texts: int | None = None
+
+    def with_distance(self, found: Apart | None) -> PairEvaluation:
+        """The same, and how far the pairs' texts are from the policy's."""
+        return self if found is None else replace(self, **asdict(found))
 
     def as_dict(self) -> dict[str, Any]:
         """Without what was not measured."""

@@ -340,14 +340,20 @@ class RewardModel(AdapterStack):
         super().finish_stage()
 
     @torch.no_grad()
-    def features(self, texts: Sequence[Text], rows_at_once: int = 64) -> Tensor:
-        """`(texts, width)` float32 on the CPU: what the head reads of each text, pooled as its scores are."""
+    def features(
+        self, texts: Sequence[Text], options: Sequence[Mapping[str, Any]] | None = None, rows_at_once: int = 64
+    ) -> Tensor:
+        """`(texts, width)` float32 on the CPU: what the head reads of each text, pooled as its scores are.
+
+        Args:
+            options: as in `encode`, one a text.
+        """
         head, width = self.head, self.features_width
         identity = nn.Identity()
         identity.register_forward_pre_hook(_widen)
         self._put_head(identity)
         try:
-            encoded = [self.encode(text) for text in texts]
+            encoded = [self.encode(text, o) for text, o in zip(texts, options or [{}] * len(texts), strict=True)]
             parts = [
                 self._read(*self.pad([encoded[i] for i in chunk]))[:count].cpu()
                 for chunk, count in chunks(len(texts), rows_at_once)

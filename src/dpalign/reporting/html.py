@@ -360,6 +360,14 @@ def pairs_of(found: Mapping[str, Any]) -> dict[str, str]:
         "calibration error": _shown(found["calibration_error"]),
         "negative log-likelihood": _shown(found["nll"]),
         "margin": f"{_shown(found['margin'])} (deviation {_shown(found['margin_std'])})",
+        **(
+            {
+                "distance from what the policy writes itself": f"{_shown(found['shift'])} of its deviations",
+                "farther out than 95% of that": f"{_shown(found['outside'])} (texts like its own: 0.05)",
+            }
+            if "shift" in found
+            else {}
+        ),
     }
 
 

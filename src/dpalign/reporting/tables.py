@@ -93,6 +93,7 @@ def agreement_line(stage: str, pairs: Mapping[str, Any]) -> str:
     return (
         f"{stage} on {pairs['pairs']:,} public pairs: accuracy {pairs['accuracy']:.3f} ± {pairs['accuracy_ci95']:.3f}, "
         f"{free_agreement(pairs)}calibration error {pairs['calibration_error']:.3f}, margin {pairs['margin']:.2f}."
+        f"{distance(pairs)}"
     )
 
 
@@ -111,6 +112,16 @@ def free_agreement(pairs: Mapping[str, Any]) -> str:
     if "free_accuracy" not in pairs:
         return ""
     return f"free rewards {pairs['free_accuracy']:.3f} ± {pairs['free_accuracy_ci95']:.3f}, "
+
+
+def distance(pairs: Mapping[str, Any]) -> str:
+    """How far the pairs' texts are from those that the policy writes, where a policy was there."""
+    if "shift" not in pairs:
+        return ""
+    return (
+        f" As the reward model reads them, these texts are {pairs['shift']:.2f} deviations from what the policy writes "
+        f"itself, and {pairs['outside']:.0%} of them are farther out than 95% of it (of texts like its own: 5%)."
+    )
 
 
 def print_compared(rows: dict[str, dict[str, Any]], said: Sequence[str], outside: Collection[str]) -> None:
