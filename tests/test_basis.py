@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dpalign.algorithms import PPO, PPOConfig, SFTConfig
+from dpalign.algorithms import DPO, PPO, SFT, DPOConfig, PPOConfig, SFTConfig
 from dpalign.algorithms.base import encode_units
-from dpalign.algorithms.basis import leading_inputs
+from dpalign.algorithms.basis import Sketch, align_to_activations, leading_inputs
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig
 from dpalign.rewards import Reward
@@ -56,7 +56,94 @@ def test_the_directions_depend_on_the_reward_and_not_on_records():
     assert not torch.allclose(one, directions(other, [[{"prompt": "w1"}]]), atol=1e-2)
 
 
+# What a layer reads --------------------------------------------------------------------------------------------------
+
+READS = AdapterConfig(r=2, freeze_a=True, init_a="activations", init_rows=24, target_modules="all-linear")
+
+
+def moments(policy, length: int, rows: int) -> dict[str, torch.Tensor]:
+    """The second moment of every linear layer's input, of the very texts that `align_to_activations` lets be written."""
+    found: dict[str, torch.Tensor] = {}
+    kept: list = []
+    sample = policy.sample
+    policy.sample = lambda *a, **k: kept.append(sample(*a, **k)) or kept[-1]
+    torch.manual_seed(0)
+    align_to_activations(policy, rows=rows, length=length, micro_batch_size=8)
+    del policy.sample
+    written = kept[-1]
+    mask = written.attention_mask[:, :-1]
+    hooks = []
+    for name, module in policy.named_modules():
+        if hasattr(module, "lora_A"):
+
+            def seen(module, arguments, name=name):
+                inputs = arguments[0][mask.bool()].double()
+                found[name] = inputs.T @ inputs
+
+            hooks.append(module.register_forward_pre_hook(seen))
+    policy.logprobs(written.input_ids[:, :-1], mask, written.input_ids[:, 1:])
+    for hook in hooks:
+        hook.remove()
+    assert written.attention_mask.sum(1).max() <= length
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_has_the_leading_directions_of_what_its_layer_reads_and_padding_is_not_read(kind):
+    policy = tiny_policy(kind)
+    policy.add_adapter("sft", READS)
+    found = moments(policy, length=10, rows=24)
+    assert found
+    for name, moment in found.items():
+        a = policy.get_submodule(name).lora_A["sft"].weight.double()
+        assert torch.allclose(a @ a.T, torch.eye(2, dtype=torch.float64), atol=1e-5)
+        share = torch.trace(a @ moment @ a.T) / torch.linalg.eigvalsh(moment)[-2:].sum()
+        assert float(share) > 0.999, name
+
+
+def test_a_sketch_is_of_all_that_was_added():
+    torch.manual_seed(0)
+    inputs = torch.randn(500, 400) * torch.logspace(1, -2, 400) + torch.linspace(0, 1, 400)  # more than a sketch has
+    sketch = Sketch(400, 3)
+    for part in inputs.split(70):
+        sketch.add(part)
+    exact = leading_inputs(inputs.double(), 3)
+    assert torch.allclose((sketch.leading(3) @ exact.T).abs(), torch.eye(3, dtype=torch.float64), atol=0.02)
+    one = torch.zeros(20, 40)
+    one[:, 7] = 2.0  # a moment of rank 1
+    single = Sketch(40, 3)
+    single.add(one)
+    assert single.leading(3)[0].abs().argmax() == 7 and single.leading(3).isfinite().all()
+
+
+@pytest.mark.parametrize(("algorithm", "records"), [
+    (SFT(SFTConfig(adapter=READS, max_length=12)), [{"text": "w1 w2"}, {"text": "w9 w9 w9"}]),
+    (DPO(DPOConfig(adapter=READS, max_length=12)), [
+        {"prompt": "w1", "chosen": "w2", "rejected": "w3"}, {"prompt": "w9", "chosen": "w9 w9", "rejected": "w1"},
+    ]),
+])  # fmt: skip
+def test_the_directions_are_frozen_and_no_record_is_read_for_them(algorithm, records):
+    def directions(record: dict) -> torch.Tensor:
+        policy = tiny_policy("llama")
+        assert all(encode_units(algorithm, policy, [[record]]))
+        torch.manual_seed(0)
+        algorithm.setup(policy)
+        assert all("lora_B" in name for name, p in policy.named_parameters() if p.requires_grad)
+        return torch.cat([p.flatten() for n, p in policy.named_parameters() if "lora_A" in n])
+
+    assert torch.equal(*[directions(record) for record in records])
+
+
 def test_sft_has_no_synthetic_gradient():
     with pytest.raises(DPAlignError, match="for stages that sample completions"):
         SFTConfig(adapter=ADAPTER).validate()
     PPOConfig(adapter=ADAPTER).validate()
+
+
+def test_a_stage_that_samples_has_a_gradient_instead():
+    with pytest.raises(DPAlignError, match=r"init_a activations is for .*here it may be random or synthetic_gradient"):
+        PPOConfig(adapter=READS).validate()
+    with pytest.raises(DPAlignError, match="here it may be random or activations"):
+        DPOConfig(adapter=ADAPTER).validate()
+    SFTConfig(adapter=READS).validate()
+    DPOConfig(adapter=READS).validate()

@@ -18,6 +18,7 @@ from ..models import Policy
 from ..models.kernels import chunks
 from ..settings.dpo import DPOConfig
 from .base import Coins, Entering, Reading, Rows, StageKind, Tokenizer, Tokens
+from .basis import add_adapter
 from .own_pairs import OwnPairs
 from .pairs import LOSSES, PairAlgorithm, check_pair, measured, number_in, pair_metrics, preference_of
 
@@ -72,7 +73,7 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
         self.metrics = pair_metrics(config.margin_range)
 
     def setup(self, policy: Policy) -> None:
-        policy.add_adapter(self.name, self.config.adapter)
+        add_adapter(policy, self.name, self.config)
 
     def encode(self, policy: Policy, record: Record) -> Answers:
         answers, length = encode_answers(policy.tokenizer, record, self.config), self.config.max_length

@@ -22,6 +22,7 @@ from ..models.kernels import chunks
 from ..privacy.mechanism import MetricRange
 from ..settings.sft import SFTConfig
 from .base import Coins, Entering, Reading, Rows, Tokenizer, Tokens
+from .basis import add_adapter
 from .texts import TextAlgorithm
 
 WHOLE = ("messages", "conversations", "text")  # columns that hold a whole text
@@ -59,7 +60,7 @@ class SFT(TextAlgorithm[SFTConfig, Encoded]):
         self.metrics = (MetricRange("loss", 0.0, config.loss_range),)
 
     def setup(self, policy: Policy) -> None:
-        policy.add_adapter(self.name, self.config.adapter)
+        add_adapter(policy, self.name, self.config)
 
     def encode(self, policy: Policy, record: Record) -> Encoded:
         return encode_record(policy.tokenizer, record, self.config).cut(self.config.max_length)

@@ -11,6 +11,11 @@ from ..domains import COUNT, LENGTH, SEEDS, STEPS, within
 from ..errors import DPAlignError
 from .models import AdapterConfig
 
+NOT_HERE = {  # why adapter.init_a cannot be so in some stages
+    "synthetic_gradient": "is for stages that sample completions: what people wrote has no gradient before it is read",
+    "activations": "is for policies that learn from texts or pairs (sft, dpo)",
+}
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -103,7 +108,7 @@ class TrainingConfig(StageConfig):
         adapter: the LoRA adapter that the stage trains.
     """
 
-    has_synthetic_gradient: ClassVar[bool] = False  # whether text that the model writes itself has one
+    inits: ClassVar[tuple[str, ...]] = ("random",)  # of adapter.init_a, in this stage
 
     expected_batch_size: int = within(512, COUNT)
     max_steps: int | None = within(None, STEPS)
@@ -147,11 +152,9 @@ class TrainingConfig(StageConfig):
 
     def validate(self) -> None:
         """Raises DPAlignError for a setting that cannot be."""
-        if self.adapter.init_a != "random" and not self.has_synthetic_gradient:
-            raise DPAlignError(
-                "init_a synthetic_gradient is for stages that sample completions: what people wrote has no gradient "
-                "before it is read."
-            )
+        if self.adapter.init_a not in self.inits:
+            given, here = self.adapter.init_a, " or ".join(self.inits)
+            raise DPAlignError(f"init_a {given} {NOT_HERE[given]}; here it may be {here}.")
 
     def schedule(self, stage: str, units: float) -> Schedule:
         if self.expected_batch_size > units:

@@ -37,7 +37,7 @@ class DPOConfig(CompletionConfig):
         margin_range: declared upper end of the noised loss and margin metrics, which are clipped to it.
     """
 
-    has_synthetic_gradient = False
+    inits = ("random", "activations")
     of_private_prompts = (*CompletionConfig.of_private_prompts, *OF_PAIRS)
     of_other_prompts = tuple(
         f.name

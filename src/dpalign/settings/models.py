@@ -48,9 +48,10 @@ class AdapterConfig:
             (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn).
         layers: adapt only these layer indices; default all.
         freeze_a: train only the B matrices; halves the trained dimension.
-        init_a: `random` (peft's), or `synthetic_gradient` (PPO): the input directions of the reward's gradient on
-            prompts that the policy writes itself; best with freeze_a. Reads no data.
-        init_rows: synthetic rollouts for `synthetic_gradient`.
+        init_a: `random` (peft's); `synthetic_gradient` (stages that sample): the input directions of the reward's
+            gradient on prompts that the policy writes itself; `activations` (sft, dpo): the leading directions of what
+            each layer reads of text that the policy writes itself. Both are best with freeze_a, and read no data.
+        init_rows: texts that the policy writes for that.
     """
 
     r: int = within(4, "[0, 65536]")
@@ -58,7 +59,7 @@ class AdapterConfig:
     target_modules: list[str] | str | None = None
     layers: list[int] | None = within(None, "[0, 10000]")
     freeze_a: bool = False
-    init_a: Literal["random", "synthetic_gradient"] = "random"
+    init_a: Literal["random", "synthetic_gradient", "activations"] = "random"
     init_rows: int = within(1024, "[1, 1000000]")
 
 

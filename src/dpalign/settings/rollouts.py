@@ -91,7 +91,7 @@ class CompletionConfig(PromptedConfig, SamplingConfig):
         engine: a server that samples the completions, instead of this process.
     """
 
-    has_synthetic_gradient = True
+    inits = ("random", "synthetic_gradient")
 
     learning_rate: float = within(3e-3, "[0, 1000]")
     num_generations: int = within(1, "[1, 1024]")

@@ -24,6 +24,8 @@ class SFTConfig(TrainingConfig):
         loss_range: declared upper end of the noised loss metric, in nats per token.
     """
 
+    inits = ("random", "activations")
+
     learning_rate: float = within(3e-4, "[0, 1000]")
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
