@@ -11,7 +11,7 @@ of their pairs' votes, scaled to norm 1. The policy that follows from a reward i
 a judge that has learned from texts that nothing else saw; what is free is there the best of the free rewards in
 hindsight. Messages: SFT of the embedded model by the command, with a
 ledger of its own; what is free is that model as it came, and the measure is minus the loss on other people's messages,
-in nats per token.
+in nats per token. What is not private is the same run for both units: who does not protect has no unit.
 
 A task is admitted if non-private is above free by more than three intervals; the others are named. In the simulated
 queries noise is seeded and carries no guarantee. --output is appended to, and a run goes on from it.
@@ -40,8 +40,15 @@ APART = {"polite requests": 3.0, "inoffensive posts": 1.0}  # of one person's vo
 PERSONS = {*APART, "e-mails"}
 MOST_PAIRS = 50  # of a person
 INTERVALS = 3
-# Of SFT on messages, by unit: expected sample, steps, learning rate without privacy and with.
-SFT = {"record": (512, 12, 2e-2, 2e-2), "person": (128, 8, 2e-2, 2e-2)}
+NONPRIVATE = "nonprivate"
+ALONG = {"freeze_a": True, "init_a": "activations"}
+# Of SFT on messages, by unit: expected sample, steps, learning rate, adapter. Tuned on another split (seed 50): rates a
+# factor of 2 apart, 8 to 48 steps, ranks 1 and 4, A trained or along activations. Who does not protect has no unit.
+SFT: dict[str, tuple[int, int, float, dict[str, Any]]] = {
+    "record": (512, 48, 2e-2, {"r": 4}),
+    "person": (128, 8, 4e-2, {"r": 1, **ALONG}),
+    NONPRIVATE: (512, 48, 2e-2, {"r": 4}),
+}
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
@@ -112,14 +119,16 @@ def reward_runs(
 # Messages -------------------------------------------------------------------------------------------------------------
 
 
-def message_runs(unit: str, args: argparse.Namespace, wanted: list[int]) -> Iterator[dict[str, Any]]:
-    """SFT on four fifths of the people, measured on messages of the rest."""
+def message_runs(
+    unit: str, args: argparse.Namespace, wanted: list[int], done: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """SFT on four fifths of the people, measured on messages of the rest; what `done` knows is not run again."""
     rows = judged.shuffled(args.data / "sms.jsonl.gz")
     for seed in wanted:
         rng = np.random.default_rng(seed)
         people = rng.permutation(sorted({row["person"] for row in rows}))
         public = {*people[: max(1, len(people) // 5)]}
-        losses: dict[float, tuple[float, float]] = {}
+        seen = [row for row in done if row["task"] == MESSAGES and row["seed"] == seed]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             shown = [row for row in rows if row["person"] in public][: args.measured]
@@ -127,28 +136,33 @@ def message_runs(unit: str, args: argparse.Namespace, wanted: list[int]) -> Iter
             own = [row for row in rows if row["person"] not in public and same_text(row["text"]) not in known]
             for file, kept in (("private.jsonl", own), ("public.jsonl", shown)):
                 (folder / file).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            for epsilon in (math.inf, *args.epsilons):
-                losses[epsilon] = message_losses(folder, unit, epsilon, seed, args)
-        for epsilon in args.epsilons:
-            base, private = losses[epsilon]
-            row = {"task": MESSAGES, "unit": unit, "epsilon": epsilon, "seed": seed}
-            row["units"] = len({r["person"] for r in own}) if unit == "person" else len(own)
-            yield row | {"free": -base, "private": -private, "nonprivate": -losses[math.inf][1]}
+            if seen:
+                base, nonprivate = -seen[0]["free"], -seen[0]["nonprivate"]
+            else:
+                base, nonprivate = message_losses(folder, NONPRIVATE, math.inf, seed, args)
+            for epsilon in args.epsilons:
+                if (unit, epsilon) in [(row["unit"], row["epsilon"]) for row in seen]:
+                    continue
+                row = {"task": MESSAGES, "unit": unit, "epsilon": epsilon, "seed": seed}
+                row["units"] = len({r["person"] for r in own}) if unit == "person" else len(own)
+                private = message_losses(folder, unit, epsilon, seed, args)[1]
+                yield row | {"free": -base, "private": -private, "nonprivate": -nonprivate}
 
 
-def message_losses(folder: Path, unit: str, epsilon: float, seed: int, args: argparse.Namespace) -> tuple[float, float]:
+def message_losses(folder: Path, kind: str, epsilon: float, seed: int, args: argparse.Namespace) -> tuple[float, float]:
     """Nats per token of other people's messages: before SFT and after."""
-    batch, steps, plain_rate, rate = SFT[unit]
+    batch, steps, rate, adapter = SFT[kind]
+    adapter = adapter | {"init_rows": min(512, args.most_sampled)}
     settings: dict[str, Any] = {
         "model.name_or_path": args.base, "model.is_public": "true",
-        "output_dir": folder / f"run-{epsilon}", "ledger": folder / "ledger.sqlite", "target_epsilon": epsilon,
+        "output_dir": folder / f"run-{kind}-{epsilon}", "ledger": folder / "ledger.sqlite", "target_epsilon": epsilon,
         "target_delta": judged.DELTA, "data.name": "messages", "data.path": folder / "private.jsonl",
         "data.eval_path": folder / "public.jsonl", "data.eval_is_public": "true", "eval_prompts": args.measured,
         "sft.expected_batch_size": min(batch, args.most_sampled), "sft.max_steps": min(steps, args.most_steps),
-        "sft.learning_rate": plain_rate if math.isinf(epsilon) else rate, "sft.max_length": 24, "sft.seed": seed,
+        "sft.learning_rate": rate, "sft.max_length": 24, "sft.seed": seed, "sft.adapter": json.dumps(adapter),
         "sft.prepend_bos": "true", "sft.micro_batch_size": 64, "sft.lr_scheduler_type": "linear",
     }  # fmt: skip
-    if unit == "person":
+    if kind == "person":
         settings |= {"data.unit": "person", "data.max_records_per_unit": args.of_a_person}
     recipe = recipe_from("sft", [part for name, value in settings.items() for part in (f"--{name}", str(value))])
     evaluation = run_recipe(recipe).to_json()["evaluation"]
@@ -216,7 +230,11 @@ def main(argv: list[str] | None = None) -> None:
         wanted = [seed for seed in range(args.seeds) if not {(seed, e) for e in args.epsilons} <= {*done}]
         if not wanted:
             continue
-        runs = message_runs(unit, args, wanted) if task == MESSAGES else reward_runs(task, unit, args, wanted, reader)
+        runs = (
+            message_runs(unit, args, wanted, rows)
+            if task == MESSAGES
+            else reward_runs(task, unit, args, wanted, reader)
+        )
         for row in runs:
             if (row["seed"], row["epsilon"]) not in done:
                 rows.append(row)
