@@ -123,19 +123,11 @@ def message_runs(
     unit: str, args: argparse.Namespace, wanted: list[int], done: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """SFT on four fifths of the people, measured on messages of the rest; what `done` knows is not run again."""
-    rows = judged.shuffled(args.data / "sms.jsonl.gz")
     for seed in wanted:
-        rng = np.random.default_rng(seed)
-        people = rng.permutation(sorted({row["person"] for row in rows}))
-        public = {*people[: max(1, len(people) // 5)]}
         seen = [row for row in done if row["task"] == MESSAGES and row["seed"] == seed]
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            shown = [row for row in rows if row["person"] in public][: args.measured]
-            known = {same_text(row["text"]) for row in shown}  # "ok", say: nobody's secret, and refused by a run
-            own = [row for row in rows if row["person"] not in public and same_text(row["text"]) not in known]
-            for file, kept in (("private.jsonl", own), ("public.jsonl", shown)):
-                (folder / file).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            own = write_messages(folder, seed, args)
             if seen:
                 base, nonprivate = -seen[0]["free"], -seen[0]["nonprivate"]
             else:
@@ -147,6 +139,20 @@ def message_runs(
                 row["units"] = len({r["person"] for r in own}) if unit == "person" else len(own)
                 private = message_losses(folder, unit, epsilon, seed, args)[1]
                 yield row | {"free": -base, "private": -private, "nonprivate": -nonprivate}
+
+
+def write_messages(folder: Path, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Those of four fifths of the people, which are returned, in private.jsonl, and some of the others' in public.jsonl."""
+    rows = judged.shuffled(args.data / "sms.jsonl.gz")
+    rng = np.random.default_rng(seed)
+    people = rng.permutation(sorted({row["person"] for row in rows}))
+    public = {*people[: max(1, len(people) // 5)]}
+    shown = [row for row in rows if row["person"] in public][: args.measured]
+    known = {same_text(row["text"]) for row in shown}  # "ok", say: nobody's secret, and refused by a run
+    own = [row for row in rows if row["person"] not in public and same_text(row["text"]) not in known]
+    for file, kept in (("private.jsonl", own), ("public.jsonl", shown)):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return own
 
 
 def message_losses(folder: Path, kind: str, epsilon: float, seed: int, args: argparse.Namespace) -> tuple[float, float]:

@@ -143,6 +143,18 @@ def judged_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gzip(folder / "politeness_requests.jsonl.gz", rows)
 
 
+def check_directions(out: str, folder: Path) -> None:
+    """Every arm on every split, and each arm's mean."""
+    runs = [json.loads(line) for line in (folder / "directions.jsonl").read_text().splitlines()]
+    assert [(run["arm"], run["seed"]) for run in runs] == [
+        (arm, seed) for seed in (1, 2) for arm in ("random, rank 4", "random, rank 1", "activations")
+    ]
+    for row in last_json(out)["rows"]:
+        gains = [run["gain"] for run in runs if run["arm"] == row["arm"]]
+        assert row["gain"] == pytest.approx(sum(gains) / 2, abs=1e-3) and row["seeds"] == 2
+        assert f"{row['arm']:15} epsilon 4: gain {row['gain']:.3f}" in out
+
+
 def judging_people(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same requests with what five people say of each; and messages of ten people."""
     judged_texts(folder, monkeypatch)
@@ -612,6 +624,10 @@ SMOKE = {
         "--prompts 3 --best_of 2 --model chatty --device cpu --cache kept --measured 8 --most_sampled 4 --most_steps 2 "
         "--of_a_person 2 --base small",
         check_bought, judging_people,
+    ),
+    "sft_directions.py --data DATA --output directions.jsonl --json": Smoke(
+        "--data . --seeds 1 2 --measured 8 --most_sampled 4 --most_steps 2 --of_a_person 2 --base small",
+        check_directions, judging_people,
     ),
     "chat_emails.py --emails email_rewrites.jsonl.gz --output_dir runs/chat_emails --longest 160 --max_length 144 "
     "--completion 40 --batch 64 --steps 6 --prompts 8 --own_texts 128 --eval_prompts 32 --micro_batch_size 8": Smoke(

@@ -14,11 +14,11 @@ from chats import TEMPLATES, byte_tokenizer, model_folder
 from dpalign.algorithms.completions import read_prompt
 from dpalign.algorithms.ppo import PPOConfig
 from dpalign.algorithms.reward import encode_pair
-from dpalign.algorithms.sft import SFT
+from dpalign.algorithms.sft import SFT, SFTConfig
 from dpalign.data.columns import only_columns
-from dpalign.data.text import encode_completion, turn_end
+from dpalign.data.text import encode_completion, opening_of_a_turn, turn_end
 from dpalign.errors import DPAlignError
-from dpalign.models import Policy, RewardModel, TextFormat
+from dpalign.models import AdapterConfig, Policy, RewardModel, TextFormat
 from dpalign.models.generation import answers, padded, write_prompts
 from dpalign.models.policy import Rollouts
 from dpalign.models.prompt_format import PromptFormat, prompt_format_of
@@ -138,6 +138,22 @@ def test_a_chat_models_own_prompts_are_chats(template):
         assert prompt.ids == chat
     ids, mask = padded(writer, prompts)
     assert [row[m > 0].tolist() for row, m in zip(ids, mask, strict=True)] == [prompt.ids for prompt in prompts]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_directions_of_a_chat_models_layers_are_of_its_own_chats(template, monkeypatch):
+    writer, read = policy(template), []
+    writer.asks_in_chats = True
+    logprobs = writer.logprobs
+    monkeypatch.setattr(writer, "logprobs", lambda ids, mask, after: read.append((ids, mask)) or logprobs(ids, mask, after))
+    adapter = AdapterConfig(r=2, freeze_a=True, init_a="activations", init_rows=6)
+    torch.manual_seed(3)
+    SFT(SFTConfig(adapter=adapter, max_length=200, micro_batch_size=4)).setup(writer)
+    texts = [row[m > 0].tolist() for ids, mask in read for row, m in zip(ids, mask, strict=True)]
+    opening = opening_of_a_turn(writer.tokenizer)
+    assert len(texts) == 6 and all(text[: len(opening)] == opening for text in texts)
+    for a in (p for name, p in writer.named_parameters() if "lora_A" in name):
+        assert torch.allclose(a @ a.T, torch.eye(2), atol=1e-4) and not a.requires_grad
 
 
 # Through the command ----------------------------------------------------------------------------------------
