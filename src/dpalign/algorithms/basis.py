@@ -139,8 +139,8 @@ class Sketch:
 
     def add(self, inputs: Tensor) -> None:
         """`(tokens, in)` float."""
-        read = inputs.double().cpu()
-        seen = read.T @ (read @ self.through)
+        read = inputs.double()
+        seen = (read.T @ (read @ self.through.to(read.device))).cpu()
         self.seen = seen if self.seen is None else self.seen + seen
 
     def leading(self, rank: int) -> Tensor:

@@ -193,7 +193,8 @@ def _too_few(stage: dict[str, Any]) -> str | None:
     return (
         f"{stage['stage']}: {stage['units']:g} units will buy little at epsilon {at_most(stage['epsilon_alone'])}: "
         f"even what all of them agree on, asked once, is {signal['ceiling']:.0f} times the noise in one direction, and "
-        "a training has thousands. Ask one query (reward_query), train fewer weights, or find more people."
+        "a training has thousands. Ask one query (reward_query), train fewer weights (adapter.r 1, freeze_a and an "
+        "init_a), or find more people."
     )
 
 
