@@ -92,13 +92,13 @@ def moments(policy, length: int, rows: int) -> dict[str, torch.Tensor]:
 def test_a_has_the_leading_directions_of_what_its_layer_reads_and_padding_is_not_read(kind):
     policy = tiny_policy(kind)
     policy.add_adapter("sft", READS)
-    found = moments(policy, length=10, rows=24)
+    found = moments(policy, length=6, rows=24)
     assert found
     for name, moment in found.items():
-        a = policy.get_submodule(name).lora_A["sft"].weight.double()
+        a = policy.get_submodule(name).lora_A["sft"].weight.detach().double()
         assert torch.allclose(a @ a.T, torch.eye(2, dtype=torch.float64), atol=1e-5)
         share = torch.trace(a @ moment @ a.T) / torch.linalg.eigvalsh(moment)[-2:].sum()
-        assert float(share) > 0.999, name
+        assert share.item() > 1 - 1e-5, name
 
 
 def test_a_sketch_is_of_all_that_was_added():
@@ -129,7 +129,9 @@ def test_the_directions_are_frozen_and_no_record_is_read_for_them(algorithm, rec
         torch.manual_seed(0)
         algorithm.setup(policy)
         assert all("lora_B" in name for name, p in policy.named_parameters() if p.requires_grad)
-        return torch.cat([p.flatten() for n, p in policy.named_parameters() if "lora_A" in n])
+        found = [p for n, p in policy.named_parameters() if "lora_A" in n]
+        assert all(torch.allclose(p @ p.T, torch.eye(2), atol=1e-4) for p in found)
+        return torch.cat([p.flatten() for p in found])
 
     assert torch.equal(*[directions(record) for record in records])
 
