@@ -42,8 +42,8 @@ MOST_PAIRS = 50  # of a person
 INTERVALS = 3
 NONPRIVATE = "nonprivate"
 ALONG = {"freeze_a": True, "init_a": "activations"}
-# Of SFT on messages, by unit: expected sample, steps, learning rate, adapter. Tuned on another split (seed 50): rates a
-# factor of 2 apart, 8 to 48 steps, ranks 1 and 4, A trained or along activations. Who does not protect has no unit.
+# Of SFT on messages, by unit: expected sample, steps, learning rate, adapter; looked for on another split (seed 50), as
+# docs/results/what_privacy_buys.md says. Who does not protect has no unit.
 SFT: dict[str, tuple[int, int, float, dict[str, Any]]] = {
     "record": (512, 48, 2e-2, {"r": 4}),
     "person": (128, 8, 4e-2, {"r": 1, **ALONG}),
