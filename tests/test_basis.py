@@ -42,6 +42,16 @@ def test_a_is_orthonormal_and_frozen_and_nothing_else_changes(kind):
     assert all(torch.equal(after[n], p) for n, p in before.items())
 
 
+def test_the_gradient_is_of_all_rollouts_each_once(monkeypatch):
+    policy, written, read = tiny_policy("llama"), [], []
+    sample, logprobs = policy.sample, policy.completion_logprobs
+    monkeypatch.setattr(policy, "sample", lambda *a, **k: written.append(sample(*a, **k)) or written[-1])
+    monkeypatch.setattr(policy, "completion_logprobs", lambda r, *a, **k: read.append(r.input_ids) or logprobs(r, *a, **k))
+    torch.manual_seed(0)
+    ppo().setup(policy)
+    assert len(read) == 2 and torch.equal(torch.cat(read), written[-1].input_ids)  # 64 rows, 32 at once
+
+
 def test_the_directions_depend_on_the_reward_and_not_on_records():
     def directions(algorithm: PPO, records: list) -> torch.Tensor:
         policy = tiny_policy("llama")
