@@ -110,6 +110,13 @@ RUN = {
     "dpalign quickstart --output_dir runs/x --ppo.FIELD VALUE ...": Small(
         f"{QUICK} --output_dir runs/changed", {"--ppo.FIELD VALUE ...": "--ppo.beta 0.05"}, "runs/changed/release"
     ),
+    "dpalign quickstart --sft.adapter '{r: 1, freeze_a: true, target_modules: all-linear, init_a: activations, "
+    "init_rows: 256}' --sft.learning_rate 5e-3 --sft.max_steps 16 --ppo.beta 0.045 --ppo.max_steps 32 "
+    "--ppo.adapter.init_rows 512": Small(
+        f"{QUICK} --output_dir runs/stronger",
+        {" --sft.max_steps 16": "", " --ppo.max_steps 32": "", " --ppo.adapter.init_rows 512": "", "256": "16"},
+        "runs/stronger/release",
+    ),
     # Plans
     "dpalign plan --units 12500 --batch_size 512 --steps 60 --epsilon 4": Small(
         "--units 100 --batch_size 20 --steps 2 --json", says="noise_multiplier"

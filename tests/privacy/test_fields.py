@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from dpalign.data import units
 from dpalign.privacy.entropy import SystemEntropy
+from dpalign.release import MEASURED
 from helpers import Called, call, files_below, judged, reviews, write_jsonl, write_recipe
 
 DOCS = Path(__file__).parents[2] / "docs" / "privacy.md"
@@ -62,15 +64,25 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield path, value
 
 
+def section(lines: list[bytes], heading: bytes) -> list[bytes]:
+    """What stands under a heading of a card."""
+    if heading not in lines:
+        return []
+    return [*takewhile(lambda line: not line.startswith(b"## "), lines[lines.index(heading) + 1 :])]
+
+
 def outside(run: Path) -> dict[tuple[str, tuple[str, ...]], list[Any]]:
     """All values outside private/, by file and path; a file that is not JSON is one value."""
     found: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
     for file in files_below(run, lambda path: path.parts[0] != "private"):
         name, content = str(file.relative_to(run)), file.read_bytes()
         if file.name == "README.md":
-            measured = [line for line in content.splitlines() if line.startswith(b"Held-out loss on ")]
+            lines = content.splitlines()
+            measured = [line for line in lines if line.startswith(b"Held-out loss on ")]
+            worth = section(lines, MEASURED.strip().encode())
             found[name, ("heldout",)] = measured
-            found[name, ("text",)] = [line for line in content.splitlines() if line not in measured]
+            found[name, ("worth",)] = worth
+            found[name, ("text",)] = [line for line in lines if line not in [*measured, *worth]]
             continue
         if fnmatch(name, "*tokenizer*") or file.suffix not in (".json", ".jsonl"):
             found[name, ("**",)] = [content]
