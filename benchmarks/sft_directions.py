@@ -4,7 +4,7 @@
 
 DATA holds `sms.jsonl.gz` (what_privacy_buys.py says whence it comes). SFT of the embedded model on text messages with a
 person as the unit, by the command, on another split of the people for each seed; the gain is what the loss on other
-people's messages falls by, in nats per token. The arms differ in the adapter and the learning rate alone:
+people's messages falls by, in nats per token. The arms differ in the adapter alone.
 
 random, rank 4   peft's default: query and value projections, A and B trained
 random, rank 1   the same with a quarter of the weights
@@ -26,7 +26,7 @@ import what_privacy_buys as bought
 
 PERSON = bought.SFT["person"]
 ARMS: dict[str, tuple[float, dict[str, Any]]] = {
-    "random, rank 4": (2e-2, {"r": 4}),
+    "random, rank 4": (4e-2, {"r": 4}),
     "random, rank 1": (4e-2, {"r": 1}),
     "activations": PERSON[2:],
 }
