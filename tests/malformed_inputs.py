@@ -219,6 +219,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
     "a text of one token": ({"sft": {"max_length": 1}}, "max_length 1"),
     "KL that nobody measures": ({"ppo": {"adaptive_kl_target": 1.0, "metrics_noise_ratio": 0}}, "adaptive_kl_target"),
     "a baseline that nobody measures": ({"ppo": {"noised_baseline": True, "metrics_noise_ratio": 0}}, "noised_baseline"),
+    "activations without room": ({"sft": {"max_length": 2, "adapter": {"init_a": "activations"}}}, "init_a activations"),
     "synthetic gradient of texts": ({"sft": {"adapter": {"init_a": "synthetic_gradient"}}}, "init_a"),
     "layers that are not there": ({"ppo": {"adapter": {"target_modules": ["nothing"]}}}, "no layer nothing"),
     "one layer that is not there": ({"ppo": {"adapter": {"target_modules": ["q_proj", "nothing"]}}}, "nothing"),

@@ -5,7 +5,7 @@ import torch
 
 from dpalign.algorithms import DPO, PPO, SFT, DPOConfig, PPOConfig, SFTConfig
 from dpalign.algorithms.base import encode_units
-from dpalign.algorithms.basis import Sketch, align_to_activations, leading_inputs
+from dpalign.algorithms.basis import Sketch, align_to_activations, check_own_text, leading_inputs
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig
 from dpalign.rewards import Reward
@@ -144,6 +144,22 @@ def test_the_directions_are_frozen_and_no_record_is_read_for_them(algorithm, rec
         return torch.cat([p.flatten() for p in found])
 
     assert torch.equal(*[directions(record) for record in records])
+
+
+def test_dpo_on_its_own_pairs_has_them_too():
+    config = DPOConfig(adapter=READS, prompts="self_written", max_prompt_length=9, max_completion_length=4)
+    policy = tiny_policy("llama")
+    torch.manual_seed(0)
+    DPO.of(config)(config, Reward(lambda p, c, **_: [0.0] * len(c), 0.0, 1.0)).setup(policy)
+    a = [p for name, p in policy.named_parameters() if "lora_A" in name]
+    assert a and all(torch.allclose(p @ p.T, torch.eye(2), atol=1e-4) for p in a)
+
+
+def test_a_text_without_room_is_refused_before_anything_is_drawn():
+    policy = tiny_policy("llama")
+    check_own_text("sft", policy, 3)  # BOS, and a token that is read before one that is learned
+    with pytest.raises(DPAlignError, match=r"sft\.adapter\.init_a activations: .* at least 3 tokens .* reads 2"):
+        check_own_text("sft", policy, 2)
 
 
 def test_sft_has_no_synthetic_gradient():

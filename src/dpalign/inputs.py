@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from .algorithms.base import Reading, check_records, checked
+from .algorithms.basis import check_own_text
 from .data.load import Record
 from .errors import DPAlignError
 from .evaluation.during import check_public
@@ -56,6 +57,9 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
         read = records.get(name) or prompts.get(name, ([], ""))[0]
         if isinstance(model, Policy) and read:  # prompts that it writes itself are as those of the last stage
             model.asks_in_chats = are_chats(read, stage.kind.columns)
+        config = stage.config
+        if isinstance(model, Policy) and isinstance(config, TrainingConfig) and config.adapter.init_a == "activations":
+            check_own_text(name, model, stage.kind.longest(config))
         if not read:
             stage.kind.check_writing(stage.config, model)
     return surveys

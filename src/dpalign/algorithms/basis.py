@@ -33,12 +33,26 @@ UNUSED = "an adapted layer took no part in the loss, so init_a {} for it: leave 
 SPARE = 128  # directions of a sketch beyond those that are asked for
 
 
-def add_adapter(policy: Policy, name: str, config: TrainingConfig) -> None:
-    """A stage's adapter, whose A is what the stage's settings say."""
+def add_adapter(policy: Policy, name: str, config: TrainingConfig, length: int) -> None:
+    """A stage's adapter, whose A is what the stage's settings say; length: of the longest text that the stage reads."""
     policy.add_adapter(name, config.adapter)
     if config.adapter.init_a == "activations":
         size = config.micro_batch_size
-        align_to_activations(policy, rows=config.adapter.init_rows, length=config.max_length, micro_batch_size=size)
+        align_to_activations(policy, rows=config.adapter.init_rows, length=length, micro_batch_size=size)
+
+
+def check_own_text(name: str, policy: Policy, length: int) -> None:
+    """Refuses, before the first draw, a model that cannot write the texts that `activations` are of.
+
+    Raises:
+        DPAlignError: the tokenizer has neither BOS nor EOS, or a text has no room in `length` tokens.
+    """
+    needed = longest_written(policy, 2)
+    if needed > length:
+        raise DPAlignError(
+            f"{name}.adapter.init_a activations: a text that the model writes itself has at least {needed} tokens with "
+            f"what stands around it, and stage {name} reads {length}: allow longer ones, or leave init_a out."
+        )
 
 
 def align_inputs(
@@ -100,14 +114,14 @@ def align_to_activations(policy: Policy, *, rows: int, length: int, micro_batch_
         policy: with the newest adapter added; its B is still zero.
         rows: texts that the policy writes, of at most `length` tokens: beginning at BOS, or a chat's first turns.
     """
-    begun = min(PROMPT_TOKENS, max(1, length - longest_written(policy, 0) - 1))
+    begun = min(PROMPT_TOKENS, length - longest_written(policy, 1))
     prompts = write_prompts(policy, rows, begun, micro_batch_size)
     ids, mask = padded(policy, prompts)
     written = policy.sample(ids, mask, max(1, length - ids.shape[1]), rows_at_once=micro_batch_size)
     ranks = {layer: layer.lora_A[policy.adapters[-1]].weight for layer in adapted(policy)}
     sketches = {layer: Sketch(a.shape[1], a.shape[0]) for layer, a in ranks.items()}
     for i in range(0, rows, micro_batch_size):
-        part = written[slice(i, i + micro_batch_size)]
+        part = written[i : i + micro_batch_size]
         ids, mask = part.input_ids, part.attention_mask
         hooks = [layer.register_forward_pre_hook(partial(_read, s, mask[:, :-1])) for layer, s in sketches.items()]
         try:
@@ -150,7 +164,7 @@ class Sketch:
             DPAlignError: nothing was added.
         """
         if self.seen is None:
-            raise DPAlignError(UNUSED.format("activations has nothing that it reads"))
+            raise DPAlignError(UNUSED.format("activations has nothing to go by"))
         inner = self.through.T @ self.seen
         values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
         kept = values > 1e-12 * values[-1]

@@ -73,7 +73,7 @@ class DPO(PairAlgorithm[DPOConfig, Policy, Answers]):
         self.metrics = pair_metrics(config.margin_range)
 
     def setup(self, policy: Policy) -> None:
-        add_adapter(policy, self.name, self.config)
+        add_adapter(policy, self.name, self.config, self.longest(self.config))
 
     def encode(self, policy: Policy, record: Record) -> Answers:
         answers, length = encode_answers(policy.tokenizer, record, self.config), self.config.max_length

@@ -24,7 +24,7 @@ from ..rewards import Reward
 from ..settings.rollouts import CompletionConfig, RolloutConfig, SamplingConfig, ScoredConfig
 from .anchor import Anchor
 from .base import Algorithm, Coins, Entering, Reading, Rows, Tokenizer, Tokens
-from .basis import align_inputs
+from .basis import add_adapter, align_inputs
 from .completions import PROMPT_COLUMNS, check_prompt, columns_of, read_prompt
 
 W = TypeVar("W", bound=CompletionConfig)
@@ -76,7 +76,7 @@ class CompletionAlgorithm(Algorithm[W, Policy, Prompt], is_base=True):
 
     def setup(self, policy: Policy) -> None:
         config = self.config
-        policy.add_adapter(self.name, config.adapter)
+        add_adapter(policy, self.name, config, self.longest(config))
         if config.adapter.init_a == "synthetic_gradient":
             align_inputs(
                 policy,

@@ -60,7 +60,7 @@ class SFT(TextAlgorithm[SFTConfig, Encoded]):
         self.metrics = (MetricRange("loss", 0.0, config.loss_range),)
 
     def setup(self, policy: Policy) -> None:
-        add_adapter(policy, self.name, self.config)
+        add_adapter(policy, self.name, self.config, self.longest(self.config))
 
     def encode(self, policy: Policy, record: Record) -> Encoded:
         return encode_record(policy.tokenizer, record, self.config).cut(self.config.max_length)

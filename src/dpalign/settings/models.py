@@ -51,7 +51,7 @@ class AdapterConfig:
         init_a: `random` (peft's); `synthetic_gradient` (stages that sample): the input directions of the reward's
             gradient on prompts that the policy writes itself; `activations` (sft, dpo): the leading directions of what
             each layer reads of text that the policy writes itself. Both are best with freeze_a, and read no data.
-        init_rows: texts that the policy writes for that.
+        init_rows: texts that the policy writes for that; for `activations` a few hundred are enough.
     """
 
     r: int = within(4, "[0, 65536]")
