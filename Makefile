@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TRL := .venv-trl/bin
+NEW_TRL := .venv-trl-new/bin
 
 .PHONY: quickstart test docs bench-setup faults mutants clean
 
@@ -31,10 +32,14 @@ docs: .venv/installed-test
 	touch $@
 
 # TRL's last PPO needs packages of its time: an environment of its own, for benchmarks/ppo_iteration.py and trl_ppo_curve.py only.
+# The newest TRL, for benchmarks/rloo_iteration.py only.
 bench-setup: .venv/installed
 	test -x $(TRL)/python || $(PYTHON) -m venv .venv-trl
 	$(TRL)/python -m pip install --quiet torch==2.13.0
 	$(TRL)/python -m pip install --quiet trl==0.11.4 transformers==4.46.3 peft==0.13.2 'numpy<2.3' rich vaderSentiment==3.3.2
+	test -x $(NEW_TRL)/python || $(PYTHON) -m venv .venv-trl-new
+	$(NEW_TRL)/python -m pip install --quiet torch==2.13.0
+	$(NEW_TRL)/python -m pip install --quiet trl==1.16.0 transformers==5.23.0 peft==0.21.2
 
 # Kills and faults through the real command; goes on from where it was stopped.
 faults: .venv/installed
@@ -46,4 +51,4 @@ mutants: .venv/installed-test
 		--first docs/results/mutants.first.json --summary docs/results/mutants.json $(ARGS)
 
 clean:
-	rm -rf .venv .venv-trl build dist src/*.egg-info
+	rm -rf .venv .venv-trl .venv-trl-new build dist src/*.egg-info

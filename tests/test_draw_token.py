@@ -1,11 +1,12 @@
 """The law of sampled tokens is the policy's own."""
 
+import pytest
 import torch
 from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from dpalign.models import Policy
-from dpalign.models.sampling import DrawToken
+from dpalign.models.sampling import DrawToken, _drawn
 from tiny import tiny_base, tiny_policy, tiny_tokenizer
 
 ROWS = 20_000
@@ -32,6 +33,20 @@ def test_impossible_tokens_are_never_drawn_and_bad_rows_do_not_stop_others():
     scores[7] = torch.nan
     tokens = drawn(scores)
     assert set(tokens[torch.arange(1000) != 7].tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000])
+def test_a_point_finds_the_token_that_the_cumulated_probabilities_have_there(vocabulary):
+    torch.manual_seed(vocabulary)
+    scores = torch.randn(5000, vocabulary) * 3
+    scores[torch.rand(scores.shape) < 0.3] = -torch.inf
+    scores[:, vocabulary // 2] = 0.0  # one is possible
+    points = torch.cat([torch.zeros(100, 1), torch.full((100, 1), 1 - 2.0**-53), torch.rand(4800, 1)]).double()
+    tokens = _drawn(scores, points)
+    cumulated = scores.double().softmax(-1).cumsum(-1)
+    below = torch.nn.functional.pad(cumulated, (1, 0)).gather(1, tokens)
+    assert (scores.gather(1, tokens) > -torch.inf).all()
+    assert (below <= points + 1e-6).all() and (points <= cumulated.gather(1, tokens) + 1e-6).all()
 
 
 def test_the_base_models_own_generation_settings_do_not_change_the_law():

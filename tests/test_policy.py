@@ -7,12 +7,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertLMHeadModel,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
 )
+from transformers.activations import GELUActivation
 
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig, ModelConfig, Policy, RewardModel
@@ -103,6 +107,24 @@ def test_the_head_reads_one_block():
     assert len(blocks) == 3 and all(blocks)
 
 
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_fast", "gelu"])
+def test_gelu_is_one_pass_over_memory_and_the_same_function(activation):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=2, n_head=2, activation_function=activation,
+        initializer_range=0.5,
+    )  # fmt: skip
+    base = GPT2LMHeadModel(config)
+    ids = torch.randint(VOCABULARY, (4, 8))
+    with torch.no_grad():
+        plain = base.eval()(ids).logits
+        policy = Policy(base, tiny_tokenizer())
+        logits, _ = policy(ids, torch.ones_like(ids), 8)
+    activations = [type(module.act) for name, module in policy.model.named_modules() if name.endswith(".mlp")]
+    assert activations == [nn.GELU if activation != "gelu" else GELUActivation] * 2
+    assert plain.abs().max() > 1 and (logits - plain).abs().max() < 1e-5
+
+
 # What ends a completion -------------------------------------------------------------------------------------------
 
 
@@ -113,16 +135,17 @@ def test_rollouts_stop_at_every_eos_id(named):
     policy = Policy(base, tokenizer)
     stops = {1} | {i for i in (named if isinstance(named, list) else [named]) if i is not None and 0 <= i < VOCABULARY}
     assert policy.stop_ids == sorted(stops)
-    ids, mask = policy.encode_prompts([[3, 4, 5]] * 400, 3)
+    ids, mask = policy.encode_prompts([[3, 4, 5]] * 4000, 3)
     torch.manual_seed(0)
     rollouts = policy.generate(ids, mask, 24, min_new_tokens=2)
-    last = set()
+    last, lengths = set(), set()
     for row, inside in zip(rollouts.completion_ids.tolist(), rollouts.completion_mask.tolist(), strict=True):
         length = int(sum(inside))
         assert not stops & set(row[: length - 1]) and inside == [1.0] * length + [0.0] * (24 - length) and length > 2
         last.add(row[length - 1])
+        lengths.add(length)
         assert length == 24 or row[length - 1] in stops
-    assert last >= stops
+    assert last >= stops and min(lengths) == 3
     found = policy.completion_logprobs(rollouts, 2)[0]
     with torch.no_grad():
         logits = policy(rollouts.input_ids[:, :-1], rollouts.attention_mask[:, :-1], 24)[0][:, 0]

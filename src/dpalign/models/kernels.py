@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -45,6 +46,9 @@ def constant_kernels(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features == 1:
             module.register_forward_hook(_apart)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, NewGELUActivation | FastGELUActivation):  # GPT-2's, in eight passes over memory
+            model.set_submodule(name, nn.GELU(approximate="tanh"))
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None:
         head.register_forward_pre_hook(_contiguous)

@@ -32,7 +32,7 @@ from .objects import Given
 from .precision import settled
 from .prompt_format import prompt_format_of
 from .quantized import settings_of
-from .sampling import Dealt, DrawToken, uniforms_of
+from .sampling import Dealt, DrawToken, NoStopBefore, uniforms_of
 from .stack import AdapterStack, load_pretrained
 
 BASE = ""  # the place of an adapter where there is none
@@ -281,12 +281,13 @@ class Policy(AdapterStack):
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,  # DrawToken draws
             max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens or None,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=self.stop_ids or None,
             bos_token_id=tokenizer.bos_token_id,
         )
         processors = LogitsProcessorList()
+        if min_new_tokens and self.stop_ids:
+            processors.append(NoStopBefore(prompt_ids.shape[1] + min_new_tokens, self.stop_ids))
         if temperature != 1:
             processors.append(TemperatureLogitsWarper(temperature))
         if top_p < 1:
