@@ -87,6 +87,36 @@ class PPOTrainer:
 '''
 
 
+NEW_TRL = '''
+"""The few calls of the newest TRL that the worker makes."""
+from types import SimpleNamespace as RLOOConfig
+import torch
+
+class RLOOTrainer:
+    def __init__(self, model, reward_funcs, args, train_dataset, processing_class, peft_config, callbacks):
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == len(train_dataset) * args.num_generations
+        self.__dict__.update(locals())
+
+    def train(self):
+        width, control = self.args.max_completion_length, RLOOConfig()
+        prompts = torch.tensor(self.processing_class(list(self.train_dataset["prompt"])).input_ids)
+        while True:
+            self.callbacks[0].on_step_begin(self.args, None, control)
+            rows = prompts.repeat_interleave(self.args.num_generations, 0)
+            ids = self.model.generate(
+                input_ids=rows, attention_mask=torch.ones_like(rows), max_new_tokens=width, do_sample=True, **self.args.generation_kwargs
+            )[:, prompts.shape[1]:].tolist()
+            scores = self.reward_funcs(completions=self.processing_class.batch_decode(ids), completion_ids=ids, prompts=None)
+            assert len(scores) == len(rows)
+            self.callbacks[0].on_step_end(self.args, None, control)
+'''
+
+
+def small_new_trl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "trl.py").write_text(NEW_TRL, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+
+
 def small_trl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A `trl` for the worker's process."""
     (folder / "trl.py").write_text(TRL, encoding="utf-8")
@@ -563,6 +593,11 @@ SMOKE = {
         f"--micro-batch-size 3 --trl-python {shlex.quote(sys.executable)}",
         check_ppo_iteration, small_trl,
     ),
+    "rloo_iteration.py --json": Smoke(
+        f"{GPT2} --prompts 4 --generations 2 --prompt-tokens 3 --new-tokens 3 --trl-mini-batch-size 4 --pairs 2 "
+        f"--micro-batch-size 4 --trl-python {shlex.quote(sys.executable)}",
+        check_ppo_iteration, small_new_trl,
+    ),
     "trl_ppo_curve.py --json": Smoke(
         "--seeds 2 --updates 2 --last 1 --batch_size 4 --mini_batch_size 4 --ppo_epochs 1 --new_tokens 3 --model small "
         f"--output curve.jsonl --trl-python {shlex.quote(sys.executable)}",
@@ -674,7 +709,9 @@ USED_BY_OTHERS = {  # a word of theirs that a benchmark names
     "fuzz_kinds": ("fuzz", "fuzz_kinds"),
     "mutations": ("fuzz", "mutations"),
     "engine_server": ("stale_adapter", "engine_server.py"),
-    "models": ("ppo_iteration", "word_tokenizer"),
+    "models": ("iteration", "word_tokenizer"),
+    "iteration": ("ppo_iteration", "from iteration import"),
+    "trl_rloo_worker": ("rloo_iteration", "trl_rloo_worker.py"),
     "forked": ("many_processes", "forked"),
     "trl_ppo_worker": ("ppo_iteration", "trl_ppo_worker.py"),
     "trl_ppo_script": ("trl_ppo_curve", "trl_ppo_script"),
@@ -737,7 +774,7 @@ def test_the_attack_sees_low_bits(mutant, gradients_too, monkeypatch):
     assert (gradients > 2000) == gradients_too
 
 
-@pytest.mark.parametrize("benchmark", ["ppo_iteration", "trl_ppo_curve"])
+@pytest.mark.parametrize("benchmark", ["ppo_iteration", "rloo_iteration", "trl_ppo_curve"])
 def test_a_benchmark_without_trl_says_what_to_do(benchmark, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 from harness import Interrupted, Sampler, nobody, run_stage, sft, texts, through
 from scipy import stats
 
-from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
+from dpalign.errors import DPAlignError
+from dpalign.privacy.entropy import AT_ONCE, NoEntropy, SeededEntropy, SystemEntropy
 from dpalign.privacy.gate import Gate
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism, MetricRange
@@ -172,6 +174,47 @@ def test_tensors_and_passes_have_their_own_noise():
     """PRIVACY test 6: independent across the tensors of a release and the passes over a sample."""
     assert largest_correlation(tensors_and_passes(SystemEntropy())) < 6
     assert largest_correlation(tensors_and_passes(SameForEveryTensor())) > 20
+
+
+class EveryPartTheSame(SystemEntropy):
+    threads = 2
+
+    def __init__(self) -> None:
+        self.first = super().bytes(AT_ONCE * 16)
+
+    def bytes(self, count: int) -> bytes:
+        return self.first[:count]
+
+
+class LastPartForgotten(SystemEntropy):
+    threads = 2
+
+    def _fill(self, part: np.ndarray) -> None:
+        part.fill(0.0)
+        if len(part) == AT_ONCE:
+            super()._fill(part)
+
+
+def parts_of_many(entropy: SystemEntropy, threads: int) -> list[np.ndarray]:
+    """The beginnings of the parts in which many normals are drawn, `threads` at a time; the last part is short."""
+    with patch.object(type(entropy), "threads", threads):
+        many = entropy.normals(3 * AT_ONCE + 1000)
+    return [many[start : start + 1000] for start in range(0, len(many), AT_ONCE)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_of_many_have_their_own_noise(threads):
+    """PRIVACY test 6: independent, and all of it noise, where threads draw parts of a release."""
+    right = parts_of_many(SystemEntropy(), threads)
+    assert len(right) == 4 and largest_correlation(right) < 6
+    assert min(float(stats.kstest(part, "norm").pvalue) for part in right) > 1e-6
+    assert largest_correlation(parts_of_many(EveryPartTheSame(), threads)) > 20
+    assert float(stats.kstest(parts_of_many(LastPartForgotten(), threads)[-1], "norm").pvalue) < 1e-6
+
+
+def test_an_error_in_a_thread_ends_the_draw():
+    with patch.object(NoEntropy, "threads", 2), pytest.raises(DPAlignError, match="first process draws"):
+        NoEntropy().normals(2 * AT_ONCE)
 
 
 class UserSpaceGenerator(SystemEntropy):

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from ..errors import DPAlignError
+
+AT_ONCE = 2**16  # normals that are made together: what they need on the way stays in a processor's cache
 
 
 class SystemEntropy:
@@ -38,12 +42,27 @@ class SystemEntropy:
         Each is half the sum of four Box-Muller normals, which blunts attacks on the floating-point
         grid of a single one (Holohan and Braghin 2021, arXiv 2107.10138).
         """
-        pairs = 2 * count
+        normals = np.empty(count)
+        parts = [normals[start : start + AT_ONCE] for start in range(0, count, AT_ONCE)]
+        if self.threads == 1 or len(parts) < 2:
+            for part in parts:
+                self._fill(part)
+        else:
+            with ThreadPoolExecutor(self.threads) as threads:
+                list(threads.map(self._fill, parts))  # raises what one of them has raised
+        return normals
+
+    @property
+    def threads(self) -> int:
+        """That may draw together: bytes are fresh, whichever thread asks first."""
+        return torch.get_num_threads()
+
+    def _fill(self, part: np.ndarray) -> None:
+        pairs = 2 * len(part)
         radius = np.sqrt(-2.0 * np.log(self.uniforms(pairs)))
         angle = 2.0 * np.pi * self.uniforms(pairs)
         both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        normals: np.ndarray = both.reshape(4, count).sum(axis=0) / 2.0
-        return normals
+        part[:] = both.reshape(4, len(part)).sum(axis=0) / 2.0
 
 
 class SeededEntropy(SystemEntropy):
@@ -53,6 +72,7 @@ class SeededEntropy(SystemEntropy):
     """
 
     private = False
+    threads = 1  # the order in which bytes are asked for is part of the stream
 
     def __init__(self, seed: int, label: str = "") -> None:
         self.seed, self.label = seed, label
