@@ -8,14 +8,24 @@ from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.basis import Sketch, align_to_activations, check_own_text, leading_inputs
 from dpalign.errors import DPAlignError
 from dpalign.models import AdapterConfig
-from dpalign.rewards import Reward
+from dpalign.rewards import Reward, RewardConfig
+from dpalign.training.self_check import check_stage
 from tiny import tiny_policy
 
 ADAPTER = AdapterConfig(r=2, freeze_a=True, init_a="synthetic_gradient", init_rows=64)
 
 
-def ppo(reward=lambda prompts, completions, **_: [float("w3" in c.split()) for c in completions]) -> PPO:
-    return PPO(PPOConfig(adapter=ADAPTER, max_completion_length=5, prompt_max_tokens=3), Reward(reward, 0.0, 1.0))
+def share(words):
+    """A reward: how many of a completion's five words are among these."""
+    return lambda prompts, completions, **_: [len(set(c.split()) & words) / 5 for c in completions]
+
+
+LOW, EVEN = {f"w{i}" for i in range(40)}, {f"w{i}" for i in range(0, 96, 2)}
+
+
+def ppo(reward=None) -> PPO:
+    config = PPOConfig(adapter=ADAPTER, max_completion_length=5, prompt_max_tokens=3)
+    return PPO(config, Reward(reward or share(LOW), 0.0, 1.0))
 
 
 def test_leading_inputs_are_the_best_low_rank_input_space():
@@ -62,8 +72,46 @@ def test_the_directions_depend_on_the_reward_and_not_on_records():
 
     one = directions(ppo(), [[{"prompt": "w1"}]])
     assert torch.equal(one, directions(ppo(), [[{"prompt": "w9 w9"}]] * 3))
-    other = ppo(lambda prompts, completions, **_: [float("w8" in c.split()) for c in completions])
-    assert not torch.allclose(one, directions(other, [[{"prompt": "w1"}]]), atol=1e-2)
+    assert not torch.allclose(one, directions(ppo(share(EVEN)), [[{"prompt": "w1"}]]), atol=1e-2)
+
+
+@pytest.mark.parametrize(("score", "what"), [(0.5, "says the same of 64"), (float("nan"), "cannot score any of 64")])
+def test_a_reward_without_a_gradient_is_refused(score, what):
+    policy = tiny_policy("llama")
+    with pytest.raises(DPAlignError, match=f"synthetic_gradient: the reward {what} completions"):
+        ppo(lambda prompts, completions, **_: [score] * len(completions)).setup(policy)
+    assert not any(p.grad is not None for p in policy.parameters())
+
+
+def test_a_reward_that_reads_columns_is_refused():
+    """Self-written prompts have none, so that it would score something else, or nothing. Also as a part of a mean."""
+    for reward in (
+        RewardConfig(source="m:f", columns=["answer"]),
+        RewardConfig(source="mean", of=[{"source": "vader"}, {"source": "m:f", "columns": ["answer"]}]),
+    ):
+        with pytest.raises(DPAlignError, match=r"reward\.columns answer: .* init_a synthetic_gradient"):
+            PPOConfig(adapter=ADAPTER, reward=reward).validate()
+        PPOConfig(reward=reward).validate()
+
+
+def test_fewer_directions_than_a_rank_are_completed_and_more_than_inputs_refused():
+    torch.manual_seed(0)
+    gradient = torch.randn(3, 8)
+    rows = leading_inputs(gradient, 5)
+    assert torch.allclose(rows @ rows.T, torch.eye(5), atol=1e-5)
+    assert torch.allclose(gradient @ rows[:3].T @ rows[:3], gradient, atol=1e-4)
+    policy = tiny_policy("llama")
+    inputs = policy.model.config.hidden_size
+    for algorithm in (
+        SFT(SFTConfig(adapter=AdapterConfig(r=inputs + 1, init_a="activations"), max_length=12)),
+        PPO(PPOConfig(adapter=AdapterConfig(r=inputs + 1, init_a="synthetic_gradient")), Reward(share(LOW), 0.0, 1.0)),
+    ):
+        with pytest.raises(DPAlignError, match=f"adapter.r {inputs + 1}: a layer has {inputs} inputs"):
+            algorithm.setup(tiny_policy("llama"))
+        rewards = {"reward": algorithm.reward} if isinstance(algorithm, PPO) else {}
+        with pytest.raises(DPAlignError, match=f"adapter.r {inputs + 1}: a layer has {inputs} inputs"):  # before a draw
+            check_stage(policy, type(algorithm), algorithm.config, rewards, people=False, chats=False)
+        assert not policy.adapters
 
 
 # What a layer reads --------------------------------------------------------------------------------------------------
@@ -123,7 +171,8 @@ def test_a_sketch_is_of_all_that_was_added():
     one[:, 7] = 2.0  # a moment of rank 1
     single = Sketch(40, 3)
     single.add(one)
-    assert single.leading(3)[0].abs().argmax() == 7 and single.leading(3).isfinite().all()
+    found = single.leading(3)
+    assert found[0].abs().argmax() == 7 and torch.allclose(found @ found.T, torch.eye(3, dtype=torch.float64), atol=1e-9)
 
 
 @pytest.mark.parametrize(("algorithm", "records"), [

@@ -120,8 +120,9 @@ def test_gelu_is_one_pass_over_memory_and_the_same_function(activation):
         plain = base.eval()(ids).logits
         policy = Policy(base, tiny_tokenizer())
         logits, _ = policy(ids, torch.ones_like(ids), 8)
-    activations = [type(module.act) for name, module in policy.model.named_modules() if name.endswith(".mlp")]
-    assert activations == [nn.GELU if activation != "gelu" else GELUActivation] * 2
+        again, _ = Policy(base, tiny_tokenizer())(ids, torch.ones_like(ids), 8)
+    activations = [type(module.act.function) for name, module in base.named_modules() if name.endswith(".mlp")]
+    assert activations == [nn.GELU if activation != "gelu" else GELUActivation] * 2 and torch.equal(again, logits)
     assert plain.abs().max() > 1 and (logits - plain).abs().max() < 1e-5
 
 

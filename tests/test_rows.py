@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dpalign.algorithms import RLOO, Algorithm, PPOConfig, SamplingConfig
 from dpalign.algorithms.base import Rows, micro_batches
@@ -248,3 +250,35 @@ def test_who_shares_a_micro_batch_moves_no_token_and_no_score(kind, dtype):
             seen.append((rollouts.completion_ids[place], logprobs[place], scores[place]))
         assert all(torch.equal(a, b) for other in seen for a, b in zip(other, seen[0], strict=True))
         assert logprobs[place].sum() < 0 and scores[place] != 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 6, 7])
+def test_no_place_is_computed_by_another_function_however_many_threads_there_are(threads):
+    """Mutants: torch's functions themselves; shares of 32,768 numbers for GELU, too."""
+    functions = (nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Sigmoid(), nn.Tanh())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for function, dtype, rows, width in product(functions, (torch.float32, torch.bfloat16), (8, 64), (100, 384, 3072)):
+            inputs = 2 * torch.randn(1, 8, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+            given = inputs.expand(rows, 8, width).contiguous().requires_grad_()
+            found = kernels.Activation(function)(given)
+            found.sum().backward()
+            assert torch.equal(found, found[:1].expand_as(found)), (function, dtype, rows, width)
+            assert torch.equal(given.grad, given.grad[:1].expand_as(found)), (function, dtype, rows, width)
+            assert torch.allclose(found.float(), function(inputs).float(), atol=1e-5 if dtype == torch.float32 else 0.02)
+        for kind in ("gpt2", "llama"):
+            policy = tiny_policy(kind)
+            ids = torch.arange(3, 23).expand(1024, -1)
+            logprobs, _ = policy.logprobs(ids[:, :-1], torch.ones_like(ids[:, :-1]), ids[:, 1:])
+            assert torch.equal(logprobs, logprobs[:1].expand_as(logprobs)), kind
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_activation_of_a_model_is_one_of_these(kind):
+    policy = tiny_policy(kind)
+    inside = {id(m.function) for m in policy.modules() if isinstance(m, kernels.Activation)}
+    assert all(id(m) in inside for m in policy.modules() if isinstance(m, kernels.ACTIVATIONS))
+    assert inside or kind not in ("gpt2", "llama")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from .models.loading import check_ids, check_targets, embedding_rows, positions_
 from .plan import Plan, RecipeStage
 from .recipe import Recipe
 from .records import Public, Records, read_by
+from .rewards.load import asked_columns
 from .settings.base import TrainingConfig
 from .settings.rollouts import samples
 from .survey import Survey, survey
@@ -56,7 +58,7 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
             check_number_of_prompts(stage, *prompts[name])
         read = records.get(name) or prompts.get(name, ([], ""))[0]
         if isinstance(model, Policy) and read:  # prompts that it writes itself are as those of the last stage
-            model.asks_in_chats = are_chats(read, stage.kind.columns)
+            model.asks_in_chats = chats_of(plan, records, prompts)[name]
         config = stage.config
         if isinstance(model, Policy) and isinstance(config, TrainingConfig) and config.adapter.init_a == "activations":
             check_own_text(name, model, stage.kind.longest(config))
@@ -93,8 +95,28 @@ def read_record(check: Callable[[Record], Reading | None], embeddings: int, reco
 
 
 def public_by(recipe: Recipe, public: Public) -> Public:
-    """The same of records that are declared public."""
-    return {name: (read_by(recipe, name, rows), source) for name, (rows, source) in public.items()}
+    """The same of records that are declared public; what the reference reward is given of them stays, too."""
+    judged = [] if recipe.reference_reward is None else asked_columns(recipe.reference_reward)
+    return {name: (read_by(recipe, name, rows, judged), source) for name, (rows, source) in public.items()}
+
+
+def chats_of(plan: Plan, records: Records, prompts: Public) -> dict[str, bool]:
+    """Of each stage that reads something: whether it is chats."""
+    read = {name: records.get(name) or prompts.get(name, ([], ""))[0] for name in plan.order}
+    return {name: are_chats(rows, plan.order[name].kind.columns) for name, rows in read.items() if rows}
+
+
+@contextmanager
+def asked_as(policy: Policy | None, chats: bool | None) -> Iterator[None]:
+    """A policy whose own text is of the kind that a stage reads; with None as it is."""
+    if policy is None or chats is None:
+        yield
+        return
+    before, policy.asks_in_chats = policy.asks_in_chats, chats
+    try:
+        yield
+    finally:
+        policy.asks_in_chats = before
 
 
 def are_chats(records: Sequence[Record], columns: tuple[tuple[str, ...], ...]) -> bool:

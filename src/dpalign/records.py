@@ -100,12 +100,12 @@ def stage_units(recipe: Recipe, records: Records, ledger: Ledger) -> tuple[dict[
 
 
 @overload
-def read_by(recipe: Recipe, name: str, records: list[Record]) -> list[Record]: ...
+def read_by(recipe: Recipe, name: str, records: list[Record], more: Collection[str] = ...) -> list[Record]: ...
 @overload
-def read_by(recipe: Recipe, name: str, records: Sequence[Record]) -> Sequence[Record]: ...
-def read_by(recipe: Recipe, name: str, records: Sequence[Record]) -> Sequence[Record]:
-    """A stage's records without the texts that it does not read; its unit's column and its rewards' stay."""
-    return only_columns(records, recipe.kind_of(name).columns, kept_by(recipe, name))
+def read_by(recipe: Recipe, name: str, records: Sequence[Record], more: Collection[str] = ...) -> Sequence[Record]: ...
+def read_by(recipe: Recipe, name: str, records: Sequence[Record], more: Collection[str] = ()) -> Sequence[Record]:
+    """A stage's records without the texts that it does not read; its unit's column, its rewards' and `more` stay."""
+    return only_columns(records, recipe.kind_of(name).columns, kept_by(recipe, name).union(more))
 
 
 def kept_by(recipe: Recipe, name: str) -> set[str]:

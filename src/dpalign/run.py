@@ -43,7 +43,7 @@ from .evaluation.guarantee import is_outside_the_guarantee
 from .evaluation.private import measure_privately
 from .files import write_json
 from .following import Order, follow, quiet_libraries
-from .inputs import are_chats, check_inputs, public_by
+from .inputs import are_chats, asked_as, chats_of, check_inputs, public_by
 from .loaded import Models, Rewards, base_name, dtypes_of, with_dtypes
 from .models import AdapterStack, ModelConfig, Normalization, Policy, RewardModel, embedded
 from .models.bases import remember_base
@@ -204,6 +204,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)  # that a step is expected to take, by stage
     engines: dict[str, Engine] = field(default_factory=dict)  # that sample, by stage
     written: dict[tuple[int, int], list[Text]] = field(default_factory=dict)  # own texts, by seed and number
+    chats: dict[str, bool] = field(default_factory=dict)  # whether what a stage reads is chats
 
     def __post_init__(self) -> None:
         self.results = Results(self.statement())
@@ -230,6 +231,7 @@ class Run:
         Raises:
             DPAlignError: what would go wrong with them later.
         """
+        self.chats = chats_of(self.plan, records, self.prompts)
         self.load_rewards()
         self.check_prompts_of_rewards(records)
         self.reach_engines()
@@ -339,10 +341,11 @@ class Run:
             algorithm.generator = self.engines[stage.name]
         if isinstance(model, RewardModel):
             algorithm.own_texts = self.writer(model, algorithm.config.seed)
-        if isinstance(stage, PlannedStage):
-            self.train(stage, algorithm, model)
-        else:
-            self.train_on_own_text(stage, algorithm, model)
+        with asked_as(self.models.get(Policy), self.chats.get(stage.name)):
+            if isinstance(stage, PlannedStage):
+                self.train(stage, algorithm, model)
+            else:
+                self.train_on_own_text(stage, algorithm, model)
         if isinstance(model, RewardModel):
             self.release_reward_model(stage, model, algorithm.config)
         if isinstance(algorithm, PairAlgorithm) and stage.name in self.public:

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..errors import DPAlignError
-from ..models import Policy
+from ..models import AdapterStack, Policy
 from ..models.generation import Prompt, longest_written, padded, write_prompts
 from ..models.policy import Rollouts
 from ..settings.base import TrainingConfig
@@ -36,9 +36,21 @@ SPARE = 128  # directions of a sketch beyond those that are asked for
 def add_adapter(policy: Policy, name: str, config: TrainingConfig, length: int) -> None:
     """A stage's adapter, whose A is what the stage's settings say; length: of the longest text that the stage reads."""
     policy.add_adapter(name, config.adapter)
+    if config.adapter.init_a != "random":
+        check_rank(policy, config.adapter.init_a)
     if config.adapter.init_a == "activations":
         size = config.micro_batch_size
         align_to_activations(policy, rows=config.adapter.init_rows, length=length, micro_batch_size=size)
+
+
+def check_rank(policy: AdapterStack, init_a: str) -> None:
+    """Raises DPAlignError for a newest adapter with more directions than one of its layers has inputs."""
+    ranks = [layer.lora_A[policy.adapters[-1]].weight.shape for layer in adapted(policy)]
+    rank, inputs = min(ranks, key=lambda shape: shape[1] - shape[0])
+    if rank > inputs:
+        raise DPAlignError(
+            f"adapter.r {rank}: a layer has {inputs} inputs, and with init_a {init_a} no more directions."
+        )
 
 
 def check_own_text(name: str, policy: Policy, length: int) -> None:
@@ -71,13 +83,23 @@ def align_inputs(
         policy: with the newest adapter added; its B is still zero.
         score: the public reward of rollouts, `(rows,)`, NaN where there is none.
         rows: synthetic rollouts to estimate the gradient from; the prompts have `prompt_tokens` tokens after BOS.
+
+    Raises:
+        DPAlignError: the reward says the same of all of them, or nothing of any, so that it has no gradient.
     """
     prompts = write_prompts(policy, rows, prompt_tokens, micro_batch_size)
     rollouts = policy.sample(
         *padded(policy, prompts), max_new_tokens, min_new_tokens=min_new_tokens, rows_at_once=micro_batch_size
     )
     scores = score(prompts, rollouts, policy).to(policy.device)
-    scores = torch.where(scores.isnan(), scores.nanmean(), scores)
+    known = scores[scores.isfinite()]
+    if len(known) == 0 or bool((known == known[0]).all()):
+        raise DPAlignError(
+            f"init_a synthetic_gradient: the reward {'says the same of' if len(known) else 'cannot score any of'} "
+            f"{rows} completions that the model writes itself, and so has no gradient: leave init_a out, or raise "
+            "init_rows."
+        )
+    scores = torch.where(scores.isfinite(), scores, known.mean())
     advantages = scores - scores.mean()  # synthetic rows may share statistics: no unit is among them
 
     layers = adapted(policy)
@@ -172,12 +194,16 @@ class Sketch:
         return leading_inputs(root.T, rank)
 
 
-def adapted(policy: Policy) -> list[Any]:
+def adapted(policy: AdapterStack) -> list[Any]:
     """The layers of the newest adapter."""
     return [m for m in policy.modules() if isinstance(m, LoraLayer) and policy.adapters[-1] in m.lora_A]
 
 
 def leading_inputs(gradient: Tensor, rank: int) -> Tensor:
-    """`(rank, in)` orthonormal rows: the leading right singular vectors of an `(out, in)` gradient."""
-    directions: Tensor = torch.linalg.svd(gradient, full_matrices=False).Vh
-    return directions[:rank]
+    """`(rank, in)` orthonormal rows: the leading right singular vectors of an `(out, in)` gradient; where it has fewer,
+    random directions that are orthogonal to them. rank: at most `in`."""
+    directions: Tensor = torch.linalg.svd(gradient, full_matrices=False).Vh[:rank]
+    if len(directions) < rank:
+        others = torch.randn(rank - len(directions), gradient.shape[1], dtype=gradient.dtype).to(gradient.device)
+        directions = torch.linalg.qr(torch.cat([directions, others]).T).Q.T
+    return directions

@@ -58,12 +58,17 @@ def best_of(
         seed: of the sampling.
     """
     repeated = [prompt for prompt in prompts.prompts for _ in range(count)]
-    columns = {name: [v for v in values for _ in range(count)] for name, values in prompts.columns.items()}
     torch.manual_seed(seed)
     texts = answers(policy, repeated, sample(policy, *padded(policy, repeated), config))
     asked = [prompt.text for prompt in repeated]
-    judged = judge(asked, texts, columns).view(-1, count)
-    return {name: chosen(reward(asked, texts, columns).view(-1, count), judged) for name, reward in rewards.items()}
+
+    def scores(reward: Reward) -> Tensor:
+        given = prompts.columns_of(reward)
+        columns = {name: [value for value in values for _ in range(count)] for name, values in given.items()}
+        return reward(asked, texts, columns).view(-1, count)
+
+    judged = scores(judge)
+    return {name: chosen(scores(reward), judged) for name, reward in rewards.items()}
 
 
 def chosen(scores: Tensor, judged: Tensor) -> BestOf:

@@ -98,6 +98,10 @@ class PublicPrompts:
         """For people and judges."""
         return [as_string(prompt.text) for prompt in self.prompts]
 
+    def columns_of(self, reward: Reward) -> dict[str, list[Any]]:
+        """What another reward than the prompts' own is given: by its own settings."""
+        return {name: [record.get(name) for record in self.records] for name in reward.columns}
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -177,7 +181,7 @@ def measure_policy(
         more[f"distinct_{n}"] = distinct(rollouts.completion_ids, rollouts.completion_mask, n)
     if reference_reward is not None:
         names = ("reference_reward", "reference_reward_ci95", "reference_unscored")
-        more |= zip(names, _mean(reference_reward(asked, texts, prompts.columns)), strict=True)
+        more |= zip(names, _mean(reference_reward(asked, texts, prompts.columns_of(reference_reward))), strict=True)
     if references is not None:
         for name, values in rouge(texts, references).items():
             more[name], more[f"{name}_ci95"], _ = _mean(values)

@@ -2,18 +2,19 @@
 
 transformers leaves the attention mask out when no row is padded, and groups tokens by the expert they are sent to: then
 who shares a micro-batch chooses a kernel or the shape of a product, and with it everybody's rounding. torch computes
-the last few numbers of a vector by another function than the rest: then the place in a micro-batch chooses.
+the last few numbers of a thread's share by another function than the rest: then the place in a micro-batch chooses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.activations import FastGELUActivation, NewGELUActivation
+from transformers.activations import ACT2CLS, FastGELUActivation, NewGELUActivation, XIELUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -21,6 +22,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ..errors import DPAlignError
 
 NAME = "dpalign"
+VECTORS = 64  # numbers, of the widest vectors that torch computes with, two at once
+LEAST = 32768  # numbers of a thread's share: torch's GRAIN_SIZE
+ACTIVATIONS: Any = tuple(
+    {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()} - {nn.PReLU, XIELUActivation}
+)
 
 
 def constant_kernels(model: PreTrainedModel) -> None:
@@ -47,11 +53,43 @@ def constant_kernels(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Linear) and module.out_features == 1:
             module.register_forward_hook(_apart)
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, NewGELUActivation | FastGELUActivation):  # GPT-2's, in eight passes over memory
-            model.set_submodule(name, nn.GELU(approximate="tanh"))
+        if isinstance(module, ACTIVATIONS) and not isinstance(model.get_submodule(name.rpartition(".")[0]), Activation):
+            eager = isinstance(module, NewGELUActivation | FastGELUActivation)  # GPT-2's, in eight passes over memory
+            model.set_submodule(name, Activation(nn.GELU(approximate="tanh") if eager else module))
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None:
         head.register_forward_pre_hook(_contiguous)
+
+
+class Activation(nn.Module):
+    """A function of each number, of which on a CPU every thread computes whole vectors: zeros fill the last ones."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        count = inputs.numel()
+        missing = missing_numbers(count, torch.get_num_threads()) if inputs.device.type == "cpu" else 0
+        if missing == 0:
+            found: Tensor = self.function(inputs)
+            return found
+        whole: Tensor = self.function(nn.functional.pad(inputs.reshape(-1), (0, missing)))
+        return whole[:count].view(inputs.shape)
+
+
+def missing_numbers(count: int, threads: int) -> int:
+    """So many more than `count`, and torch gives every thread a multiple of `VECTORS`.
+
+    Most functions have shares of at least `LEAST` numbers, GELU as many shares as threads.
+    """
+    whole = count
+    while True:
+        shares = max(1, min(threads, math.ceil(whole / LEAST)))
+        step = VECTORS * math.lcm(shares, threads)
+        whole = math.ceil(whole / step) * step
+        if max(1, min(threads, math.ceil(whole / LEAST))) == shares:
+            return whole - count
 
 
 def _contiguous(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ import torch
 
 from ..data.text import Text
 from ..errors import DPAlignError
-from .foreign import Raised, call_rows, contained
+from .foreign import Raised, call_rows, contained, signature_of
 from .memory import Memory
 
 RewardFunction = Callable[..., list[float]]
@@ -44,6 +44,7 @@ class Reward:
 
     rows_at_once: 1, or `BATCH` for a function that asks for batches; None for a reward of dpalign's own, which scores
         every row by itself, remembers nothing and is called with all of them.
+    columns: of the data that it is given, by the settings that it was loaded from.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Reward:
         scale: float = 1.0,
         shift: float = 0.0,
         rows_at_once: int | None = 1,
+        columns: Sequence[str] = (),
     ):
-        self.rows_at_once = rows_at_once
+        self.rows_at_once, self.columns = rows_at_once, tuple(columns)
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise DPAlignError(f"the reward's range [{low}, {high}] must be finite and not empty.")
         self.function, self.low, self.high, self.scale, self.shift = function, low, high, scale, shift
@@ -68,10 +70,14 @@ class Reward:
         A person's function is given what TRL's reward functions are given: strings, or where prompts are chats the
         messages of the prompt and `[{"role": "assistant", "content": ...}]`.
 
+        Columns that the function does not take (they are those of another part of a mean, or what a model reads
+        prompts with) are left out; that it takes those of its own settings was seen when it was loaded.
+
         A row that makes the function raise is scored alone, so that it cannot fail the others; what was
         raised is never shown, because it may quote the row.
         """
-        columns = columns or {}
+        takes = signature_of(self.function).takes
+        columns = {name: v for name, v in (columns or {}).items() if takes is None or name in takes}
         rows = [
             (p, c, {name: values[i] for name, values in columns.items()})
             for i, (p, c) in enumerate(zip(prompts, completions, strict=True))

@@ -64,7 +64,7 @@ def load_reward(
         raise DPAlignError(f"reward {config.source!r} needs its declared range: set reward.low and reward.high.")
     scale, shift = config.scale * source.scale, config.scale * source.shift + config.shift
     at_once = None if source.is_own else BATCH if config.batched else 1
-    reward = Reward(source.function, low, high, scale, shift, at_once)
+    reward = Reward(source.function, low, high, scale, shift, at_once, given_columns(config))
     _check(reward, config, texts)
     return reward
 
@@ -132,7 +132,7 @@ def _load_fitted(config: RewardConfig, public: PublicModels) -> Reward:
     found = load_reward(fitted.section, public.device, public=fitted.public(public))
     low, high = (found.low if config.low is None else config.low), (found.high if config.high is None else config.high)
     scale, shift = config.scale * found.scale, config.scale * found.shift + config.shift
-    return Reward(found.function, low, high, scale, shift, None)
+    return Reward(found.function, low, high, scale, shift, None, given_columns(config))
 
 
 def try_reward(config: RewardConfig, device: str | torch.device) -> None:

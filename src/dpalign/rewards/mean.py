@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.text import Text
+from ..errors import DPAlignError
 from ..settings.rewards import RewardConfig
 from .base import Reward
 from .judge import scales
@@ -22,7 +23,7 @@ class Mean(Weighted):
     It is also the free scores that a reward model adds to its own: each part's share of the mean is one of them.
 
     Raises:
-        DPAlignError: a part that scores all self-written text alike.
+        DPAlignError: a part that scores all self-written text alike, or none of it.
     """
 
     def __init__(self, config: RewardConfig, parts: Sequence[Reward], public: PublicModels) -> None:
@@ -31,6 +32,12 @@ class Mean(Weighted):
         def fit() -> dict[str, Tensor]:
             rows = public.own_rows(config)
             found = torch.stack([torch.tensor(f(*rows)) for f in functions], 1)
+            silent = [p.source for p, of in zip(config.parts, found.isfinite().any(0), strict=True) if not of]
+            if silent:
+                raise DPAlignError(
+                    f"reward {silent[0]!r}, a part of a mean, has no score for any text that the model writes itself, "
+                    "which has no columns: it must score None in their place."
+                )
             return scales(found, [part.source for part in config.parts])
 
         fitted = public.constants(config, fit)

@@ -115,13 +115,16 @@ class CompletionConfig(PromptedConfig, SamplingConfig):
     def validate(self) -> None:
         super().validate()
         SamplingConfig.validate(self)
-        if self.temperature != 1 and self.adapter.init_a != "random":
+        if self.temperature != 1 and self.adapter.init_a == "synthetic_gradient":
             raise DPAlignError("init_a synthetic_gradient is of the policy itself: it needs temperature 1.")
         if self.adapter.r < 1:
             raise DPAlignError("adapter.r 0 leaves the policy nothing to train: give it a rank of at least 1.")
-        if self.prompts == SELF_WRITTEN and self.reward.columns:
+        columns = [name for reward in (self.reward, *self.reward.parts) for name in reward.columns]
+        if columns and (self.prompts == SELF_WRITTEN or self.adapter.init_a == "synthetic_gradient"):
+            what = "prompts self_written" if self.prompts == SELF_WRITTEN else "init_a synthetic_gradient"
             raise DPAlignError(
-                f"reward.columns {', '.join(self.reward.columns)}: what the model writes itself has no columns."
+                f"reward.columns {', '.join(columns)}: what the model writes itself has no columns, and {what} has the "
+                "reward score it."
             )
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms.base import OUT_OF_MEMORY, Algorithm, Rows, encode_units, micro_batches
+from ..algorithms.basis import check_rank
 from ..algorithms.rollouts import ScoredAlgorithm, rollouts_of
 from ..data.text import Text
 from ..errors import DPAlignError
@@ -361,6 +362,8 @@ def _on_trial(
     adapters = list(model.adapters)
     try:
         algorithm.setup(model)
+        if config.adapter.init_a != "random":
+            check_rank(model, config.adapter.init_a)
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
