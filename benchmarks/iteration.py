@@ -135,7 +135,7 @@ def options(description: str | None, environment: str) -> argparse.ArgumentParse
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--micro-batch-size", type=int, default=32, help="ours")
     parser.add_argument("--trl-mini-batch-size", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=4, help="measured pairs of iterations")
+    parser.add_argument("--pairs", type=int, default=6, help="measured pairs of iterations")
     parser.add_argument("--trl-python", type=Path, default=HOME / environment / "bin" / "python")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     return parser

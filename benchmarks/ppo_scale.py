@@ -21,11 +21,12 @@ import random
 import statistics
 
 import torch
+from iteration import Private, length_reward
 from models import gpt2, word_tokenizer
-from ppo_iteration import DPPPO
 
-from dpalign.algorithms.ppo import PPOConfig
+from dpalign.algorithms.ppo import PPO, PPOConfig
 from dpalign.models import AdapterConfig, Policy
+from dpalign.rewards import Reward
 
 SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}  # layers, hidden, heads
 SIZES |= {"tiny": (1, 32, 2)}  # to try the script
@@ -47,7 +48,7 @@ def measure(size: str, args: argparse.Namespace) -> dict:
         min_completion_length=args.new_tokens,
         adapter=AdapterConfig(r=args.rank),
     )
-    ours = DPPPO(policy, prompts, config)
+    ours = Private(policy, prompts, PPO(config, Reward(length_reward, 0.0, 1.0)))
     ours.iterate()
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from chats import TEMPLATES, byte_tokenizer, model_folder
+from dpalign.algorithms import basis
 from dpalign.algorithms.completions import read_prompt
 from dpalign.algorithms.ppo import PPOConfig
 from dpalign.algorithms.reward import encode_pair
@@ -253,3 +254,22 @@ def test_a_later_record_with_another_text_is_not_read_otherwise(tmp_path):
     assert last == records[0] | {"id": 7}
     kept = only_columns([*records, records[0] | {"text": "other"}], SFT.columns, {"text"})[-1]
     assert kept["text"] == "other", "a column that a reward asks for stays"
+
+
+def test_a_stages_own_text_is_of_the_kind_that_it_reads(tmp_path, capsys, monkeypatch):
+    """SFT on plain texts before a stage on chats. A mutant: of the kind of the last stage, for which texts have no room."""
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": f"A text about {i}.", "id": f"text {i}"} for i in range(30)])
+    texts = {"name": "texts", "path": str(tmp_path / "texts.jsonl"), "unit": "id"}
+    adapter = {"r": 2, "freeze_a": True, "init_a": "activations", "init_rows": 8}
+    kinds, aligned = [], basis.align_to_activations
+
+    def seen(policy, **options):
+        kinds.append(policy.asks_in_chats)
+        aligned(policy, **options)
+
+    monkeypatch.setattr(basis, "align_to_activations", seen)
+    recipe = chat_recipe(tmp_path, sft={"max_length": 8, "max_steps": 1, "adapter": adapter}, sft_data=texts, reward_model=None, reward_model_data=None, rloo={"reward": None})
+    done = call(capsys, "run", recipe, "--json")
+    assert done.status == 0, done.err
+    assert kinds == [False]
+    assert prompt_format_of(tmp_path / "run" / "release").chats

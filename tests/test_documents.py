@@ -90,7 +90,7 @@ class Small:
 QUICK = (
     "--model.name_or_path little --model.is_public true --eval_prompts 4 --sft.expected_batch_size 4 --sft.max_steps 1 "
     "--sft.micro_batch_size 4 --ppo.expected_batch_size 4 --ppo.max_steps 1 --ppo.micro_batch_size 4 "
-    "--ppo.adapter.init_rows 8"
+    "--ppo.adapter.init_a random"  # a reward says nothing of what a model of random weights writes
 )
 # A model with one token a byte that chats stands for SmolLM2, and eight short texts for those that show a contrast.
 QUICK_SMOLLM2 = (
@@ -163,7 +163,7 @@ RUN = {
     "--data.eval_is_public true --eval_prompts 64 --model.name_or_path ~/.cache/dpalign/smollm2-135m --model.dtype float32 "
     "--sft.max_steps 2 --sft.expected_batch_size 32 --sft.micro_batch_size 16 --ppo.max_steps 2 "
     "--ppo.expected_batch_size 32 --ppo.micro_batch_size 16 --ppo.adapter.init_rows 64": Small(
-        leaves="runs/smollm2_imdb/release/privacy.json"
+        "--ppo.adapter.init_a random", leaves="runs/smollm2_imdb/release/privacy.json"
     ),
     "dpalign run recipe.yaml --compare": Small("--output_dir runs/compared", leaves="runs/compared/free/summary.json"),
     "dpalign run recipe.yaml --audit": Small("--output_dir runs/audited", leaves="runs/audited/audit.json"),
@@ -283,7 +283,8 @@ def smaller(recipe: str) -> str:
             stage |= {"max_length": 32}
             continue
         stage |= {"max_completion_length": 4}
-        stage |= {"adapter": stage["adapter"] | {"init_rows": 8}} if "adapter" in stage else {}
+        # a reward may say the same of all that a model of random weights writes
+        stage |= {"adapter": stage["adapter"] | {"init_a": "random"}} if "adapter" in stage else {}
     return yaml.safe_dump(fields)
 
 

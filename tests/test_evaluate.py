@@ -30,6 +30,7 @@ from dpalign.evaluation import (
     stated_epsilon,
     win_rate,
 )
+from dpalign.evaluation.best_of import best_of
 from dpalign.evaluation.compare import same_prompts
 from dpalign.evaluation.metrics import distinct, logprobs_under, perplexity_of
 from dpalign.evaluation.win_rate import wilson
@@ -93,6 +94,20 @@ def test_reference_texts():
         reference_texts([{"completion": "No."}], "summary", "f")
     with pytest.raises(DPAlignError, match="a-z, 0-9"):
         reference_texts([{"completion": "да"}], "completion", "f")
+
+
+def test_each_reward_is_given_its_own_columns():
+    """A mutant: those of the first for all."""
+    policy, config = tiny_policy("llama"), PPOConfig(max_completion_length=4, reward=RewardConfig(columns=["grade"]))
+    prompts = public_prompts(policy, [{"prompt": f"w{i} w2", "grade": 1, "mood": i} for i in range(4)], config)
+
+    def scores(name):
+        return Reward(lambda p, c, **given: [given[name][0] if len(given) == 1 else math.nan], 0.0, 9.0, columns=[name])
+
+    row = measure_policy(policy, prompts, scores("grade"), config, reference_reward=scores("mood")).evaluation
+    assert (row.reward, row.unscored, row.reference_reward, row.reference_unscored) == (1, 0, 1.5, 0)
+    found = best_of(policy, prompts, {"grade": scores("grade"), "mood": scores("mood")}, scores("mood"), config, 3)
+    assert [(f.judge, f.gain, f.prompts) for f in found.values()] == [(1.5, 0, 4)] * 2
 
 
 def test_measured_values_and_unscored_completions():

@@ -45,6 +45,26 @@ def test_columns_reach_the_reward():
     assert reward(["a", "b"], ["", ""], {"grade": [3, 7], "id": [1, 2]}).tolist() == [3, 7]
 
 
+def test_a_function_is_not_given_what_it_does_not_take():
+    """Another part of a mean reads them, or a model reads prompts with them; and who takes all is given all."""
+    columns = {"grade": [3, 7], "tools": [None, None]}
+    assert Reward(lambda prompts, completions: [len(c) for c in completions], 0, 10)(["a", "b"], ["x", ""], columns).tolist() == [1, 0]
+    assert Reward(lambda prompts, completions, grade: grade, 0, 10)(["a", "b"], ["", ""], columns).tolist() == [3, 7]
+    seen = Reward(lambda prompts, completions, **given: [len(given)] * len(prompts), 0, 10)
+    assert seen(["a", "b"], ["", ""], columns).tolist() == [2, 2]
+
+
+def marked(prompts, completions, grade):
+    return [(g or 0) + len(c) / 100 for g, c in zip(grade, completions, strict=True)]
+
+
+def test_a_column_that_is_named_and_not_taken_is_refused():
+    section = {"source": "test_rewards:marked", "low": 0, "high": 10, "is_public": True}
+    assert load_reward(RewardConfig(**section, columns=["grade"])).columns == ("grade",)
+    with pytest.raises(DPAlignError, match="raised TypeError"):
+        load_reward(RewardConfig(**section, columns=["grade", "mood"]))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "text", None])
 def test_a_row_that_cannot_be_scored_disturbs_nobody(bad):
     reward = Reward(lambda p, completions, **_: [bad if c == "bad" else 0.5 for c in completions], 0, 1)

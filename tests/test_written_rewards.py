@@ -286,6 +286,33 @@ def nothing_of_dull(prompts, completions, **_):
     return [float("nan") if c == " dull" else len(c) / 100 for c in completions]
 
 
+def only_of_graded(prompts, completions, grade):
+    return [len(c) / 100 if g is not None else float("nan") for g, c in zip(grade, completions, strict=True)]
+
+
+def length(prompts, completions):
+    return [len(c) / 100 for c in completions]
+
+
+def test_parts_of_a_mean_have_their_own_columns(policy):
+    """One reads none, one a column, and a model reads prompts; each is given its own."""
+    of = [{"source": "test_written_rewards:length", "low": 0, "high": 9}]
+    of.append({"source": "test_rewards:marked", "low": 0, "high": 99, "columns": ["grade"]})
+    config = RewardConfig(source="mean", is_public=True, of=of, written_texts=16, low=-1e6, high=1e6)
+    reward = load_reward(config, public=public(policy))
+    assert reward.columns == ("grade",)
+    columns = {"grade": [0, 0, 0, 0, 5], "tools": [None] * 5}
+    scores, plain = reward(PROMPTS, TEXTS, columns), reward(PROMPTS, TEXTS)
+    assert scores.isfinite().all() and torch.equal(scores[:4], plain[:4]) and scores[4] > plain[4]
+
+
+def test_a_part_that_scores_no_own_text_is_named(policy):
+    part = {"source": "test_written_rewards:only_of_graded", "low": 0, "high": 9, "columns": ["grade"]}
+    config = RewardConfig(source="mean", is_public=True, of=[{"source": "vader"}, part], written_texts=16)
+    with pytest.raises(DPAlignError, match="only_of_graded', a part of a mean, has no score for any text"):
+        load_reward(config, public=public(policy))
+
+
 # Settings --------------------------------------------------------------------------------------------------------
 
 REFUSED = {

@@ -20,7 +20,7 @@ import pytest
 from dpalign.data import units
 from dpalign.privacy.entropy import SystemEntropy
 from dpalign.release import MEASURED
-from helpers import Called, call, files_below, judged, reviews, write_jsonl, write_recipe
+from helpers import Called, call, files_below, judged, reviews, small_model, write_jsonl, write_recipe
 
 DOCS = Path(__file__).parents[2] / "docs" / "privacy.md"
 ORIGINS = {"public", "declared", "noised", "random", "mechanism", "machine"}
@@ -122,6 +122,11 @@ def sections(folder: Path, kind: str) -> dict[str, Any]:
             "prompt_max_tokens": 4, "max_prompt_length": 5, "max_completion_length": 6, "num_generations": 2, "reward": {"source": "mean", "written_texts": 16, "of": [
                 {"source": "vader"}, {"source": "contrast", "wanted": "A fine", "unwanted": "A dull", "max_length": 16}]}}},
         "dpo": {"ppo": None, "dpo": pair, "dpo_data": judges},
+        "query": {
+            "sft": None, "ppo": None, "reward_query_data": judges, "model": {"name_or_path": small_model(), "is_public": True},
+            "reward_query": {"directions": 4, "own_texts": 24, "max_length": 16, "prepend_bos": True, "free": [
+                {"source": "vader"}, {"source": "contrast", "wanted": "A fine", "unwanted": "A dull", "max_length": 16, "written_texts": 16}]},
+        },
     }[kind]  # fmt: skip
 
 
@@ -136,12 +141,13 @@ def train(
     return called
 
 
-@pytest.mark.parametrize("kind", ["ppo", "rloo", "dpo"])
+@pytest.mark.parametrize("kind", ["ppo", "rloo", "dpo", "query"])
 def test_every_field_outside_private_is_listed(kind, tmp_path, capsys, monkeypatch):
     train(tmp_path / "a", kind, capsys, monkeypatch)
     assert unknown(tmp_path / "a" / "run") == []
     files = {file for file, _ in outside(tmp_path / "a" / "run")}
-    assert any(file.endswith("constants.safetensors") for file in files) == (kind == "rloo")
+    assert any(file.endswith("constants.safetensors") for file in files) == (kind in ("rloo", "query"))
+    assert ("reward_model/reward.safetensors" in files) == (kind == "query")
     assert "metrics.jsonl" in files and ("evaluations.jsonl" in files) == (kind == "ppo")
 
 

@@ -84,4 +84,5 @@ class AsFunction:
         self.reward = reward
 
     def __call__(self, prompts: Sequence[Text], completions: list[str], **columns: list[Any]) -> list[float]:
-        return self.reward(prompts, list(completions), columns).tolist()
+        nothing: dict[str, list[Any]] = {name: [None] * len(completions) for name in self.reward.columns}
+        return self.reward(prompts, list(completions), nothing | columns).tolist()

@@ -79,7 +79,8 @@ class TrainingConfig(StageConfig):
         num_train_epochs: expected number of times a unit is drawn.
         micro_batch_size: rows per forward and backward pass: a text is one, a pair two, a prompt `num_generations`. The
             rows of one pair or prompt stay together; a unit with more rows takes several passes, before its clip.
-            Memory only, no effect on the result.
+            Memory only: no effect on the result, but that the model's own text (its prompts, `init_a`) is drawn so many
+            rows at a time, and so is other text of the same kind.
         learning_rate: peak learning rate of AdamW.
         lr_scheduler_type: `constant`, `linear` or `cosine` (the last two decay to 0).
         warmup_steps: steps of linear warm-up.
