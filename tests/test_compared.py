@@ -282,7 +282,7 @@ def test_the_quickstarts_table_has_the_free_row(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dpalign.cli.quickstart.movie_snippets", lambda: files)
     monkeypatch.setenv("DPALIGN_LEDGER", str(tmp_path / "ledger.sqlite"))
     words = ["--model.name_or_path", small_model(), "--model.is_public", "true", "--output_dir", tmp_path / "q"]
-    words += ["--ppo.max_completion_length", 4, "--ppo.adapter.init_rows", 8, "--sft.max_length", 8]
+    words += ["--ppo.max_completion_length", 4, "--ppo.adapter.init_a", "random", "--sft.max_length", 8]
     for stage in ("sft", "ppo"):
         words += [f"--{stage}.expected_batch_size", 4, f"--{stage}.max_steps", 1, f"--{stage}.micro_batch_size", 8]
     called = call(capsys, "quickstart", "--compare", *words)

@@ -271,6 +271,11 @@ def sensitivity(algorithm: Algorithms, units: list, outlier: list, **settings) -
 class EveryColumn(PPO):
     """Passes every column that some drawn record has to the reward, which knows only its own."""
 
+    def __init__(self, config, reward):
+        own = reward.function
+        reward.function = lambda prompts, completions, **given: own(prompts, completions, **given)  # what it takes is hidden
+        super().__init__(config, reward)
+
     def encode(self, policy, record):
         return replace(
             super().encode(policy, record), columns={k: v for k, v in record.items() if k not in ("id", "prompt")}

@@ -62,7 +62,10 @@ def constant_kernels(model: PreTrainedModel) -> None:
 
 
 class Activation(nn.Module):
-    """A function of each number, of which on a CPU every thread computes whole vectors: zeros fill the last ones."""
+    """A function of each number, of which on a CPU every thread computes whole vectors: zeros fill the last ones.
+
+    What it calls has no hooks: they would see numbers, and not rows.
+    """
 
     def __init__(self, function: nn.Module) -> None:
         super().__init__()
@@ -72,9 +75,9 @@ class Activation(nn.Module):
         count = inputs.numel()
         missing = missing_numbers(count, torch.get_num_threads()) if inputs.device.type == "cpu" else 0
         if missing == 0:
-            found: Tensor = self.function(inputs)
+            found: Tensor = self.function.forward(inputs)
             return found
-        whole: Tensor = self.function(nn.functional.pad(inputs.reshape(-1), (0, missing)))
+        whole: Tensor = self.function.forward(nn.functional.pad(inputs.reshape(-1), (0, missing)))
         return whole[:count].view(inputs.shape)
 
 
