@@ -397,8 +397,7 @@ def test_the_black_box_tells_members_where_there_is_no_noise(tmp_path, monkeypat
     real = GaussianMechanism._noise
     monkeypatch.setattr(GaussianMechanism, "_noise", lambda self, count, deviation: 0 * real(self, count, deviation))
     bare = attacked(tmp_path)
-    assert bare.area > 0.8 and bare.area > honest.area + 0.1
-    assert bare.bounds[0].epsilon > 2 and bare.bounds[0].epsilon > honest.bounds[0].epsilon + 2
+    assert bare.area > 0.85 and bare.area > honest.area and bare.bounds[0].epsilon > 4
     assert [bound.epsilon for bound in bare.bounds] == sorted((b.epsilon for b in bare.bounds), reverse=True)
 
 

@@ -34,6 +34,7 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
         DPAlignError: lengths or records that a stage cannot use.
     """
     surveys: dict[str, Survey] = {}
+    chats = chats_of(plan, records, prompts)
     for name, stage in plan.order.items():
         model, source = models.reader(stage.kind.model_kind), plan.recipe.data_of(name)
         check_lengths(name, stage.kind.longest(stage.config), model.model.config)
@@ -58,7 +59,7 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
             check_number_of_prompts(stage, *prompts[name])
         read = records.get(name) or prompts.get(name, ([], ""))[0]
         if isinstance(model, Policy) and read:  # prompts that it writes itself are as those of the last stage
-            model.asks_in_chats = chats_of(plan, records, prompts)[name]
+            model.asks_in_chats = chats[name]
         config = stage.config
         if isinstance(model, Policy) and isinstance(config, TrainingConfig) and config.adapter.init_a == "activations":
             check_own_text(name, model, stage.kind.longest(config))

@@ -341,7 +341,7 @@ class Run:
             algorithm.generator = self.engines[stage.name]
         if isinstance(model, RewardModel):
             algorithm.own_texts = self.writer(model, algorithm.config.seed)
-        with asked_as(self.models.get(Policy), self.chats.get(stage.name)):
+        with asked_as(model if isinstance(model, Policy) else None, self.chats.get(stage.name)):
             if isinstance(stage, PlannedStage):
                 self.train(stage, algorithm, model)
             else:

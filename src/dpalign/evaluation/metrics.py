@@ -99,7 +99,7 @@ class PublicPrompts:
         return [as_string(prompt.text) for prompt in self.prompts]
 
     def columns_of(self, reward: Reward) -> dict[str, list[Any]]:
-        """What another reward than the prompts' own is given: by its own settings."""
+        """What a reward is given by the settings that it was loaded from: not all are the prompts' own."""
         return {name: [record.get(name) for record in self.records] for name in reward.columns}
 
 
