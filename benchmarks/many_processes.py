@@ -6,6 +6,9 @@ Each run is `dpalign run` of SFT and PPO (two passes over each sample) on self-m
 here with the environment that `torchrun` gives them; they talk through gloo.
 
 differences: largest difference of the released adapters from those of one process, with the same known draws and noise.
+sharded: the same where the processes hold the base together, by sharding and processes; `held`: bytes of its large weights
+    that the first process holds between computations, over all of them, and `largest`: that it held at once while a stage
+    trained (SFT, where no completions are sampled).
 noise: variance of what is released of samples of nobody, with secret noise, over that of one Gaussian; by processes.
 killed: a run in four processes, one of which is killed (SIGKILL) inside a step; it goes on in two, and again in one. How
     each process ended, the draws that were lost, and epsilon, which counts them, beside its target.
@@ -31,17 +34,18 @@ import yaml
 from forked import together
 from safetensors.torch import load_file
 
+from dpalign.models.sharded import Shards
 from dpalign.privacy import gate
 from dpalign.privacy.ledger import Ledger
 from dpalign.privacy.mechanism import GaussianMechanism
-from dpalign.training.loop import Follower
+from dpalign.training.loop import Follower, Stage
 
 WORDS = ["dull", "bright", "strange", "quiet", "brave", "silly", "lovely", "clumsy", "honest", "greedy"]
 TARGET = 4.0
 STAGE = {"expected_batch_size": 16, "micro_batch_size": 8, "prepend_bos": True, "adapter": {"r": 2}}
 
 
-def write_recipe(folder: Path, given: argparse.Namespace, target: float, **stage: Any) -> Path:
+def write_recipe(folder: Path, given: argparse.Namespace, target: float, sharding: str = "none", **stage: Any) -> Path:
     """A recipe of two stages beside its data and a ledger whose secret, and so the order of units, is known."""
     folder.mkdir(parents=True)
     texts = [f"This {WORDS[i % 10]} film was {WORDS[i // 10 % 10]} on evening {i:04}." for i in range(given.units)]
@@ -57,7 +61,7 @@ def write_recipe(folder: Path, given: argparse.Namespace, target: float, **stage
     recipe = {
         "output_dir": str(folder / "run"),
         "ledger": str(folder / "ledger.sqlite"),
-        "model": {"name_or_path": given.model, "is_public": True},
+        "model": {"name_or_path": given.model, "is_public": True, "sharding": sharding},
         "data": {"name": "texts", "path": str(folder / "data.jsonl")},
         "target_epsilon": target,
         "num_threads": 1,
@@ -93,6 +97,53 @@ def differences(folder: Path, given: argparse.Namespace) -> tuple[dict[str, floa
         for size in given.processes
     }
     return found, seconds
+
+
+def sharded(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Differences from one process, and what the first of several holds, by sharding and processes."""
+    found: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in given.shardings}
+    for kind in given.shardings:
+        alone: dict[str, torch.Tensor] = {}
+        for size in [1, *given.processes]:
+            place = folder / f"{kind}-{size}"
+            recipe = write_recipe(place, given, 1000.0, kind, insecure_seed=7, noise_multiplier=1.0)
+            seconds = finished(place, recipe, size, weighing(place / "held.json"))
+            weights = load_file(place / "run" / "release" / "adapter_model.safetensors")
+            if size == 1:
+                alone = weights
+            else:
+                moved = max(float((weights[name] - tensor).abs().max()) for name, tensor in alone.items())
+                held = json.loads((place / "held.json").read_text(encoding="utf-8"))
+                found[kind][str(size)] = {"difference": moved, **held, "seconds": round(seconds, 2)}
+    return found
+
+
+def weighing(file: Path) -> Callable[[int], None]:
+    """Has the first process write down which share of the base's large weights it holds, and held at most."""
+
+    def before(rank: int) -> None:
+        if rank > 0:
+            return
+        block, start, most = Shards._block, Stage._start_alike, [0]
+
+        def seen(self: Shards, number: int) -> Any:
+            whole = block(self, number)
+            most[0] = max(most[0], sum(gathered.numel() for gathered in self._gathered.values()))
+            return whole
+
+        def begun(self: Stage) -> None:
+            start(self)
+            shards = self.model.shards
+            if self.algorithm.name == "sft":
+                most[0] = 0
+            elif shards.total:
+                largest = (shards.kept + most[0]) / shards.total
+                found = {"held": round(shards.kept / shards.total, 4), "largest": round(largest, 4)}
+                file.write_text(json.dumps(found), encoding="utf-8")
+
+        Shards._block, Stage._start_alike = seen, begun
+
+    return before
 
 
 def noise(folder: Path, given: argparse.Namespace) -> dict[str, float]:
@@ -161,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--shardings", nargs="+", choices=["training", "full"], default=["training", "full"])
     parser.add_argument("--units", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4, help="of each stage")
     parser.add_argument("--model", default="tiny-review-lm", help="a public model")
@@ -168,9 +220,12 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         moved, seconds = differences(folder, given)
-        found = {"differences": moved, "seconds": seconds, "noise": noise(folder, given), "killed": killed(folder, given)}
+        found = {"differences": moved, "seconds": seconds, "sharded": sharded(folder, given)}
+        found |= {"noise": noise(folder, given), "killed": killed(folder, given)}
     if not given.json:
         for size, difference in moved.items():
+            for kind in given.shardings:
+                print(f"{size} processes, sharding {kind}: {found['sharded'][kind][size]}")
             print(f"{size} processes: largest difference {difference:.1e}, noise variance x {found['noise'][size]}")
         print(f"killed: {found['killed']}")
     print(json.dumps(found))

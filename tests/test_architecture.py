@@ -35,6 +35,7 @@ ROOMS = [
     ["files"],
     ["settings"],
     ["domains", "printable"],
+    ["world"],
     ["launched"],
     ["errors", "names", "stages", "version"],
 ]

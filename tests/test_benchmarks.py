@@ -333,7 +333,9 @@ def test_published_mutants_add_up():
     for line in (RESULTS / "mutants.runs.jsonl").read_text(encoding="utf-8").splitlines():
         killed[json.loads(line)["mutant"]] |= json.loads(line)["killed"]
     assert found["total"] == found["killed"] + len(found["survivors"]) <= len(killed) < found["population"]
-    assert all(survivor["reason"] for survivor in found["survivors"]) and found["share"] == round(found["killed"] / found["total"], 4)
+    assert all(survivor["reason"] for survivor in found["survivors"]) and found["share"] == round(
+        found["killed"] / found["total"], 4
+    )
     assert not any(killed[survivor["mutant"]] for survivor in found["survivors"])
 
 
@@ -343,9 +345,20 @@ def check_mutants(out: str, folder: Path) -> None:
     assert row["before"].startswith('state["exp_avg"].lerp_') and row["after"] == "pass"
     assert row["killed"] and row["by"].startswith("tests/test_optimizer.py::") and not row["timed_out"]
     found = json.loads((folder / "mutants.json").read_text())
-    assert json.loads(out.splitlines()[-1]) == found and found["killed"] == found["total"] == 1 < 40 < found["population"]
+    assert (
+        json.loads(out.splitlines()[-1]) == found and found["killed"] == found["total"] == 1 < 40 < found["population"]
+    )
     (folder / "mutants.jsonl").write_text(json.dumps(row | {"killed": False}) + "\n")
-    again = ["--files", "training/optimizer.py", "--output", "mutants.jsonl", "--reached", "tests.jsonl", "--reasons", "why.json"]
+    again = [
+        "--files",
+        "training/optimizer.py",
+        "--output",
+        "mutants.jsonl",
+        "--reached",
+        "tests.jsonl",
+        "--reasons",
+        "why.json",
+    ]
     with pytest.raises(SystemExit, match="no reason is given for 1"):
         importlib.import_module("mutants").main([*again, "--runs", "0"])
     (folder / "why.json").write_text(json.dumps({row["mutant"]: "a test"}))
@@ -546,7 +559,9 @@ def check_fuzz(out: str, folder: Path) -> None:
     assert published == json.loads((folder / "docs/results/fuzz.json").read_text())
     assert published["cases"] >= 100_000 and not published["faults"] and published["kinds"].keys() == fuzz.KINDS.keys()
     page = (folder / "docs/security.md").read_text(encoding="utf-8").replace(",", "")
-    assert all(f"| {one['cases']} | {one['accepted']} | {one['refused']} |" in page for one in published["kinds"].values())
+    assert all(
+        f"| {one['cases']} | {one['accepted']} | {one['refused']} |" in page for one in published["kinds"].values()
+    )
     kind, case = fuzz.KINDS["data"], fuzz.Case({"a": b"{}"})
 
     def meets(error: Exception) -> tuple[str, str]:
@@ -556,8 +571,13 @@ def check_fuzz(out: str, folder: Path) -> None:
         return fuzz.judged(replace(kind, meet=meet), case, folder)
 
     assert meets(DPAlignError("a sentence.")) == ("refused", "")
-    assert meets(KeyError("x"))[1].startswith("KeyError") and meets(AssertionError("a row is lost")) == ("fault", "a row is lost")
-    assert meets(DPAlignError(f"no {fuzz.MARKER}."))[1].startswith("quotes") and meets(DPAlignError("a\nb"))[0] == "fault"
+    assert meets(KeyError("x"))[1].startswith("KeyError") and meets(AssertionError("a row is lost")) == (
+        "fault",
+        "a row is lost",
+    )
+    assert (
+        meets(DPAlignError(f"no {fuzz.MARKER}."))[1].startswith("quotes") and meets(DPAlignError("a\nb"))[0] == "fault"
+    )
 
 
 def check_malformed(out: str, folder: Path) -> None:

@@ -257,8 +257,7 @@ PYTHON = {  # by its first line: what makes it small
     "from peft import PeftModel": {},
     "from dpalign import DPSFTTrainer, Privacy, SFTConfig": {"max_steps=10": "max_steps=1", "_steps=8": "_steps=1"},
     "from dpalign import DPPPOTrainer, PPOConfig, Privacy": {
-        "expected_batch_size=64, max_steps=8, max_completion_length=12":
-            "expected_batch_size=4, max_steps=1, max_completion_length=4, micro_batch_size=4",
+        "expected_batch_size=64, max_steps=8, max_completion_length=12": "expected_batch_size=4, max_steps=1, max_completion_length=4, micro_batch_size=4",
         "range(400)": "range(40)",
     },
     '# my_rewards.py, called as ppo.reward.source: "my_rewards:politeness" with low: 0, high: 1, is_public: true': {},

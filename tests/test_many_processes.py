@@ -30,7 +30,7 @@ from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
 from dpalign.privacy.gate import Gate, PrivateStep, Sample, Share
 from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.training.loop import Follower, Stage, dealt, process_of
-from dpalign.training.world import joined
+from dpalign.world import joined
 from helpers import call, environment, judged, ledger_rows, reviews, statement, write_jsonl, write_recipe
 from reader import ROOT
 from test_trainers import sft
@@ -306,7 +306,13 @@ def learned_recipe(folder: Path) -> Path:
         fix_secret(folder / "ledger.sqlite", name)
         write_jsonl(folder / f"{name}.jsonl", records)
     query = {"directions": 4, "own_texts": 40, "max_length": 20, "free": [{"source": "vader"}]}
-    grouped = {"num_generations": 2, "max_steps": 2, "num_mini_batches": 2, "expected_batch_size": 8, "adapter": {"r": 2}}
+    grouped = {
+        "num_generations": 2,
+        "max_steps": 2,
+        "num_mini_batches": 2,
+        "expected_batch_size": 8,
+        "adapter": {"r": 2},
+    }
     lengths = {"prompt_max_tokens": 4, "max_prompt_length": 12, "max_completion_length": 6}
     sections = {
         "reward_query": SEEDED | query,
@@ -409,7 +415,7 @@ def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
-    [("USE_FSDP", "true", "FSDP: every process holds the whole base"), ("MIXED_PRECISION", "bf16", "model.dtype")],
+    [("USE_FSDP", "true", "FSDP: the recipe's model.sharding says"), ("MIXED_PRECISION", "bf16", "model.dtype")],
 )
 def test_what_accelerate_was_told_and_is_not_done_is_refused(name, value, said, monkeypatch, capsys, tmp_path):
     for variable, number in (("RANK", "0"), ("WORLD_SIZE", "2"), (f"ACCELERATE_{name}", value)):

@@ -18,7 +18,8 @@ from .privacy.context import own_context
 from .recipe import Recipe
 from .results import Results
 from .rewards import RewardFunction
-from .training import Follower, World
+from .training import Follower
+from .world import World
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .evaluation.during import check_public
 from .loaded import Models
 from .models import Policy
 from .models.loading import check_ids, check_targets, embedding_rows, positions_of
+from .models.sharded import refuse_whole
 from .plan import Plan, RecipeStage
 from .recipe import Recipe
 from .records import Public, Records, read_by
@@ -41,6 +42,8 @@ def check_inputs(plan: Plan, models: Models, records: Records, public: Public, p
         if isinstance(stage.config, TrainingConfig):
             adapter = stage.config.adapter
             check_targets(model.model, adapter.target_modules, adapter.layers)
+            if adapter.init_a == "synthetic_gradient":
+                refuse_whole(model.shards, f"{name}.adapter.init_a synthetic_gradient")
         of_stage = partial(stage.kind.check, stage.config, model.tokenizer)
         check = partial(read_record, of_stage, embedding_rows(model.model))
         if name in records:

@@ -9,10 +9,10 @@ from .errors import DPAlignError
 
 # What `accelerate launch` can be told and a run does not do, by the variable that says so.
 NOT_DONE = {
-    "ACCELERATE_USE_FSDP": "FSDP: every process holds the whole base",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: every process holds the whole base",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: every process holds the whole base",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism configuration: every process holds the whole base",
+    "ACCELERATE_USE_FSDP": "FSDP: the recipe's model.sharding says what each process holds",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: the recipe's model.sharding says what each process holds",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: the recipe's model.sharding says what each process holds",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism configuration: there is model.sharding alone",
     "ACCELERATE_MIXED_PRECISION": "its mixed precision: the recipe's model.dtype says what the base computes in",
     "ACCELERATE_DYNAMO_BACKEND": "its torch.compile backend: nothing is compiled",
 }

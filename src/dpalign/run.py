@@ -80,9 +80,10 @@ from .settings.rewards import RELEASED
 from .settings.rollouts import CompletionConfig, samples
 from .stages import kind
 from .survey import Survey
-from .training import ALONE, OwnTextStage, Stage, World, joined
+from .training import OwnTextStage, Stage
 from .training.self_check import check_stage
 from .workspace import Workspace
+from .world import ALONE, World, joined
 
 SURVEY = "data.json"  # in the private folder
 FREE = "free"  # the setting that names rewards of which a stage learns a correction

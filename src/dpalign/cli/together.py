@@ -28,7 +28,7 @@ def meet(where: Place, command: str, given: list[str]) -> bool:
         refused = DPAlignError(why)
         refused.said_elsewhere = where.rank > 0
         raise refused
-    from ..training.world import joined
+    from ..world import joined
 
     world = joined()
     if not world.is_first:

@@ -3,6 +3,7 @@
 from ..settings.models import AdapterConfig, ModelConfig, TextFormat
 from .policy import Policy
 from .reward_model import Normalization, RewardModel
+from .sharded import checksums
 from .stack import AdapterStack
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "Policy",
     "RewardModel",
     "TextFormat",
+    "checksums",
 ]

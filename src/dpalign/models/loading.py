@@ -18,6 +18,7 @@ from ..files import is_missing
 from ..launched import place
 from ..printable import printable
 from ..settings.models import TINY_REVIEW_LM
+from .sharded import is_placeholder
 
 T = TypeVar("T")
 # Above every model there is: a damaged configuration would otherwise build layers for hours.
@@ -100,7 +101,7 @@ def refuse_missing(name: str, missing: Iterable[str]) -> None:
 def check_weights(model: nn.Module, what: str = "the model") -> None:
     """Raises DPAlignError for weights that are NaN or infinite."""
     for name, p in model.named_parameters():
-        if not p.is_meta and not bool(torch.isfinite(p.detach()).all()):
+        if not p.is_meta and not is_placeholder(p) and not bool(torch.isfinite(p.detach()).all()):
             raise DPAlignError(f"{what} has weights that are NaN or infinite ({name}): copy it again.")
 
 

@@ -37,6 +37,7 @@ from .objects import Given
 from .policy import Policy
 from .precision import settled
 from .quantized import copied, is_quantized, settings_of
+from .sharded import share_shards
 from .stack import AdapterStack, load_pretrained
 
 FORMAT_FILE, WEIGHTS_FILE = "reward.json", "reward.safetensors"
@@ -190,6 +191,7 @@ class RewardModel(AdapterStack):
             plain = {k.replace(".base_layer.", "."): v for k, v in body if ".lora_" not in k}
             base.base_model.load_state_dict(plain, assign=True, strict=True)
             _fill_buffers(base, causal)
+            share_shards(base, causal)
         head = [m for m in base.modules() if isinstance(m, nn.Linear) and m.out_features == 1][-1]
         head.to_empty(device=causal.device)
         head.requires_grad_(False)

@@ -31,6 +31,7 @@ from .loading import check_configuration, check_tokenizer, check_weights, loaded
 from .lora import check_adapter_folder, check_layers
 from .objects import SAVE_IT, Given, check_adapter, take_weights
 from .quantized import prepare, quantization_config
+from .sharded import Shards, shard, shards_of
 
 RELEASE_ADAPTER = "default"
 
@@ -59,6 +60,7 @@ class AdapterStack(nn.Module):
         self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
+        self.shards: Shards | None = shards_of(base)  # of a base that the processes of a run hold together
         self.quantization: dict[str, Any] = {}  # what its base was loaded with, for BitsAndBytesConfig
         constant_kernels(base)
 
@@ -211,8 +213,12 @@ class AdapterStack(nn.Module):
         """Within the block a float32 base carries its adapters merged (generation is then plain and fast).
 
         The original weights are put back, not recomputed, so nothing drifts. A half-precision base stays
-        unmerged: rounding would lose part of a small adapter.
+        unmerged: rounding would lose part of a small adapter. So does one that processes hold together.
         """
+        if self.shards is not None:
+            with self.shards.sampling():
+                yield
+            return
         layers: list[Any] = [m for m in self.modules() if isinstance(m, LoraLayer)]
         half = any(m.get_base_layer().weight.dtype != torch.float32 for m in layers)
         if not layers or half or layers[0].disable_adapters:
@@ -319,6 +325,11 @@ def load_pretrained(
         check_adapter_folder(path, has_head="num_labels" in options)
         adapter = release = path
         path = loaded("an adapter", path, lambda: base_path(release))
+    if config.sharding != "none" and (config.quantization != "none" or given.model is not None):
+        raise DPAlignError(
+            f"sharding {config.sharding}: a quantised base, or a model object, is held whole by every process: set "
+            "quantization to none, or sharding."
+        )
     trust = {"trust_remote_code": config.trust_remote_code}
     quantized = quantization_config(config.quantization, config.dtype)
     if quantized is not None:  # such a model stays where it is loaded
@@ -331,7 +342,11 @@ def load_pretrained(
         base, loading = auto_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **trust, **options
         )
-        base = base.to(device) if quantized is None else base
+        if config.sharding != "none":
+            check_weights(base)
+            shard(base, config.sharding, device)
+        elif quantized is None:
+            base = base.to(device)
         return base, loading, AutoTokenizer.from_pretrained(adapter or path, **trust)
 
     hint = "" if given.model is None else f"; of a model object: {SAVE_IT}"

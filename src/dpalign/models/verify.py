@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..files import write_json
 from ..printable import printable
 from . import plain_logits
 from .quantized import rounds_activations
+from .sharded import is_placeholder, shards_of
 from .stack import AdapterStack
 
 # Of the largest logit: float32 rounds at 6e-8, and ranks that are concatenated are summed in another order.
@@ -34,15 +35,18 @@ ROWS, LENGTH = 4, 16
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
     """Within the block half-precision weights are float32; they are put back, not rounded back."""
-    narrow = [(p, p.data) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    weights = [p for p in model.parameters() if not is_placeholder(p)]
+    narrow = [(p, p.data) for p in weights if p.dtype in (torch.float16, torch.bfloat16)]
     layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)]
+    shards = next((found for module in model.modules() if (found := shards_of(module)) is not None), None)
     computing = [(layer, layer.compute_dtype) for layer in layers]  # of 4 bits, which are widened to that
     try:
         for parameter, data in narrow:
             parameter.data = data.float()
         for module, _ in computing:
             module.compute_dtype = torch.float32
-        yield
+        with shards.widened() if shards is not None else nullcontext():
+            yield
     finally:
         for parameter, data in narrow:
             parameter.data = data
@@ -98,7 +102,7 @@ def plain_request(stack: AdapterStack, folder: str) -> dict[str, Any]:
         "auto_class": stack.auto_class.__name__,
         "options": stack.auto_options,
         "dtype": str(base.dtype).removeprefix("torch."),
-        "device": str(stack.device),
+        "device": str(stack.device) if stack.shards is None else "cpu",  # one GPU may not hold it
         "trust_remote_code": type(base).__module__.startswith("transformers_modules"),
         "quantization": stack.quantization,
         "layers": stack.layers_read,

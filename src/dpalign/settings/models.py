@@ -27,6 +27,9 @@ class ModelConfig:
         trust_remote_code: run code that comes with the model.
         quantization: holds the frozen base's linear layers in 4 bits (`nf4`, `nf4_double`, `fp4`, `fp4_double`) or 8
             (`int8`), by bitsandbytes; the adapters on it stay float32.
+        sharding: of a run in several processes, each of which holds the frozen base (`none`), or an equal part of its
+            large weights: `training` puts all of it together while completions are sampled, `full` only a few layers at
+            a time, always.
     """
 
     name_or_path: str = TINY_REVIEW_LM
@@ -34,6 +37,7 @@ class ModelConfig:
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
     quantization: Literal["none", "nf4", "nf4_double", "fp4", "fp4_double", "int8"] = "none"
+    sharding: Literal["none", "training", "full"] = "none"
 
 
 @dataclass

@@ -3,16 +3,12 @@
 from .loop import Follower, Stage, StepReport
 from .own_text import OwnTextStage
 from .plan import StagePlan, plan_stage
-from .world import ALONE, World, joined
 
 __all__ = [
-    "ALONE",
     "Follower",
     "OwnTextStage",
     "Stage",
     "StagePlan",
     "StepReport",
-    "World",
-    "joined",
     "plan_stage",
 ]

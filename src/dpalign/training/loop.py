@@ -20,7 +20,7 @@ from ..data.units import UnitDataset
 from ..errors import DPAlignError, EngineError
 from ..files import append_line, private_folder
 from ..gradients import PerUnitGradients
-from ..models import AdapterStack
+from ..models import AdapterStack, checksums
 from ..privacy import accountant
 from ..privacy.accountant import SampledGaussian
 from ..privacy.context import own_context
@@ -30,6 +30,7 @@ from ..privacy.ledger import Ledger
 from ..privacy.mechanism import GaussianMechanism
 from ..privacy.refit import Budget, refit
 from ..settings.prompts import PromptedConfig
+from ..world import ALONE, LostProcessError, World, check_alike
 from .checkpoint import (
     is_finished,
     load_model,
@@ -42,12 +43,12 @@ from .checkpoint import (
 from .examples import Examples
 from .optimizer import adam, share_of_rate
 from .plan import StagePlan, plan_stage
-from .world import ALONE, LostProcessError, World
 
 # Settings that cost memory or time and change nothing that is released: a run goes on with other ones.
 MACHINE_SETTINGS = frozenset(
     {"micro_batch_size", "gradient_checkpointing", "save_steps", "logging_steps", "eval_steps"}
 )
+SHARDING = "sharding"  # of a model, wherever it is named: it changes nothing that is released either
 LATER_SETTINGS: dict[str, Any] = {
     "batched": False,
     "completion_only_loss": None,
@@ -125,17 +126,7 @@ class Worker:
         if self.world.size == 1:
             return
         self.world.spread([*self.model.stage_state().values()])
-        own = checksums(self.model)
-        first = self.world.share(own)
-        strangers = torch.tensor([int(own != first)])
-        self.world.sum([strangers])
-        if int(strangers) > 0:
-            where = [name for name in first if own.get(name) != first[name]]
-            raise DPAlignError(
-                f"{int(strangers)} of {self.world.size} processes have other weights than the first one"
-                f"{f' ({where[0]})' if where else ''}: every machine needs the same model, and the same versions of "
-                "the libraries; nothing more was drawn."
-            )
+        check_alike(self.world, checksums(self.model))
 
     def _tear_down(self) -> None:
         if self.config.gradient_checkpointing:
@@ -544,12 +535,6 @@ def dealt(samples: Sequence[Sample], examples: Sequence[list[Any]], ids: Sequenc
     return shares
 
 
-def checksums(model: torch.nn.Module) -> dict[str, int]:
-    """Sums of the bytes of every tensor that a model computes with: the same, in any order, of the same weights."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: int(t.detach().flatten().view(torch.uint8).sum(dtype=torch.int64)) for name, t in tensors}
-
-
 def is_due(every: int | None, step: int, minibatches: int, end: int) -> bool:
     """Whether a model is measured after `step`: the last one, or one whose phase of `minibatches` steps has reached a
     multiple of `every`; 0 is one."""
@@ -588,5 +573,6 @@ def hash_of(settings: dict[str, Any]) -> str:
 
 
 def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: v for name, v in settings.items() if name not in LATER_SETTINGS or v != LATER_SETTINGS[name]}
+    kept = {name: v for name, v in settings.items() if name != SHARDING}
+    kept = {name: v for name, v in kept.items() if name not in LATER_SETTINGS or v != LATER_SETTINGS[name]}
     return {name: _without_later(v) if isinstance(v, dict) else v for name, v in kept.items()}

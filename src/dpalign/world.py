@@ -4,13 +4,17 @@ The first of them is the run: it alone reads the records, opens the ledger, draw
 weights and writes files. The others are given the units that fall to them, and give back the sum of those units'
 clipped gradients, as integers. What goes between them (records, members of a sample, sums without noise) is as private
 as the memory of the first one.
+
+A tensor may be kept in parts, one in each process. Any of them may ask for all of it, at any time and as often as it
+likes: the others hand out their parts where they wait for anything.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,11 +23,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..errors import DPAlignError
-from ..launched import Place, check_launcher, place
+from .errors import DPAlignError
+from .launched import Place, check_launcher, place
 
 MEETING = timedelta(minutes=10)  # for all processes to be there
 WAITING = timedelta(days=30)  # for one that lives: the first one trains, measures and writes much by itself
+NOTHING = -1  # of the tensors that are kept in parts
 
 
 class LostProcessError(DPAlignError):
@@ -56,6 +61,18 @@ class World:
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites the tensors, of the same shapes everywhere, by those of the first process."""
 
+    def keep(self, parts: Sequence[Tensor]) -> int:
+        """Has this process's parts of some tensors handed out; each is as long as the others' of the same tensor.
+
+        Returns:
+            The number of the first tensor; every process keeps the same ones in the same order.
+        """
+        raise NotImplementedError("one process has no parts")
+
+    def whole(self, number: int) -> Tensor:
+        """All parts of a tensor that is kept, one after the other."""
+        raise NotImplementedError("one process has no parts")
+
 
 ALONE = World()
 
@@ -63,7 +80,7 @@ ALONE = World()
 class Processes(World):
     """Several processes, through torch.distributed: gloo for what lies on the CPU, nccl for what lies on a GPU.
 
-    Every method is called by all of them, in the same order.
+    Every method but `whole` is called by all of them, in the same order.
 
     has_begun: whether anything was shared.
 
@@ -74,6 +91,7 @@ class Processes(World):
 
     def __init__(self, where: Place) -> None:
         self.rank, self.size, self.has_begun = where.rank, where.size, False
+        self._kept: list[Tensor] = []
         backend = "gloo"
         if torch.cuda.is_available():
             if where.local >= torch.cuda.device_count():
@@ -107,6 +125,7 @@ class Processes(World):
 
     def share(self, value: Any = None) -> Any:
         box = [value]
+        self._meet()
         with self._together():
             dist.broadcast_object_list(box, src=0, group=self._group)
         self.has_begun = True
@@ -114,11 +133,13 @@ class Processes(World):
 
     def deal(self, values: Sequence[Any] = ()) -> Any:
         box: list[Any] = [None]
+        self._meet()
         with self._together():
             dist.scatter_object_list(box, list(values) if self.is_first else None, src=0, group=self._group)
         return box[0]
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
+        self._meet()
         if any(tensor.is_cuda for tensor in tensors):  # nccl waits for the dead; gloo notices
             with self._together():
                 dist.all_reduce(torch.zeros(1), group=self._group)
@@ -129,11 +150,68 @@ class Processes(World):
                 _put_back(alike, flat)
 
     def spread(self, tensors: Sequence[Tensor]) -> None:
+        self._meet()
         for alike, flat in _flat(tensors):
             with self._together():
                 dist.broadcast(flat, src=0, group=self._group)
             if not self.is_first:
                 _put_back(alike, flat)
+
+    def keep(self, parts: Sequence[Tensor]) -> int:
+        self._meet()
+        first = len(self._kept)
+        self._kept += parts
+        return first
+
+    def whole(self, number: int) -> Tensor:
+        while True:
+            gathered, tensor = self._round(number)
+            if gathered == number:
+                return tensor
+
+    def _meet(self) -> None:
+        """Hands out what is kept here until no process is anywhere but here."""
+        while self._kept and self._round(NOTHING)[0] != NOTHING:
+            pass
+
+    def _round(self, wish: int) -> tuple[int, Tensor]:
+        """All processes gather one tensor, which most of them wish for: its number, and the tensor.
+
+        So no process has to do what the others do: one may draw a longer completion, have more units, or measure alone.
+        In every round one gets what it wishes for.
+        """
+        wishes = torch.empty(self.size, dtype=torch.int64)
+        with self._together():
+            dist.all_gather_into_tensor(wishes, torch.tensor([wish]), group=self._group)
+        counts = Counter(number for number in wishes.tolist() if number != NOTHING)
+        if not counts:
+            return NOTHING, wishes
+        chosen = min(counts, key=lambda number: (-counts[number], number))
+        part = self._kept[chosen]
+        whole = part.new_empty(self.size * part.numel())
+        with self._together():
+            dist.all_gather_into_tensor(whole, part, group=self._group)
+        return chosen, whole
+
+
+def check_alike(world: World, own: Mapping[str, int]) -> None:
+    """Called by all processes.
+
+    own: checksums of weights, by name.
+
+    Raises:
+        DPAlignError: they are not the same everywhere.
+    """
+    first = world.share(own)
+    strangers = torch.tensor([int(own != first)])
+    world.sum([strangers])
+    if int(strangers) > 0:
+        where = [name for name in first if own.get(name) != first[name]]
+        raise DPAlignError(
+            f"{int(strangers)} of {world.size} processes have other weights than the first one"
+            f"{f' ({where[0]})' if where else ''}: every machine needs the same model, and the same versions of "
+            "the libraries; nothing more was drawn."
+        )
 
 
 def _flat(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], Tensor]]:
