@@ -520,6 +520,9 @@ def check_audit_again(out: str, folder: Path) -> None:
 def check_many_processes(out: str, folder: Path) -> None:
     """The release of one process, its noise, and a run that loses two of its processes and ends within its target."""
     found = one_line(out)
+    assert set(found["sharded"]) == {"training", "full"}
+    for sizes in found["sharded"].values():
+        assert sizes["2"]["difference"] <= 1e-6 and 0.5 <= sizes["2"]["held"] < 0.51 < sizes["2"]["largest"]
     assert found["differences"]["2"] <= 1e-6 and found["noise"]["2"] == pytest.approx(1, abs=0.25)
     assert found["killed"]["statuses"] == [[1, -9, 1, 1], [1, -9]]
     assert found["killed"]["lost"] > 0 and found["killed"]["epsilon"] <= found["killed"]["target"]
