@@ -8,7 +8,7 @@ from difflib import get_close_matches
 ONE_ROW = "it would let one record change another one's gradient, which no clip bounds"
 POISSON = "every update draws a fresh Poisson sample"
 ON_POLICY = "completions are sampled from the policy as it is (nothing is cut off)"
-ONE_PROCESS = "one process trains"
+SHARDED = "several processes are started by torchrun, and model.sharding spreads the frozen base over them"
 EOS = "completions end at the tokenizer's EOS, or where the chat template ends a turn"
 CHOOSING = "choosing by a measurement on private data would have to be paid for"
 OWN_TEXT = "prompts: self_written makes a stage's max_steps updates on prompts that the model writes itself"
@@ -20,8 +20,8 @@ ELSEWHERE = {  # names of TRL, transformers, peft and Opacus: what to say here i
     "dataset_name": "it is called data.path (a file, a folder or a hub name); data.name is the ledger's key",
     "dataset_num_proc": "records are read one by one",
     "dataset_text_field": "the column is `text` (or `messages`, or `prompt` and `completion`): rename it",
-    "ddp_find_unused_parameters": ONE_PROCESS,
-    "deepspeed": ONE_PROCESS,
+    "ddp_find_unused_parameters": "each process computes the gradients of its own units, and nothing averages them",
+    "deepspeed": SHARDED,
     "disable_dropout": "dropout is always off: its coins would be shared by the rows of a micro-batch",
     "delta": "privacy's is target_delta, and a second clip of the ratio (delta of TRL's GRPO) there is none",
     "epochs": "it is called num_train_epochs",
@@ -32,7 +32,8 @@ ELSEWHERE = {  # names of TRL, transformers, peft and Opacus: what to say here i
     "evaluation_strategy": "stages are measured at their end, on data.eval_path",
     "fp16": "the base is frozen, so there is no mixed precision: model.dtype float16 loads it in half precision",
     "bf16": "the base is frozen, so there is no mixed precision: model.dtype bfloat16 loads it in half precision",
-    "fsdp": ONE_PROCESS,
+    "fsdp": SHARDED,
+    "fsdp_config": SHARDED,
     "gradient_accumulation_steps": "expected_batch_size is the whole batch of an update, and micro_batch_size the part "
     "that is in memory at once",
     "group_by_length": POISSON,

@@ -19,7 +19,9 @@ from .base import TrainingConfig
 T = TypeVar("T")
 ONCE = "the release is sent once, when it is written"
 QUANTIZED = 'say model_init_kwargs={"quantization_config": BitsAndBytesConfig(...)}'
+WHOLE = "every process of a script holds the whole base; a recipe has model.sharding"
 FOR_A_TRAINER = {  # what is otherwise here than in a recipe
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), WHOLE),
     "eval_on_start": "with eval_steps, eval_dataset is measured before the first step too",
     "evaluation_strategy": "say eval_strategy='steps' and eval_steps",
     "load_in_4bit": QUANTIZED,
