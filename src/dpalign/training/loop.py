@@ -573,6 +573,6 @@ def hash_of(settings: dict[str, Any]) -> str:
 
 
 def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: v for name, v in settings.items() if name != SHARDING}
-    kept = {name: v for name, v in kept.items() if name not in LATER_SETTINGS or v != LATER_SETTINGS[name]}
+    kept = {name: v for name, v in settings.items() if name not in LATER_SETTINGS or v != LATER_SETTINGS[name]}
+    kept.pop(SHARDING, None)
     return {name: _without_later(v) if isinstance(v, dict) else v for name, v in kept.items()}
