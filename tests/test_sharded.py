@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpalign import world as world_module
+from dpalign.errors import DPAlignError
+from dpalign.evaluation import private
 from dpalign.models import AdapterConfig, ModelConfig, Policy, RewardModel
 from dpalign.models import sharded as sharding
 from dpalign.models.sharded import AT_ONCE, Saved, Shards, is_placeholder, shards_of
 from dpalign.models.verify import probe_ids, probe_logits
+from dpalign.rewards.foreign import Raised, contained
+from dpalign.training import self_check
 from dpalign.training.loop import Worker
-from dpalign.world import ALONE, joined
-from helpers import call, ledger_rows, statement, write_recipe
+from dpalign.world import ALONE, LostProcess, LostProcessError, Processes, joined
+from helpers import call, ledger_rows, reviews, statement, write_jsonl, write_recipe
 from test_many_processes import (
     LONG,
     LOST,
@@ -32,7 +41,7 @@ from test_many_processes import (
     released,
     together,
 )
-from tiny import tiny_folder
+from tiny import VOCABULARY, tiny_base, tiny_folder, tiny_tokenizer
 
 
 def held(model: torch.nn.Module) -> int:
@@ -95,6 +104,7 @@ def test_a_base_in_parts_computes_what_a_whole_one_does(kind, dtype, tmp_path):
             assert torch.equal(*wide) and wide[0].isfinite().all()
             assert len(shards._gathered) <= AT_ONCE and held(own) < held(whole) / 8
             joined().share()
+            assert not shards._gathered  # a process that waits holds its parts alone
         return 0
 
     assert [e.status for e in forked(tmp_path, 3, body)] == [0, 0, 0], (tmp_path / "err-0").read_text()
@@ -120,6 +130,155 @@ def test_autograd_keeps_no_weight(tmp_path):
     assert [e.status for e in forked(tmp_path, 2, body)] == [0, 0], (tmp_path / "err-0").read_text()
 
 
+def test_sampling_puts_a_base_together_once_or_for_each_token(tmp_path):
+    folder = tiny_folder("llama", tmp_path / "llama")
+
+    def body(rank: int) -> int:
+        asked, whole, prompts = [], joined().whole, torch.full((2, 3), 5)
+        joined().whole = lambda number: (asked.append(number), whole(number))[1]
+        for kind, often in (("training", 1), ("full", 7)):
+            policy = Policy.load(ModelConfig(str(folder), dtype="float32", sharding=kind))
+            joined().share()
+            asked.clear()
+            with policy.merged():
+                policy.generate(prompts, torch.ones_like(prompts), 7, min_new_tokens=7)
+            assert Counter(asked) == dict.fromkeys(asked, often) and len(set(asked)) == 4
+            joined().share()
+        return 0
+
+    assert [e.status for e in forked(tmp_path, 2, body)] == [0, 0], (tmp_path / "err-0").read_text()
+
+
+def test_no_more_blocks_are_whole_than_two(tmp_path):
+    """Those that are handed out to others are, while they wait, in nobody's way."""
+    tiny_base("llama").config.save_pretrained(tmp_path / "c")
+    folder = tmp_path / "llama"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "c", num_hidden_layers=8)).save_pretrained(
+        folder
+    )
+    tiny_tokenizer().save_pretrained(folder)
+
+    def body(rank: int) -> int:
+        policy, most = trained(Policy.load(ModelConfig(str(folder), dtype="float32", sharding="full"))), [0]
+        gather = world_module.dist.all_gather_into_tensor
+        blocks = {part.numel() * 2 for part in joined()._kept}
+
+        def counted(whole, part, group=None):
+            if whole.dtype is torch.uint8:
+                here = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype is torch.uint8]
+                here += [p for p in policy.parameters() if not is_placeholder(p)]
+                found = {o.untyped_storage().data_ptr() for o in here if o.untyped_storage().nbytes() in blocks}
+                most[0] = max(most[0], len(found))
+            return gather(whole, part, group=group)
+
+        world_module.dist.all_gather_into_tensor = counted
+        for turn in range(1 + rank):
+            passes(policy, 2, checkpointed=turn == 1)
+        joined().share()
+        assert most[0] <= 2 + (rank == 0)  # the two of its own, and one that the other asks for
+        return 0
+
+    assert [e.status for e in forked(tmp_path, 2, body)] == [0, 0], (tmp_path / "err-0").read_text()
+
+
+def test_checkpointing_sees_what_a_layer_with_many_operations_keeps(tmp_path):
+    """Of the experts, which have weights of their own and compute much with them."""
+    folder = tiny_folder("mixtral", tmp_path / "mixtral")
+
+    def body(rank: int) -> int:
+        seen = {}
+        for kind in ("none", "full"):
+            policy, kept = trained(Policy.load(ModelConfig(str(folder), dtype="float32", sharding=kind))), []
+            weights = {n for p in policy.parameters() for n in (p.numel(), p[0].numel() if p.ndim == 3 else 0)}
+            ids = torch.arange(2, 20).view(2, 9)
+            with saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.numel()), t)[1], lambda t: t):
+                found, _ = policy.logprobs(ids[:, :-1], torch.ones_like(ids[:, :-1]), ids[:, 4:])
+            found.sum().backward()
+            seen[kind] = sorted(number for number in kept if number not in weights)
+        assert seen["none"] == seen["full"] and len(seen["full"]) > 50
+        joined().share()
+        return 0
+
+    assert [e.status for e in forked(tmp_path, 2, body)] == [0, 0], (tmp_path / "err-0").read_text()
+
+
+def test_a_layer_that_computes_with_anothers_weights_is_refused(tmp_path):
+    """Mamba's mixer takes its projection's weight without calling the projection; convolutions stay whole."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 1}
+    kinds = {
+        "mamba": {"state_size": 4, "num_hidden_layers": 2},
+        "recurrent_gemma": {
+            "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "lru_width": 32,
+        },
+    }  # fmt: skip
+    for kind, more in kinds.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).save_pretrained(tmp_path / kind)
+        tiny_tokenizer().save_pretrained(tmp_path / kind)
+
+    def body(rank: int) -> int:
+        for kind in ("none", "full"):
+            if kind == "none":
+                Policy.load(ModelConfig(str(tmp_path / "mamba"), dtype="float32"))
+                continue
+            with pytest.raises(DPAlignError, match="a layer of MambaForCausalLM computes with the weights of another"):
+                Policy.load(ModelConfig(str(tmp_path / "mamba"), dtype="float32", sharding=kind))
+        whole, own = (
+            Policy.load(ModelConfig(str(tmp_path / "recurrent_gemma"), dtype="float32", sharding=k))
+            for k in ("none", "full")
+        )
+        prompts, written = torch.full((2, 3), 5), []
+        for policy in (whole, own):
+            torch.manual_seed(rank)
+            written.append(policy.generate(prompts, torch.ones_like(prompts), 6).input_ids)
+        assert torch.equal(*written)
+        joined().share()
+        return 0
+
+    assert [e.status for e in forked(tmp_path, 2, body)] == [0, 0], (tmp_path / "err-0").read_text()
+
+
+def test_a_new_head_may_differ_when_a_base_is_spread(tmp_path):
+    folder = tiny_folder("llama", tmp_path / "llama")
+
+    def body(rank: int) -> int:
+        torch.manual_seed(rank)  # the head, which is not in the folder, is random until it is made zero
+        RewardModel.load(ModelConfig(str(folder), dtype="float32", sharding="full"))
+        joined().share()
+        return 0
+
+    assert [e.status for e in forked(tmp_path, 2, body)] == [0, 0], (tmp_path / "err-0").read_text()
+
+
+def test_a_round_that_fails_ends_the_run_whoever_contains_it(tmp_path):
+    def body(rank: int) -> int:
+        world = joined()
+        number = world.keep([torch.tensor([rank])], lambda: None)
+        if rank == 0:
+            with pytest.raises(LostProcess):
+                world.whole(number)
+            return 0
+        world._kept[number] = None  # no room for all of it, say
+        with pytest.raises(LostProcess, match="weights could not be put together here"):
+            contained(lambda: world.whole(number))  # in a person's reward
+        world._kept[number] = torch.tensor([rank])
+        with pytest.raises(LostProcess):
+            world.share()
+        return 0
+
+    assert [e.status for e in forked(tmp_path, 2, body)] == [0, 0], (tmp_path / "err-1").read_text()
+
+
+def test_a_reward_cannot_end_a_run_with_what_a_lost_process_raises():
+    with pytest.raises(Raised):
+        contained(lambda: _raise(LostProcess(LostProcessError("a row says so"))))
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 def test_a_reward_model_shares_the_parts(tmp_path):
     folder = tiny_folder("llama", tmp_path / "llama")
 
@@ -143,7 +302,8 @@ def test_a_reward_model_shares_the_parts(tmp_path):
 def test_who_only_waits_hands_out_its_parts_and_most_wishes_come_first(tmp_path):
     def body(rank: int) -> int:
         world = joined()
-        first = world.keep([torch.tensor([10 * number + rank]) for number in range(3)])
+        waited = []
+        first = world.keep([torch.tensor([10 * number + rank]) for number in range(3)], lambda: waited.append(rank))
         wanted = [[2], [0, 2], []][rank]  # 2 is wished for by one at first: the smaller number has its turn
         for number in wanted:
             assert world.whole(first + number).tolist() == [10 * number + r for r in range(3)]
@@ -152,7 +312,9 @@ def test_who_only_waits_hands_out_its_parts_and_most_wishes_come_first(tmp_path)
         assert number == first + 1
         if rank == 0:
             world.whole(first)
-        assert world.deal(["a", "b", "c"]) == "abc"[rank]
+        assert world.deal(["a", "b", "c"]) == "abc"[rank] and waited == [rank] * 2
+        world.forget()
+        assert world.share(rank) == 0 and waited == [rank] * 3  # as before anything was kept
         return 0
 
     assert [e.status for e in forked(tmp_path, 3, body)] == [0, 0, 0], (tmp_path / "err-0").read_text()
@@ -285,10 +447,58 @@ def test_a_process_that_ends_while_layers_are_put_together_ends_all(tmp_path):
     assert "Traceback" not in ended[0].err
 
 
+def dies_while(what: str, flag: Path):
+    """Process 1 dies at the next round after the first process has begun `what`, a function of `evaluation/private.py`, or
+    the self-check."""
+
+    def before(rank: int) -> None:
+        place = self_check.SelfCheck if what == "run" else private
+        known, rounds, count = getattr(place, what), Processes._round, [0]
+
+        def begun(*arguments, **settings):
+            flag.touch()
+            return known(*arguments, **settings)
+
+        def dying(self, wish):
+            count[0] += flag.exists()
+            if rank == 1 and count[0] == 1:
+                killed()
+            return rounds(self, wish)
+
+        setattr(place, what, begun)
+        Processes._round = dying
+
+    return before
+
+
+def test_a_measurement_is_not_made_of_what_a_lost_process_left(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_jsonl(folder / "held.jsonl", reviews(64, "day"))
+    held_out = {
+        "measurement": {"noise_multiplier": 0.05},
+        "measurement_data": {"name": "held", "path": str(folder / "held.jsonl")},
+    }
+    recipe = spread(write_recipe(folder, target_epsilon=1000, units_disjoint="declared", **held_out), "full")
+    ended = together(tmp_path, 2, "run", recipe, "--json", before=dies_while("_measured_once", tmp_path / "begun"))
+    assert [e.status for e in ended] == [1, -signal.SIGKILL] and LOST in ended[0].err, ended[0].err
+    assert not [*(folder / "run").rglob("result.json")]
+
+
+@pytest.mark.self_check
+def test_a_process_that_ends_during_the_self_check_is_no_fault_of_the_model(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recipe = spread(write_recipe(folder, **LONG), "full")
+    ended = together(tmp_path, 2, "run", recipe, before=dies_while("run", tmp_path / "begun"))
+    assert [e.status for e in ended] == [1, -signal.SIGKILL] and ledger_rows(folder) == 0
+    assert LOST in ended[0].err and "refused" not in ended[0].err
+
+
 def test_another_base_in_one_process_is_refused_before_anything_is_put_together(tmp_path):
     def other_weights(rank: int) -> None:
         checked = sharding.checksums
-        sharding.checksums = lambda base: {name: v + (rank == 1) for name, v in checked(base).items()}
+        sharding.checksums = lambda *given: {name: v + (rank == 1) for name, v in checked(*given).items()}
 
     folder = tmp_path / "run"
     folder.mkdir()

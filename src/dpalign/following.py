@@ -19,7 +19,7 @@ from .recipe import Recipe
 from .results import Results
 from .rewards import RewardFunction
 from .training import Follower
-from .world import World
+from .world import World, lost_is_said
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Order:
     is_shared: bool
 
 
+@lost_is_said()
 @own_context()
 def follow(
     world: World,
@@ -67,6 +68,7 @@ def follow(
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
             follow_stage(world, order, models, rewards)
+    world.forget()
     results: Results = order
     return results
 

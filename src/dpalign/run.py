@@ -83,7 +83,7 @@ from .survey import Survey
 from .training import OwnTextStage, Stage
 from .training.self_check import check_stage
 from .workspace import Workspace
-from .world import ALONE, World, joined
+from .world import ALONE, World, joined, lost_is_said
 
 SURVEY = "data.json"  # in the private folder
 FREE = "free"  # the setting that names rewards of which a stage learns a correction
@@ -92,6 +92,7 @@ NORMALIZATION_ROWS = 512  # self-written texts that fix the scale of a reward mo
 APART_ROWS = 192  # texts of either kind, to say how far people's are from the policy's
 
 
+@lost_is_said()
 @own_context()
 def run_recipe(
     recipe: Recipe,
@@ -497,6 +498,7 @@ class Run:
         write_report(folder)
         self.publish()
         self.world.share(results)
+        self.world.forget()
         return results
 
     def say_what_the_reward_is_worth(self) -> None:

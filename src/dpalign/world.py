@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -33,6 +33,24 @@ NOTHING = -1  # of the tensors that are kept in parts
 
 class LostProcessError(DPAlignError):
     """Another process of the run is no more, and so the run cannot go on."""
+
+
+class LostProcess(BaseException):
+    """The same on its way up: a layer's weights may be asked for anywhere, and nobody who contains what a record or a
+    foreign function raises is to go on without them. error: what is said in the end."""
+
+    def __init__(self, error: LostProcessError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def lost_is_said() -> Iterator[None]:
+    """What leaves the block is a `LostProcessError`."""
+    try:
+        yield
+    except LostProcess as lost:
+        raise lost.error from None
 
 
 class World:
@@ -61,8 +79,10 @@ class World:
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites the tensors, of the same shapes everywhere, by those of the first process."""
 
-    def keep(self, parts: Sequence[Tensor]) -> int:
+    def keep(self, parts: Sequence[Tensor], wait: Callable[[], None]) -> int:
         """Has this process's parts of some tensors handed out; each is as long as the others' of the same tensor.
+
+        wait: called when this process begins to wait for the others.
 
         Returns:
             The number of the first tensor; every process keeps the same ones in the same order.
@@ -73,6 +93,9 @@ class World:
         """All parts of a tensor that is kept, one after the other."""
         raise NotImplementedError("one process has no parts")
 
+    def forget(self) -> None:
+        """Nothing that was kept is asked for any more; called by all processes at once."""
+
 
 ALONE = World()
 
@@ -82,16 +105,19 @@ class Processes(World):
 
     Every method but `whole` is called by all of them, in the same order.
 
-    has_begun: whether anything was shared.
+    has_begun: whether anything was shared. lost: what was raised when another process was found to have ended.
 
     Raises:
-        DPAlignError: fewer GPUs than processes on this machine, or the others do not come. By the methods,
-            `LostProcessError`: one of the others has ended.
+        DPAlignError: fewer GPUs than processes on this machine.
+        LostProcess: the others do not come. By the methods: one of the others has ended.
     """
 
     def __init__(self, where: Place) -> None:
         self.rank, self.size, self.has_begun = where.rank, where.size, False
         self._kept: list[Tensor] = []
+        self._waits: list[Callable[[], None]] = []
+        self._is_broken = False
+        self.lost: LostProcess | None = None
         backend = "gloo"
         if torch.cuda.is_available():
             if where.local >= torch.cuda.device_count():
@@ -116,12 +142,13 @@ class Processes(World):
         try:
             yield
         except RuntimeError:
-            lost = LostProcessError(
-                "another process of this run has ended or does not answer, and so this one ends: the same command goes "
-                "on from where the run was last saved."
-            )
-            lost.said_elsewhere = self.rank > 1 or (self.rank == 1 and not self.has_begun)  # one says it for all
-            raise lost from None
+            raise self._lost("another process of this run has ended or does not answer, and so this one ends") from None
+
+    def _lost(self, why: str) -> LostProcess:
+        lost = LostProcessError(f"{why}: the same command goes on from where the run was last saved.")
+        lost.said_elsewhere = self.rank > 1 or (self.rank == 1 and not self.has_begun)  # one says it for all
+        self.lost = LostProcess(lost)
+        return self.lost
 
     def share(self, value: Any = None) -> Any:
         box = [value]
@@ -157,20 +184,28 @@ class Processes(World):
             if not self.is_first:
                 _put_back(alike, flat)
 
-    def keep(self, parts: Sequence[Tensor]) -> int:
+    def keep(self, parts: Sequence[Tensor], wait: Callable[[], None]) -> int:
         self._meet()
         first = len(self._kept)
         self._kept += parts
+        self._waits.append(wait)
         return first
+
+    def forget(self) -> None:
+        self._meet()
+        self._kept, self._waits = [], []
 
     def whole(self, number: int) -> Tensor:
         while True:
             gathered, tensor = self._round(number)
             if gathered == number:
                 return tensor
+            del tensor
 
     def _meet(self) -> None:
         """Hands out what is kept here until no process is anywhere but here."""
+        for wait in self._waits:
+            wait()
         while self._kept and self._round(NOTHING)[0] != NOTHING:
             pass
 
@@ -180,17 +215,24 @@ class Processes(World):
         So no process has to do what the others do: one may draw a longer completion, have more units, or measure alone.
         In every round one gets what it wishes for.
         """
-        wishes = torch.empty(self.size, dtype=torch.int64)
-        with self._together():
-            dist.all_gather_into_tensor(wishes, torch.tensor([wish]), group=self._group)
-        counts = Counter(number for number in wishes.tolist() if number != NOTHING)
-        if not counts:
-            return NOTHING, wishes
-        chosen = min(counts, key=lambda number: (-counts[number], number))
-        part = self._kept[chosen]
-        whole = part.new_empty(self.size * part.numel())
-        with self._together():
-            dist.all_gather_into_tensor(whole, part, group=self._group)
+        was_broken, self._is_broken = self._is_broken, True  # until the round is over
+        try:
+            if was_broken:
+                raise self.lost or RuntimeError
+            wishes = torch.empty(self.size, dtype=torch.int64)
+            with self._together():
+                dist.all_gather_into_tensor(wishes, torch.tensor([wish]), group=self._group)
+            counts = Counter(number for number in wishes.tolist() if number != NOTHING)
+            chosen, whole = NOTHING, wishes
+            if counts:
+                chosen = min(counts, key=lambda number: (-counts[number], number))
+                part = self._kept[chosen]
+                whole = part.new_empty(self.size * part.numel())
+                with self._together():
+                    dist.all_gather_into_tensor(whole, part, group=self._group)
+        except Exception as error:  # the others have gone on with the round
+            raise self._lost(f"weights could not be put together here ({type(error).__name__})") from None
+        self._is_broken = False
         return chosen, whole
 
 
@@ -232,6 +274,12 @@ def _put_back(tensors: list[Tensor], flat: Tensor) -> None:
 _joined: Processes | None = None
 
 
+def refuse_lost() -> None:
+    """Raises LostProcess once more if another process is known to have ended: whoever contains what is raised asks."""
+    if _joined is not None and _joined.lost is not None:
+        raise _joined.lost
+
+
 def joined() -> World:
     """The world of this process: it waits for the others that the launcher has started, once."""
     global _joined
@@ -240,5 +288,6 @@ def joined() -> World:
         return ALONE
     if _joined is None:
         check_launcher()
-        _joined = Processes(where)
+        with lost_is_said():
+            _joined = Processes(where)
     return _joined

@@ -33,6 +33,7 @@ from .precision import settled
 from .prompt_format import prompt_format_of
 from .quantized import settings_of
 from .sampling import Dealt, DrawToken, NoStopBefore, uniforms_of
+from .sharded import refuse_nan
 from .stack import AdapterStack, load_pretrained
 
 BASE = ""  # the place of an adapter where there is none
@@ -93,6 +94,7 @@ class Policy(AdapterStack):
 
         One that is not its body and then its head has all of its logits computed together.
         """
+        refuse_nan(self.model, self.shards)
         config = self.model.config.get_text_config()
         half = min(16, getattr(config, "max_position_embeddings", None) or 16) // 2
         ids = torch.arange(2 * half, device=self.device)[None] % config.vocab_size

@@ -37,7 +37,7 @@ from .objects import Given
 from .policy import Policy
 from .precision import settled
 from .quantized import copied, is_quantized, settings_of
-from .sharded import share_shards
+from .sharded import refuse_nan, share_shards
 from .stack import AdapterStack, load_pretrained
 
 FORMAT_FILE, WEIGHTS_FILE = "reward.json", "reward.safetensors"
@@ -99,6 +99,7 @@ class RewardModel(AdapterStack):
         head.float().register_forward_pre_hook(_widen)
         self._whole_head: Any = None  # while votes are cast in a few directions of what it reads
         self._free_share = 1.0  # that a public score has of a vote
+        refuse_nan(base, self.shards)
 
     @classmethod
     def load(

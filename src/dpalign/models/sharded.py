@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import DPAlignError
 from ..world import World, check_alike, joined
 
 AT_ONCE = 2  # blocks that are held whole: the one that computes, and the one before it
+ALIGNED = 64  # bytes, as torch's own tensors begin at a multiple of them
 BLOCK = re.compile(r"(.*?\.\d+)\.")
+Pack: TypeAlias = Callable[[Tensor], Any]
+Unpack: TypeAlias = Callable[[Any], Tensor]
 Sharding: TypeAlias = Literal["training", "full"]
 
 
@@ -50,6 +54,14 @@ class Saved:
     offset: int
 
 
+@dataclass(frozen=True)
+class Outer:
+    """What other hooks, that were there before, have made of a tensor."""
+
+    packed: Any
+    unpack: Unpack
+
+
 class Shards:
     """The large weights of one base, in parts; of one process alone they are whole.
 
@@ -70,19 +82,22 @@ class Shards:
         if world.size == 1:
             base.to(device)  # type: ignore[arg-type]
             return
-        own = checksums(base)
-        parts = [self._divide(number, block, device) for number, block in enumerate(_blocks(base))]
+        blocks = _blocks(base)
+        spread = {id(p) for block in blocks for p in block}
+        own = checksums(base, spread)  # the rest is compared when a stage begins, with what is new
+        parts = [self._divide(number, block, device) for number, block in enumerate(blocks)]
         for tensor in [*base.parameters(), *base.buffers()]:
             if not is_placeholder(tensor):
                 tensor.data = tensor.data.to(device)
-        self._first = world.keep(parts)
+        self._first = world.keep(parts, self._wait)
         check_alike(world, own)
         self.attach(base)
 
     @torch.no_grad()
     def _divide(self, number: int, block: list[nn.Parameter], device: str | torch.device) -> Tensor:
         """This process's part of a block, as bytes; the block's weights become placeholders."""
-        whole = torch.cat([p.data.reshape(-1).view(torch.uint8) for p in block])
+        weights = [p.data.reshape(-1).view(torch.uint8) for p in block]
+        whole = torch.cat([nn.functional.pad(w, (0, -len(w) % ALIGNED)) for w in weights])
         length = -(-len(whole) // (16 * self._world.size)) * 16
         part = whole[self._world.rank * length :][:length]
         part = nn.functional.pad(part, (0, length - len(part))).to(device, copy=True)
@@ -93,7 +108,7 @@ class Shards:
             placeholder = torch.full((1,), torch.nan, dtype=p.dtype, device=device)
             self._placeholders.append(placeholder)
             self._places[placeholder.data_ptr()] = place
-            p.data, start = placeholder.expand(p.shape), place.end
+            p.data, start = placeholder.expand(p.shape), place.end + -place.end % ALIGNED
         return part
 
     def attach(self, model: nn.Module) -> None:
@@ -114,7 +129,7 @@ class Shards:
             yield
         finally:
             self._holding -= self.kind == "training"
-            self._forget()
+            self._forget(AT_ONCE)
 
     @contextmanager
     def widened(self) -> Iterator[None]:
@@ -132,19 +147,22 @@ class Shards:
 
     def _block(self, number: int) -> Tensor:
         if number not in self._gathered:
+            self._forget(AT_ONCE - 1)  # before there is room for another one
             self._gathered[number] = self._world.whole(self._first + number)
         self._gathered.move_to_end(number)
-        self._forget()
         return self._gathered[number]
 
-    def _forget(self) -> None:
-        while len(self._gathered) > AT_ONCE and not self._holding:
+    def _forget(self, most: int) -> None:
+        while len(self._gathered) > most and not self._holding:
             self._gathered.popitem(last=False)
+
+    def _wait(self) -> None:
+        self._forget(0)
 
     # Autograd's own copies -------------------------------------------------------------------------------------------
 
     def pack(self, tensor: Tensor) -> Tensor | Saved:
-        """What autograd keeps of a tensor for the backward pass."""
+        """What autograd keeps of a tensor for the backward pass: a weight it finds again."""
         address = tensor.untyped_storage().data_ptr()
         for number, block in self._gathered.items():
             if block.untyped_storage().data_ptr() == address:
@@ -168,10 +186,19 @@ class _Layer:
         self.saving: list[saved_tensors_hooks] = []  # one for each call that is under way
 
     def begin(self, layer: nn.Module, arguments: Any) -> None:
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self.saving.append(saved_tensors_hooks(partial(self.pack, outer), self.unpack))
+        self.saving[-1].__enter__()
         for p, _, place in self.weights:
             p.data = self.shards.weight(place)
-        self.saving.append(saved_tensors_hooks(self.shards.pack, self.shards.unpack))
-        self.saving[-1].__enter__()
+
+    def pack(self, outer: tuple[Pack, Unpack] | None, tensor: Tensor) -> Any:
+        """A weight is found again; of the rest, those decide who decided before: checkpointing, say."""
+        kept = self.shards.pack(tensor)
+        return kept if isinstance(kept, Saved) or outer is None else Outer(outer[0](tensor), outer[1])
+
+    def unpack(self, kept: Any) -> Tensor:
+        return kept.unpack(kept.packed) if isinstance(kept, Outer) else self.shards.unpack(kept)
 
     def end(self, layer: nn.Module, arguments: Any, output: Any) -> None:
         self.saving.pop().__exit__()
@@ -207,28 +234,55 @@ def is_placeholder(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
-def checksums(model: nn.Module) -> dict[str, int]:
+def checksums(model: nn.Module, only: Collection[int] | None = None) -> dict[str, int]:
     """Sums of the bytes of every tensor that a model computes with: the same, in any order, of the same weights.
 
     Those that are spread over processes were compared when they were spread.
+
+    only: identities of those that are wanted.
     """
-    tensors = [(n, t.detach()) for n, t in [*model.named_parameters(), *model.named_buffers()] if not is_placeholder(t)]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [(n, t.detach()) for n, t in named if not is_placeholder(t) and (only is None or id(t) in only)]
     return {name: int(t.flatten().view(torch.uint8).sum(dtype=torch.int64)) for name, t in tensors}
 
 
 def _blocks(base: PreTrainedModel) -> list[list[nn.Parameter]]:
     """Weights of two and more dimensions of a base's body and its output embeddings: by block, and of one dtype each.
 
-    A new head is none of them.
+    A new head is none of them; nor are convolutions, which are small, and which some models compute by themselves.
     """
     head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-    spread = {id(p) for module in (base.base_model, head) if module is not None for p in module.parameters()}
+    modules = [m for whole in (base.base_model, head) if whole is not None for m in whole.modules()]
+    spread = {id(p) for m in modules if not isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)}
     found: dict[tuple[str, torch.dtype], list[nn.Parameter]] = {}
     for name, p in base.named_parameters():
-        if id(p) in spread and p.ndim > 1:
+        if id(p) in spread and p.ndim > 1 and p.numel() > 1:
             block = BLOCK.match(name)
             found.setdefault((block[1] if block else name, p.dtype), []).append(p)
     return list(found.values())
+
+
+@torch.no_grad()
+def refuse_nan(model: Any, shards: Shards | None) -> None:
+    """Tries a model, and a policy's next tokens too, on public ids: all processes do so at once.
+
+    Raises:
+        DPAlignError: a layer computes with weights that are elsewhere, because the layer that has them isn't called.
+    """
+    if shards is None or shards.total == 0:
+        return
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    mask, found = torch.ones_like(ids), [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits]
+    if model.can_generate():
+        plain = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False, min_new_tokens=3, max_new_tokens=3, output_logits=True, return_dict_in_generate=True
+        )
+        found += model.generate(input_ids=ids, attention_mask=mask, generation_config=plain).logits
+    if any(bool(logits.isnan().any()) for logits in found):
+        raise DPAlignError(
+            f"a layer of {type(model).__name__} computes with the weights of another one and does not call it, so the "
+            "base cannot be held in parts: set model.sharding to none."
+        )
 
 
 def refuse_whole(shards: Shards | None, what: str) -> None:

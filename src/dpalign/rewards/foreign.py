@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import DPAlignError
+from ..world import refuse_lost
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -36,12 +37,14 @@ def contained(code: Callable[[], T]) -> T:
 
     Raises:
         Raised: whatever it raises. A signal from outside (Ctrl-C) goes on as it is, also where the code swallows what
-            its handler raises, or raises something else instead.
+            its handler raises, or raises something else instead; so does the end of another process of the run, which
+            may hold weights that the code computes with.
     """
     try:
         with _signals_seen() as seen:
             result = code()
     except BaseException as error:
+        refuse_lost()
         for number in seen:
             _handle(number)
         raise Raised(error) from None

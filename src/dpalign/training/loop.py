@@ -30,7 +30,7 @@ from ..privacy.ledger import Ledger
 from ..privacy.mechanism import GaussianMechanism
 from ..privacy.refit import Budget, refit
 from ..settings.prompts import PromptedConfig
-from ..world import ALONE, LostProcessError, World, check_alike
+from ..world import ALONE, LostProcess, World, check_alike
 from .checkpoint import (
     is_finished,
     load_model,
@@ -284,7 +284,7 @@ class Stage(Worker):
         try:
             while step < self.end:
                 step = self._phase(step, attempt, sigma)
-        except (KeyboardInterrupt, BrokenPipeError, LostProcessError, EngineError):
+        except (KeyboardInterrupt, BrokenPipeError, LostProcess, EngineError):
             if self.whole:  # in memory is what so many steps have made: fewer draws are lost
                 self._save(self.whole, ".")
             raise
