@@ -21,6 +21,7 @@ from dpalign.parsing import recipe_from
 from dpalign.plan import Past, make_plan
 from dpalign.recipe import Recipe
 from dpalign.release import say_in_card
+from dpalign.reporting.plots import read_metrics
 from dpalign.reporting.sweep import bought_sentences, plot_sweep, summarize_sweep, write_markdown
 from dpalign.rewards import RewardConfig
 from dpalign.settings.ppo import PPOConfig
@@ -292,4 +293,6 @@ def test_the_quickstarts_table_has_the_free_row(tmp_path, capsys, monkeypatch):
     assert summary["comparison"]["free"] == summary["reward_free"]
     assert summary["comparison"]["said"][0] in " ".join(called.out.split())
     assert "free" in {line.split()[1] for line in called.out.splitlines() if line.startswith("│")}
-    assert ledger_rows(tmp_path) == 4 and (tmp_path / "q" / "noised_reward.png").is_file()
+    assert ledger_rows(tmp_path) == 2 and (tmp_path / "q" / "reward.png").is_file()
+    rows = {stage: read_metrics(tmp_path / "q" / "metrics.jsonl", stage) for stage in ("sft", "ppo")}
+    assert ["noised_metrics" in row for row in rows["sft"]] == [True] and "own_text_metrics" in rows["ppo"][0]

@@ -90,7 +90,7 @@ class Small:
 QUICK = (
     "--model.name_or_path little --model.is_public true --eval_prompts 4 --sft.expected_batch_size 4 --sft.max_steps 1 "
     "--sft.micro_batch_size 4 --ppo.expected_batch_size 4 --ppo.max_steps 1 --ppo.micro_batch_size 4 "
-    "--ppo.adapter.init_a random"  # a reward says nothing of what a model of random weights writes
+    "--sft.adapter.init_rows 16 --ppo.adapter.init_a random"  # a reward says nothing of what a model of random weights writes
 )
 # A model with one token a byte that chats stands for SmolLM2, and eight short texts for those that show a contrast.
 QUICK_SMOLLM2 = (
@@ -107,10 +107,10 @@ RUN = {
     "dpalign quickstart --model smollm2 --compare": Small(
         f"{QUICK_SMOLLM2} --output_dir runs/beside_smollm2", leaves="runs/beside_smollm2/completions_to_read.json"
     ),
-    "dpalign quickstart --output_dir runs/x --ppo.FIELD VALUE ...": Small(
+    "dpalign run recipes/quickstart_private_prompts.yaml --output_dir runs/x --ppo.FIELD VALUE ...": Small(
         f"{QUICK} --output_dir runs/changed", {"--ppo.FIELD VALUE ...": "--ppo.beta 0.05"}, "runs/changed/release"
     ),
-    "dpalign quickstart --sft.adapter '{r: 1, freeze_a: true, target_modules: all-linear, init_a: activations, "
+    "dpalign run recipes/quickstart_private_prompts.yaml --sft.adapter '{r: 1, freeze_a: true, target_modules: all-linear, init_a: activations, "
     "init_rows: 256}' --sft.learning_rate 5e-3 --sft.max_steps 16 --ppo.beta 0.045 --ppo.max_steps 32 "
     "--ppo.adapter.init_rows 512": Small(
         f"{QUICK} --output_dir runs/stronger",
@@ -158,6 +158,7 @@ RUN = {
     "dpalign run recipes/quickstart_preferences.yaml": Small(
         leaves="runs/quickstart_preferences/reward_model/privacy.json"
     ),
+    "dpalign run recipes/quickstart_private_prompts.yaml": Small(leaves="runs/quickstart_private_prompts/report.html"),
     "dpalign run recipes/quickstart_dpo.yaml": Small(leaves="runs/quickstart_dpo/release/privacy.json"),
     "dpalign run recipes/smollm2_imdb.yaml --data.path imdb_train.jsonl.gz --data.eval_path imdb_unsup.jsonl.gz "
     "--data.eval_is_public true --eval_prompts 64 --model.name_or_path ~/.cache/dpalign/smollm2-135m --model.dtype float32 "
@@ -211,7 +212,7 @@ RUN = {
     "dpalign report runs/x --beside runs/a": Small(says="private/report.html"),
     "dpalign report RUN": Small(instead={"RUN": "runs/x"}, says="runs/x/report.html"),
     "dpalign ledger": Small(),
-    "dpalign audit recipes/quickstart.yaml --stage sft --data.path PRIVATE.jsonl --to quickstart_audit": Small(
+    "dpalign audit recipes/quickstart_private_prompts.yaml --stage sft --data.path PRIVATE.jsonl --to quickstart_audit": Small(
         "--canaries 40", {"PRIVATE.jsonl": "chats.jsonl"}, "quickstart_audit/audit.json"
     ),
     "dpalign audit recipe.yaml --to audit": Small("--stage sft --canaries 40", leaves="audit/audit.json"),

@@ -26,7 +26,6 @@ from .reporting.progress import Reporter
 from .results import Results
 from .rewards import RewardConfig, is_reward_model
 from .run import run_recipe
-from .settings.base import StageConfig
 from .settings.data import DataConfig
 from .settings.prompts import SELF_WRITTEN
 from .settings.reward_query import RewardQueryConfig
@@ -93,14 +92,10 @@ def free_reward(recipe: Recipe) -> RewardConfig:
     return public[0]
 
 
-def nonprivate_recipe(recipe: Recipe, tuned: Callable[[StageConfig], StageConfig] = lambda config: config) -> Recipe:
-    """The same steps, samples and code without noise.
-
-    Args:
-        tuned: puts what was tuned for it into a stage's settings.
-    """
+def nonprivate_recipe(recipe: Recipe) -> Recipe:
+    """The same steps, samples, settings and code without noise."""
     stages: dict[str, Any] = {
-        name: tuned(dataclasses.replace(config, target_epsilon=None, noise_multiplier=None))
+        name: dataclasses.replace(config, target_epsilon=None, noise_multiplier=None)
         for name, config in recipe.drawing.items()
     }
     return dataclasses.replace(
@@ -162,14 +157,13 @@ def run_compared(
     recipe: Recipe,
     reporter: Reporter,
     command: str = "",
-    tuned: Callable[[StageConfig], StageConfig] = lambda config: config,
     audit: Callable[[Plan, Path], None] | None = None,
 ) -> Compared:
     """Runs a recipe's free policy, the recipe, and the recipe without privacy where all data is demo data; writes what
     they say together into the recipe's summary, reports and card.
 
     Args:
-        tuned: puts what was tuned without privacy into a stage's settings. audit: of the recipe's own run.
+        audit: of the recipe's own run.
 
     Raises:
         DPAlignError: as `run_recipe`.
@@ -188,7 +182,7 @@ def run_compared(
     found = Compared(run_recipe(recipe, reporter=reporter, command=command, audit=audit))
     if is_all_demo(recipe):
         reporter.note("the same without privacy, for comparison")
-        bare = nonprivate_recipe(recipe, tuned)
+        bare = nonprivate_recipe(recipe)
         _hand_on(recipe, bare)
         beside[NONPRIVATE] = run_recipe(bare, reporter=reporter).to_json()
     else:

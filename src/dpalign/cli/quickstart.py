@@ -20,9 +20,6 @@ from ..parsing import recipe_from
 from ..recipe import Recipe
 from ..reporting.numbers import all_runs
 from ..reporting.terminal import Terminal, plain
-from ..settings.base import StageConfig, TrainingConfig
-from ..settings.ppo import PPOConfig
-from ..settings.sft import SFTConfig
 from . import quickstart_smollm2
 from .arguments import Parser
 
@@ -32,11 +29,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Private alignment on demo data that plays private: movie-review snippets which people have rated. It
 comes from PyPI, once, and some more of it is declared public, for measuring. tiny-review-lm (5M parameters, ships with
-dpalign): private SFT, then private PPO towards positive sentiment, on 9,605 snippets at epsilon 4. smollm2
-(SmolLM2-135M-Instruct, from PyPI, once): what people prefer is asked in one private query at epsilon 1, and the model
-learns from it on its own answers to public requests. Any recipe field can be overridden (--ppo.max_steps 12). The same
-command resumes."""
-NONPRIVATE_LEARNING_RATES: dict[type[TrainingConfig], float] = {SFTConfig: 1e-2, PPOConfig: 4e-3}
+dpalign): private SFT on 9,605 snippets at epsilon 4, then PPO towards positive sentiment on prompts that the model
+writes itself, which spends nothing. smollm2 (SmolLM2-135M-Instruct, from PyPI, once): what people prefer is asked in
+one private query at epsilon 1, and the model learns from it on its own answers to public requests. Any recipe field can
+be overridden (--ppo.max_steps 12). The same command resumes."""
 BESIDE = {"free": "free", "nonprivate": "non-private"}
 SHOWN = 4
 
@@ -46,14 +42,13 @@ class Quickstart:
     """One of them.
 
     recipe: its file in dpalign/recipes. lacks: what is said of a recipe without a stage that samples. fetched: fields
-    that name files which are fetched. tuned: what was tuned for the run without privacy. shown: writes and, unless
+    that name files which are fetched. shown: writes and, unless
     told not to, prints what only it shows; returns what it adds to the summary.
     """
 
     recipe: str
     lacks: str
     fetched: Callable[[Reporter], list[str]]
-    tuned: Callable[[StageConfig], StageConfig]
     shown: Callable[[Finished, bool], dict[str, Any]]
 
 
@@ -100,7 +95,7 @@ def run(arguments: list[str], as_json: bool) -> dict[str, Any]:
     recipe = recipe_from("quickstart", [packaged, *quickstart.fetched(reporter), *overrides])
     command = shlex.join(["dpalign", "quickstart", *arguments])
     if given.compare:
-        compared = run_compared(recipe, reporter, command, quickstart.tuned)
+        compared = run_compared(recipe, reporter, command)
     else:
         compared = Compared(run_recipe(recipe, reporter=reporter, command=command))
     done = finished(recipe, compared, reporter)
@@ -163,16 +158,9 @@ def _snippets(reporter: Reporter) -> list[str]:
     return ["--data.path", str(private), "--data.eval_path", str(public)]
 
 
-def tuned_without_privacy(config: StageConfig) -> StageConfig:
-    """With the learning rates that were tuned for runs at epsilon inf."""
-    if not isinstance(config, TrainingConfig) or type(config) not in NONPRIVATE_LEARNING_RATES:
-        return config
-    return dataclasses.replace(config, learning_rate=NONPRIVATE_LEARNING_RATES[type(config)])
-
-
 def _show_tiny(done: Finished, as_json: bool) -> dict[str, Any]:
-    """A plot of the noised reward; a table, and completions side by side."""
-    from ..reporting.plots import plot_noised_reward
+    """A plot of the reward while the policy trains; a table, and completions side by side."""
+    from ..reporting.plots import plot_reward
 
     recipe, folders = done.recipe, done.compared.folders
     metrics = {f"epsilon {recipe.target_epsilon:g}": done.folder / "metrics.jsonl"}
@@ -181,8 +169,8 @@ def _show_tiny(done: Finished, as_json: bool) -> dict[str, Any]:
     *_, last = done.summary["evaluation"]
     rollouts = recipe.rollouts
     assert rollouts is not None
-    plot = done.folder / "noised_reward.png"
-    plot_noised_reward(metrics, plot, stage=last, half_range=1.0, count=3, divisor=rollouts.expected_batch_size)
+    plot = done.folder / ("noised_reward.png" if rollouts.draws else "reward.png")
+    plot_reward(metrics, plot, stage=last, half_range=1.0, count=3, divisor=rollouts.expected_batch_size)
     if not as_json:
         _print_tiny(done, last)
     return {}
@@ -214,14 +202,11 @@ def _samples(folder: Path) -> list[dict[str, str]]:
 
 
 QUICKSTARTS = {
-    "tiny-review-lm": Quickstart(
-        "quickstart.yaml", "the quickstart shows what private PPO does", _snippets, tuned_without_privacy, _show_tiny
-    ),
+    "tiny-review-lm": Quickstart("quickstart.yaml", "the quickstart shows what a policy learns", _snippets, _show_tiny),
     "smollm2": Quickstart(
         "quickstart_smollm2.yaml",
         "the quickstart shows what a model learns from a private reward",
         quickstart_smollm2.fetched,
-        lambda config: config,
         quickstart_smollm2.show,
     ),
 }

@@ -21,15 +21,20 @@ MARKERS = "osD^vP*X"
 
 def read_metrics(path: Path, stage: str) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl of one stage, the last attempt of each step, in order of steps."""
-    rows = [row for row in read_lines(path) if row.get("stage") == stage and row.get("noised_metrics")]
+    rows = [row for row in read_lines(path) if row.get("stage") == stage and _metrics(row)]
     by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
 
 
-def plot_noised_reward(
+def _metrics(row: dict[str, Any]) -> dict[str, float] | None:
+    """Noised ones, or of a stage that draws nothing those of the text that the model has written itself."""
+    return row.get("noised_metrics") or row.get("own_text_metrics")
+
+
+def plot_reward(
     runs: dict[str, Path], target: Path, *, stage: str, half_range: float, count: int, divisor: float
 ) -> None:
-    """The noised mean reward of each step, with the standard deviation of its noise as a band.
+    """The mean reward of each step; where people's prompts were drawn it is noised, in a band of the noise's deviation.
 
     Args:
         runs: label and metrics.jsonl of each run. stage: the one that samples.
@@ -37,18 +42,21 @@ def plot_noised_reward(
         divisor: expected batch size. The noise on the metric is half_range sqrt(count) sigma_m / divisor.
     """
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    said = "mean reward on prompts that the model wrote itself"
     for label, path in runs.items():
         rows = read_metrics(path, stage)
         if not rows:
             continue
+        if rows[0].get("noised_metrics"):
+            said = "noised mean reward (band: one standard deviation of its noise)"
         steps = [row["step"] for row in rows]
-        values = [row["noised_metrics"]["reward"] for row in rows]
-        noise = [half_range * math.sqrt(count) * row["metrics_noise_multiplier"] / divisor for row in rows]
+        values = [found["reward"] for row in rows if (found := _metrics(row))]
+        noise = [half_range * math.sqrt(count) * row.get("metrics_noise_multiplier", 0.0) / divisor for row in rows]
         (line,) = axes.plot(steps, values, marker=".", label=figure_text(label))
         low = [v - n for v, n in zip(values, noise, strict=True)]
         high = [v + n for v, n in zip(values, noise, strict=True)]
         axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
-    axes.set(xlabel=f"update of stage {stage}", ylabel="noised mean reward (band: one standard deviation of its noise)")
+    axes.set(xlabel=f"update of stage {stage}", ylabel=said)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
