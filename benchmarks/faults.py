@@ -111,10 +111,7 @@ def write_recipe(folder: Path, stages: str) -> Path:
     pairs = bool({"reward_model", "dpo", "reward_query"} & {*sections})
     rows: list[dict[str, str]] = [{"text": text, "person": f"p{number // 3}"} for number, text in enumerate(texts)]
     if pairs:
-        rows = [
-            {"prompt": a[:8].rsplit(" ", 1)[0], "chosen": a, "rejected": b}
-            for a, b in zip(texts[:30], texts[30:], strict=True)
-        ]
+        rows = [{"prompt": a[:8].rsplit(" ", 1)[0], "chosen": a, "rejected": b} for a, b in zip(texts[:30], texts[30:], strict=True)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data: dict[str, Any] = {"name": "people", "path": str(folder / "data.jsonl")}
     if "persons" in stages:
@@ -244,9 +241,7 @@ def killed(stages: str, size: int, trial: int) -> dict[str, Any]:
         point = usable[trial // 2 % len(usable)]
         number, after = chance.randint(1, int(calls[point])), chance.random() < 0.5
         rank = 0 if point in ("the ledger's row", "the draw", "the noise") else rank
-        return f"{'after' if after else 'before'} {point} {number}, process {rank}", at_point(
-            point, number, after, rank
-        )
+        return f"{'after' if after else 'before'} {point} {number}, process {rank}", at_point(point, number, after, rank)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -260,11 +255,7 @@ def killed(stages: str, size: int, trial: int) -> dict[str, Any]:
         last = run(folder, chance.choice([1, size]))
         found = judged(folder, last)
         if stages == ONE_DRAW and "have spent the budget" in last[0].err:
-            found = {
-                "right": draws(folder) == drawn <= ledger_rows(folder),
-                "refused": True,
-                "said": last[0].err[-200:],
-            }
+            found = {"right": draws(folder) == drawn <= ledger_rows(folder), "refused": True, "said": last[0].err[-200:]}
         return {"where": where, "statuses": statuses} | found
 
 
@@ -291,14 +282,7 @@ def judged(folder: Path, last: list[Ended] = ()) -> dict[str, Any]:  # type: ign
     releases = [place for place in (folder / "run" / "release", folder / "run" / "reward_model") if place.exists()]
     found = [sentence for release in releases for sentence in boundary.found_in(release)]
     right = epsilon >= apart - 1e-6 and ledger_rows(folder) >= len(drawn) and bool(releases) and not found
-    return {
-        "right": right,
-        "epsilon": epsilon,
-        "counted": apart,
-        "draws": len(drawn),
-        "rows": ledger_rows(folder),
-        "found": found,
-    }
+    return {"right": right, "epsilon": epsilon, "counted": apart, "draws": len(drawn), "rows": ledger_rows(folder), "found": found}
 
 
 def epsilon_of(drawn: list[list[Any]]) -> float:
@@ -329,9 +313,7 @@ def fault(stages: str, name: str) -> dict[str, Any]:
             said = [process.err.strip() for (process,) in refused]
             clean = all(process.status in (0, 1) for (process,) in refused) and "Traceback" not in "".join(said)
             statuses = [process.status for (process,) in refused]
-            return {"statuses": statuses, "said": [text[-200:] for text in said]} | _and(
-                clean, judged(folder, run(folder, 1))
-            )
+            return {"statuses": statuses, "said": [text[-200:] for text in said]} | _and(clean, judged(folder, run(folder, 1)))
         if name in ("SIGTERM", "SIGHUP"):
             ended = run(folder, 1, at_moment(calls["seconds"] / 2, 0, getattr(signal, name)))
             clean = ended[0].status in (0, 128 + getattr(signal, name)) and "Traceback" not in ended[0].err
@@ -426,9 +408,7 @@ def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--runs", type=int, default=30, help="that are killed, for each set of stages; every fifth in two processes"
-    )
+    parser.add_argument("--runs", type=int, default=30, help="that are killed, for each set of stages; every fifth in two processes")
     parser.add_argument("--stages", nargs="+", default=[*STAGES], choices=[*STAGES])
     parser.add_argument("--faults", nargs="*", default=[*FAULTS], choices=[*FAULTS])
     parser.add_argument("--output", type=Path, default=Path("runs/faults.jsonl"))
@@ -436,11 +416,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     sys.path.append(str(Path(__file__).parent))  # the reward's module
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = (
-        [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()]
-        if given.output.exists()
-        else []
-    )
+    rows = [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()] if given.output.exists() else []
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)

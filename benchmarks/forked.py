@@ -23,9 +23,7 @@ class Ended:
     err: str
 
 
-def together(
-    folder: Path, size: int, *arguments: object, before: Callable[[int], None] = lambda rank: None
-) -> list[Ended]:
+def together(folder: Path, size: int, *arguments: object, before: Callable[[int], None] = lambda rank: None) -> list[Ended]:
     """`dpalign ARGUMENTS` in `size` processes, as a launcher starts them; `before` is told the rank in each of them."""
 
     def command(rank: int) -> int:

@@ -105,13 +105,7 @@ def base() -> Path:
     """A model of one narrow layer, and its tokenizer."""
     folder = place() / "base"
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "max_position_embeddings": 32}
     LlamaForCausalLM(LlamaConfig(**sizes, **ends)).save_pretrained(folder)
     word_tokenizer(VOCABULARY).save_pretrained(folder)
@@ -138,9 +132,7 @@ def one_damaged(files: dict[str, bytes], ways: dict[str, st.SearchStrategy[bytes
     names = sorted(ways)
     replaced = [ways[name].map(lambda content, name=name: Case(files | {name: content})) for name in names]
     gone = st.sampled_from(names).map(lambda name: Case({n: c for n, c in files.items() if n != name}))
-    pairs = st.permutations(sorted(files)).map(
-        lambda order: Case(files | {order[0]: files[order[1]], order[1]: files[order[0]]})
-    )
+    pairs = st.permutations(sorted(files)).map(lambda order: Case(files | {order[0]: files[order[1]], order[1]: files[order[0]]}))
     return st.one_of(*replaced, *replaced, *replaced, gone, pairs)
 
 
@@ -160,21 +152,10 @@ def recipes() -> st.SearchStrategy[Case]:
     names = [name for section in ["", *STAGES, "model", "data"] for name in fields_below(section)]
     texts = st.one_of(st.sampled_from(["", "null", "{}", "[]", "inf", "1e-3", "1:30", "010", "true", "{r: 1}", "[0, 1]", "x", "*a", "&a [*a]", "'"]),
                       values.map(lambda value: str(value)[:200]), damaged([b"{sft: 0.5, ppo: [0, 1]}"]).map(lambda b: b.decode("utf-8", "surrogateescape")[:200]))  # fmt: skip
-    option = st.tuples(
-        st.sampled_from([*names, "no.such", "sft", "data", "help", "config", "sft.help"]), texts, st.booleans()
-    )
-    options = st.lists(option, max_size=2).map(
-        lambda found: [
-            w for name, text, apart in found for w in ([f"--{name}", text] if apart else [f"--{name}={text}"])
-        ]
-    )
+    option = st.tuples(st.sampled_from([*names, "no.such", "sft", "data", "help", "config", "sft.help"]), texts, st.booleans())
+    options = st.lists(option, max_size=2).map(lambda found: [w for name, text, apart in found for w in ([f"--{name}", text] if apart else [f"--{name}={text}"])])
     files = st.one_of(changed(trees).map(as_yaml), changed(trees).map(as_json), damaged(contents))
-    return st.builds(
-        lambda file, command, words: Case({"recipe.yaml": file}, (command, *words)),
-        files,
-        st.sampled_from(COMMANDS),
-        options,
-    )
+    return st.builds(lambda file, command, words: Case({"recipe.yaml": file}, (command, *words)), files, st.sampled_from(COMMANDS), options)
 
 
 def as_yaml(tree: Any) -> bytes:
@@ -212,20 +193,7 @@ SECTIONS: dict[str, Any] = {
     "sft": {"max_length": 8}, "dpo": {"max_length": 8}, "reward_model": {"max_length": 8}, "ppo": {"max_prompt_length": 8, "max_completion_length": 4},
     "rloo": {"max_prompt_length": 8, "max_completion_length": 4}, "offline": {"max_prompt_length": 8, "max_completion_length": 4},
 }  # fmt: skip
-ENDINGS = [
-    "jsonl",
-    "ndjson",
-    "json",
-    "csv",
-    "tsv",
-    "parquet",
-    "jsonl.gz",
-    "json.gz",
-    "csv.gz",
-    "JSONL",
-    "txt",
-    "parquet.gz",
-]
+ENDINGS = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet", "jsonl.gz", "json.gz", "csv.gz", "JSONL", "txt", "parquet.gz"]
 RECORDS = [
     [{"text": f"w1 w{n} {MARKER}", "id": f"p{n // 2}", "meta": {"user": n // 2}} for n in range(4)],
     [{"prompt": f"w{n}", "completion": f"w2 {MARKER}", "id": n} for n in range(4)],
@@ -235,14 +203,7 @@ RECORDS = [
     [{"prompt": [{"role": "user", "content": f"w{n}"}], "chosen": [{"role": "assistant", "content": MARKER}],
       "rejected": [{"role": "assistant", "content": "w5"}], "preference": 1.0, "id": n} for n in range(3)],
 ]  # fmt: skip
-FITTING = [
-    ["sft", "ppo", "rloo"],
-    ["sft", "ppo", "offline"],
-    ["dpo", "reward_model", "ppo"],
-    ["sft", "ppo"],
-    ["sft", "rloo"],
-    ["dpo", "reward_model"],
-]
+FITTING = [["sft", "ppo", "rloo"], ["sft", "ppo", "offline"], ["dpo", "reward_model", "ppo"], ["sft", "ppo"], ["sft", "rloo"], ["dpo", "reward_model"]]
 
 
 def data() -> st.SearchStrategy[Case]:
@@ -250,18 +211,14 @@ def data() -> st.SearchStrategy[Case]:
     every = [content for contents in whole.values() for content in contents]
 
     def case(stages: list[str], ending: str, contents: st.SearchStrategy[bytes]) -> st.SearchStrategy[Case]:
-        told = st.tuples(
-            st.sampled_from(stages), st.sampled_from(["", "", "id", "meta.user", "text"]), st.sampled_from(["1", "2"])
-        )
+        told = st.tuples(st.sampled_from(stages), st.sampled_from(["", "", "id", "meta.user", "text"]), st.sampled_from(["1", "2"]))
         return st.builds(lambda content, words: Case({f"data.{ending}": content}, words), contents, told)
 
     found = [case([*SECTIONS], ending, damaged(every)) for ending in ENDINGS]
     for records, stages in zip(RECORDS, FITTING, strict=True):
         for ending in ENDINGS:
             tree = st.builds(written, changed([records], most=2), st.just(ending), st.booleans())
-            found += [case(stages, ending, tree)] * 2 + [
-                case(stages, ending, damaged([written(records, ending)], most=2))
-            ]
+            found += [case(stages, ending, tree)] * 2 + [case(stages, ending, damaged([written(records, ending)], most=2))]
             if ending.endswith(".gz"):
                 found.append(case(stages, ending, damaged([written(records, ending.removesuffix(".gz"))]).map(packed)))
     return st.one_of(found)
@@ -330,9 +287,7 @@ def meet_data(case: Case, folder: Path) -> None:
 
 # Ledgers --------------------------------------------------------------------------------------------------------------
 
-INTENT = Intent(
-    "reviews", "new-run", "sft", 0, 0, "split", 0.0, 1.0, 0.1, 2.0, math.inf, 1, 1.0, "record", 64.0, "f", "c", True
-)
+INTENT = Intent("reviews", "new-run", "sft", 0, 0, "split", 0.0, 1.0, 0.1, 2.0, math.inf, 1, 1.0, "record", 64.0, "f", "c", True)
 TABLES = {"datasets": ["name", "secret"], "identity": ["name"], "intents": ["id", "written", *COLUMNS], "splits": ["dataset", "kind", "name", "contents"],
           "texts": ["dataset", "is_public", "shelf", "hashes"], "keys": ["name", "secret"]}  # fmt: skip
 SCHEMAS = [
@@ -358,12 +313,7 @@ def ledgers_there_are() -> list[bytes]:
             ledger.secret(dataset)
             split = ledger.split(dataset, "records", b"contents")
             assert split is not None
-            ledger.write(
-                [
-                    replace(INTENT, dataset=dataset, run=f"run-{n % 2}", step=n, split=split, low=n % 2 / 2)
-                    for n in range(6)
-                ]
-            )
+            ledger.write([replace(INTENT, dataset=dataset, run=f"run-{n % 2}", step=n, split=split, low=n % 2 / 2) for n in range(6)])
             ledger.remember_texts(dataset, False, os.urandom(64))
         ledger.key("texts")
     return [(FORMATS / "ledger_v0.sqlite").read_bytes(), path.read_bytes()]
@@ -373,12 +323,7 @@ def ledgers() -> st.SearchStrategy[Case]:
     seeds = ledgers_there_are()
     columns = [(table, column) for table, names in TABLES.items() for column in names]
     columns += [("intents", column) for column in COLUMNS] * 3
-    setting = st.tuples(
-        st.just("UPDATE OR IGNORE {table} SET {column} = ? WHERE rowid % ? = 0"),
-        st.sampled_from(columns),
-        values,
-        st.integers(1, 5),
-    )
+    setting = st.tuples(st.just("UPDATE OR IGNORE {table} SET {column} = ? WHERE rowid % ? = 0"), st.sampled_from(columns), values, st.integers(1, 5))
     schema = st.tuples(st.sampled_from(SCHEMAS), st.sampled_from(columns), st.none(), st.integers(0, 7))
     edits = st.lists(st.one_of(setting, setting, setting, schema), min_size=1, max_size=3)
     edited = st.builds(edited_ledger, st.sampled_from(seeds), edits)
@@ -390,15 +335,10 @@ def edited_ledger(content: bytes, edits: list[Any]) -> bytes:
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
         database.deserialize(content)
         for statement_of, (table, column), value, number in edits:
-            statements = statement_of.format(table=table, column=column, n=number).split(
-                "; " if "TRIGGER" not in statement_of else "\0"
-            )
+            statements = statement_of.format(table=table, column=column, n=number).split("; " if "TRIGGER" not in statement_of else "\0")
             for text in statements:
                 with contextlib.suppress(sqlite3.Error, OverflowError, UnicodeError):
-                    bound = (
-                        value if isinstance(value, str | bytes | int | float) or value is None else str(value),
-                        number,
-                    )
+                    bound = (value if isinstance(value, str | bytes | int | float) or value is None else str(value), number)
                     database.execute(text, bound if "?" in text else ())
         return database.serialize()
 
@@ -411,9 +351,7 @@ def rows_of(path: Path) -> list[tuple[Any, ...]] | None:
             names = [row[1] for row in database.execute("PRAGMA table_info(intents)")]
             if not set(COLUMNS) <= set(names):
                 return None
-            return sorted(
-                database.execute(f"SELECT {', '.join(COLUMNS)} FROM intents NOT INDEXED").fetchall(), key=repr
-            )
+            return sorted(database.execute(f"SELECT {', '.join(COLUMNS)} FROM intents NOT INDEXED").fetchall(), key=repr)
     except (sqlite3.Error, UnicodeDecodeError, OverflowError):
         return None
 
@@ -438,9 +376,7 @@ def meet_ledger(case: Case, folder: Path) -> None:
         except DPAlignError as refused:
             error = refused
     after = rows_of(path)
-    assert before is None or (after is not None and not set(map(repr, before)) - set(map(repr, after))), (
-        "rows were lost"
-    )
+    assert before is None or (after is not None and not set(map(repr, before)) - set(map(repr, after))), "rows were lost"
     if error is not None:
         raise error
     assert after is not None and len(after) == len(before or ()) + 1, "the new row is not there"
@@ -450,9 +386,7 @@ def counted(ledger: Ledger, rows: list[tuple[Any, ...]] | None) -> None:
     """What `dpalign ledger` says, from the accountant's coarse grid; no draw that the file holds may be missed."""
     whole = ledger.intents()
     assert len(whole) == len(rows or ()), "draws are missed"
-    assert sum(len(ledger.intents(dataset=name)) for name in ledger.datasets()) == len(whole), (
-        "draws of a dataset are missed"
-    )
+    assert sum(len(ledger.intents(dataset=name)) for name in ledger.datasets()) == len(whole), "draws of a dataset are missed"
     for name in ledger.datasets():
         spendings = ledger.spendings(dataset=name)
         assert sum(s.mechanism.steps for s in spendings) == len(ledger.intents(dataset=name)), "draws are not counted"
@@ -477,9 +411,7 @@ def stage(folder: Path, ledger: Ledger) -> Stage:
         adaptive_kl_target=1.0, noised_baseline=True, adapter=AdapterConfig(r=1), reward=RewardConfig(source="x:y", is_public=True, low=0.0, high=1.0),
     )  # fmt: skip
     units = [[{"prompt": f"w{number} w1"}] for number in range(4)]
-    data = UnitDataset(
-        Part("people", "split"), units, [bytes([n] * 32) for n in range(4)], 4.0, "record", "fingerprint"
-    )
+    data = UnitDataset(Part("people", "split"), units, [bytes([n] * 32) for n in range(4)], 4.0, "record", "fingerprint")
     return Stage(policy(), PPO(config, Reward(lengths, 0.0, 1.0)), data, folder=folder, run="run", ledger=ledger)
 
 
@@ -493,9 +425,7 @@ def resumable() -> tuple[Stage, dict[str, bytes]]:
     said = {"run": "run", "ledger": "l", "attempts": {"sft": {"0": "a"}}, "dtypes": {"model": "float32"}, "origins": {"model": asdict(
         provenance.Origin("m", tuple(statements_there_are()[0][1][:1]), ("declared",)))}}  # fmt: skip
     newest = sorted(folder.glob("step-*"))[-1]
-    return trained, {f"ppo/{newest.name}/{file.name}": file.read_bytes() for file in newest.iterdir()} | {
-        "run.json": as_json(said)
-    }
+    return trained, {f"ppo/{newest.name}/{file.name}": file.read_bytes() for file in newest.iterdir()} | {"run.json": as_json(said)}
 
 
 def stops_after(steps: int) -> Callable[..., None]:
@@ -524,14 +454,8 @@ def damaged_tensors(content: bytes) -> st.SearchStrategy[bytes]:
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     tree = changed([header]).map(as_json)
-    sizes = st.one_of(
-        st.none(), st.none(), st.sampled_from([0, 1, 2**31, 2**63 - 1, 2**64 - 1]), st.integers(0, 2 * size)
-    )
-    headed = st.builds(
-        lambda head, said: (len(head) if said is None else said).to_bytes(8, "little") + head + content[8 + size :],
-        tree,
-        sizes,
-    )
+    sizes = st.one_of(st.none(), st.none(), st.sampled_from([0, 1, 2**31, 2**63 - 1, 2**64 - 1]), st.integers(0, 2 * size))
+    headed = st.builds(lambda head, said: (len(head) if said is None else said).to_bytes(8, "little") + head + content[8 + size :], tree, sizes)
     return st.one_of(headed, other_tensors(content), damaged([content]), damaged([content], changes=IN_PLACE))
 
 
@@ -595,9 +519,7 @@ def releases() -> dict[str, dict[str, bytes]]:
             model.save_adapter(folder, str(base()))
             (folder / "prompts.json").write_bytes(as_json({"prepend_bos": True, "chats": False, "asked_with": ""}))
         else:
-            reward = RewardModel.from_policy(
-                model, TextFormat(max_length=8, pooling="layers" if name == "layers" else "last")
-            )
+            reward = RewardModel.from_policy(model, TextFormat(max_length=8, pooling="layers" if name == "layers" else "last"))
             reward.save(folder, str(base()), Normalization())
         made[name] = files_of(folder)
     return made
@@ -608,12 +530,8 @@ def adapters() -> st.SearchStrategy[Case]:
     for name, files in releases().items():
         ways = {file: damaged_tensors(content) if file.endswith(".safetensors") else json_or_bytes(content) for file, content in files.items()
                 if file.partition(".")[0] in ("adapter_config", "adapter_model", "reward", "prompts")}  # fmt: skip
-        planted = st.sampled_from(
-            ["adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors", "training_args.bin"]
-        ).map(
-            lambda file, files=files: Case(
-                {n: c for n, c in files.items() if n != "adapter_model.safetensors"} | {file: pickled}
-            )
+        planted = st.sampled_from(["adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors", "training_args.bin"]).map(
+            lambda file, files=files: Case({n: c for n, c in files.items() if n != "adapter_model.safetensors"} | {file: pickled})
         )
         one = st.one_of(one_damaged(files, ways), one_damaged(files, ways), one_damaged(files, ways), planted)
         found.append(one.map(lambda case, name=name: Case(case.files, (name,))))
@@ -647,9 +565,7 @@ def statements_there_are() -> list[tuple[Any, list[statement.StageStatement]]]:
     now = json.loads((folder / "summary.json").read_bytes())
     stages = [statement.StageStatement.from_json(one) for tree in trees for one in tree["stages"]]
     attempts = replace(stages[0], attempts={"a": [m.steps for m in stages[0].mechanisms]}, id="a")
-    made = statement.PrivacyStatement(
-        True, 1.0, 1e-5, [attempts], assumptions=["declared"], ledger=now["ledger"], dtypes={"model": "float32"}
-    )
+    made = statement.PrivacyStatement(True, 1.0, 1e-5, [attempts], assumptions=["declared"], ledger=now["ledger"], dtypes={"model": "float32"})
     trees.append(json.loads(dumps(made.as_dict())))
     return [(tree, [statement.StageStatement.from_json(one) for one in tree["stages"]]) for tree in trees]
 
@@ -682,11 +598,7 @@ def meet_statement(case: Case, folder: Path) -> None:
 def recomputed(path: Path) -> None:
     """tools/recompute.py says whether the number is right, or in one sentence why it cannot."""
     said = io.StringIO()
-    with (
-        patch.object(sys, "argv", ["recompute.py", str(path)]),
-        contextlib.redirect_stdout(said),
-        contextlib.suppress(SystemExit),
-    ):
+    with patch.object(sys, "argv", ["recompute.py", str(path)]), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         runpy.run_path(str(ROOT / "tools" / "recompute.py"), run_name="__main__")
 
 

@@ -50,37 +50,19 @@ TESTS = [
     "head", "ledger_format", "new_algorithm", "nist", "offline", "optimizer", "ppo", "reward_model", "reward_query", "rloo",
     "rows", "trajectories", "resume", "recompute", "many_processes", "written_rewards", "policy", "evaluate", "plan", "data",
 ]  # fmt: skip
-TIMED = (
-    "tests/test_plan.py::test_calibration_is_quick",
-)  # a bound in seconds, which a busy machine misses without any change
+TIMED = ("tests/test_plan.py::test_calibration_is_quick",)  # a bound in seconds, which a busy machine misses without any change
 COMPARED = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is", "in": "not in", "not in": "in",
 }  # fmt: skip
 COMPUTED = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "/", "%": "*", "**": "*", "&": "|", "|": "&", "@": "*"}
-CALLED = {
-    "min": "max",
-    "max": "min",
-    "any": "all",
-    "all": "any",
-    "floor": "ceil",
-    "ceil": "floor",
-    "amin": "amax",
-    "amax": "amin",
-}
+CALLED = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor", "amin": "amax", "amax": "amin"}
 SIGNS = {
     ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=", ast.Is: "is", ast.IsNot: "is not", ast.In: "in",
     ast.NotIn: "not in", ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
     ast.BitAnd: "&", ast.BitOr: "|", ast.MatMult: "@",
 }  # fmt: skip
 TOLD = ("tell", "warn", "_tell", "report", "print")  # what only says something
-CHECKS = (
-    "strict",
-    "frozen",
-    "kw_only",
-    "slots",
-    "exist_ok",
-    "parents",
-)  # keywords that change nothing where all is right
+CHECKS = ("strict", "frozen", "kw_only", "slots", "exist_ok", "parents")  # keywords that change nothing where all is right
 
 
 # Mutants --------------------------------------------------------------------------------------------------------------
@@ -128,9 +110,7 @@ class Places(ast.NodeVisitor):
         first, last = self.starts[line - 1], self.starts[self.text.count("\n", 0, end) + 1]
         after = self.text[first:start] + new + self.text[end:last]
         words = [" ".join(shown.split()) for shown in (self.text[first:last], after)]
-        self.found.append(
-            Mutant(f"{place}::{self.count[place]}", self.file, line, start, end, new, *words, self.functions == 0)
-        )
+        self.found.append(Mutant(f"{place}::{self.count[place]}", self.file, line, start, end, new, *words, self.functions == 0))
 
     def between(self, left: ast.AST, right: ast.AST, old: str, new: str) -> None:
         """The operator between two operands, which may stand in brackets."""
@@ -189,10 +169,7 @@ class Places(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        texts = any(
-            isinstance(side, ast.JoinedStr) or isinstance(getattr(side, "value", None), str)
-            for side in (node.left, node.right)
-        )
+        texts = any(isinstance(side, ast.JoinedStr) or isinstance(getattr(side, "value", None), str) for side in (node.left, node.right))
         if not texts and type(node.op) in SIGNS:
             old = SIGNS[type(node.op)]
             self.between(node.left, node.right, old, COMPUTED[old])
@@ -201,12 +178,7 @@ class Places(ast.NodeVisitor):
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
         old, new = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
         for left, right in zip(node.values, node.values[1:], strict=False):
-            self.between(
-                left,
-                right,
-                f" {old} " if " " in self.text[self.span(left)[1] : self.span(right)[0]] else old,
-                f" {new} ",
-            )
+            self.between(left, right, f" {old} " if " " in self.text[self.span(left)[1] : self.span(right)[0]] else old, f" {new} ")
         self.generic_visit(node)
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
@@ -217,12 +189,8 @@ class Places(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _condition(self, test: ast.expr) -> None:
-        plain = isinstance(test, ast.Compare) and isinstance(
-            test.ops[0], ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn
-        )
-        if not plain and not (
-            isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
-        ):  # which has that mutant already
+        plain = isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In | ast.NotIn)
+        if not plain and not (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)):  # which has that mutant already
             start, end = self.span(test)
             self.add("condition negated", start, end, f"(not ({self.text[start:end]}))")
 
@@ -263,9 +231,7 @@ class Places(ast.NodeVisitor):
 def mutants_of(files: list[str]) -> list[Mutant]:
     """Of these files or folders below src/dpalign, in the order in which they are run: each package by its share, at every length."""
     top, order = ROOT / "src" / "dpalign", []
-    sources = sorted(
-        file for name in files for file in ((top / name).rglob("*.py") if (top / name).is_dir() else [top / name])
-    )
+    sources = sorted(file for name in files for file in ((top / name).rglob("*.py") if (top / name).is_dir() else [top / name]))
     packages: dict[str, list[Mutant]] = {}
     for source in sources:
         file = source.relative_to(top).as_posix()
@@ -337,9 +303,7 @@ def forget() -> None:
     """Whatever of dpalign and of its tests has been imported is imported anew."""
     for name, module in [*sys.modules.items()]:
         file = getattr(module, "__file__", None) or ""
-        if name.split(".")[0] == "dpalign" or (
-            Path(file).parent.name in ("tests", "privacy") and "site-packages" not in file
-        ):
+        if name.split(".")[0] == "dpalign" or (Path(file).parent.name in ("tests", "privacy") and "site-packages" not in file):
             del sys.modules[name]
 
 
@@ -398,10 +362,7 @@ class Project:
             os.chdir(self.folder)
             forget()
             sys.path[:0] = [str(self.folder / "src"), str(self.folder / "tests")]
-            os.environ |= {
-                "PYTHONPATH": os.pathsep.join(sys.path[:2]),
-                "DPALIGN_LEDGER": str(self.folder / "ledger.sqlite"),
-            }
+            os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path[:2]), "DPALIGN_LEDGER": str(self.folder / "ledger.sqlite")}
             sys.dont_write_bytecode = not follow
             if not follow:
                 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -422,9 +383,7 @@ class Project:
 
 def reached(project: Project, files: list[str], kept: Path, seconds: float) -> list[dict[str, Any]]:
     """A row for each test of these files; a file is run again when it, or anything that may be changed, is another."""
-    source = "".join(
-        f.read_text(encoding="utf-8") for package in PACKAGES for f in sorted((project.source / package).rglob("*.py"))
-    )
+    source = "".join(f.read_text(encoding="utf-8") for package in PACKAGES for f in sorted((project.source / package).rglob("*.py")))
     known = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
     found: list[dict[str, Any]] = []
     for file in files:
@@ -435,14 +394,10 @@ def reached(project: Project, files: list[str], kept: Path, seconds: float) -> l
             _, rows, said = project.tested([name], seconds, follow=True)
             wrong = [row["test"] for row in rows if not row["passed"]]
             if wrong or not rows:
-                raise SystemExit(
-                    f"tests of {name} fail without any change, so that no mutant would tell anything: {wrong}\n{said[-3000:]}"
-                )
+                raise SystemExit(f"tests of {name} fail without any change, so that no mutant would tell anything: {wrong}\n{said[-3000:]}")
             with kept.open("a", encoding="utf-8") as out:
                 out.write(json.dumps({"file": name, "key": key, "rows": rows}) + "\n")
-            print(
-                f"{name}: {len(rows)} tests, {sum(row['seconds'] for row in rows):.0f} s", file=sys.stderr, flush=True
-            )
+            print(f"{name}: {len(rows)} tests, {sum(row['seconds'] for row in rows):.0f} s", file=sys.stderr, flush=True)
         found += rows
     return found
 
@@ -467,20 +422,10 @@ def chosen(tests: list[dict[str, Any]], mutant: Mutant, seconds: float, first: s
 def judged(project: Project, mutant: Mutant, tests: list[str], limit: float) -> dict[str, Any]:
     began = time.monotonic()
     with project.changed(mutant):
-        ended, rows, said = (
-            project.tested(tests, limit, follow=False) if tests else (True, [], "")
-        )  # pytest takes none for all
+        ended, rows, said = project.tested(tests, limit, follow=False) if tests else (True, [], "")  # pytest takes none for all
     failed = [row["test"] for row in rows if not row["passed"]]
     whole = ended and len(rows) == len(tests) and not failed
-    by = (
-        failed[0]
-        if failed
-        else ""
-        if whole
-        else "no end within the limit"
-        if not ended
-        else said.strip().rsplit("\n", 1)[-1][-200:]
-    )
+    by = failed[0] if failed else "" if whole else "no end within the limit" if not ended else said.strip().rsplit("\n", 1)[-1][-200:]
     return {
         "mutant": mutant.name, "line": mutant.line, "before": mutant.before, "after": mutant.after, "killed": ended and not whole,
         "timed_out": not ended, "by": by, "tests": len(rows), "seconds": round(time.monotonic() - began, 1),
@@ -520,34 +465,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=100, help="mutants, together with those that the output has")
     parser.add_argument("--files", nargs="+", default=[*PACKAGES], help="files or folders below src/dpalign")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files below tests, without test_ and .py")
-    parser.add_argument(
-        "--seconds", type=float, default=40.0, help="of tests for one mutant, as long as they take without it"
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=120.0,
-        help="seconds for one mutant; one that takes longer is not killed: a busy machine is slow, too",
-    )
+    parser.add_argument("--seconds", type=float, default=40.0, help="of tests for one mutant, as long as they take without it")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one mutant; one that takes longer is not killed: a busy machine is slow, too")
     parser.add_argument("--again", action="store_true", help="survivors are run again")
     parser.add_argument("--output", type=Path, default=Path("runs/mutants.jsonl"))
-    parser.add_argument(
-        "--reached", type=Path, default=Path("runs/mutants.tests.jsonl"), help="which lines each test reaches"
-    )
-    parser.add_argument(
-        "--first", type=Path, help="a JSON object, from the name of a mutant to the test that is tried first"
-    )
+    parser.add_argument("--reached", type=Path, default=Path("runs/mutants.tests.jsonl"), help="which lines each test reaches")
+    parser.add_argument("--first", type=Path, help="a JSON object, from the name of a mutant to the test that is tried first")
     parser.add_argument("--reasons", type=Path, help="a JSON object, from the name of a survivor to its reason")
     parser.add_argument("--summary", type=Path, help="file for the last line")
     given = parser.parse_args(arguments)
     for file in (given.output, given.reached):
         file.parent.mkdir(parents=True, exist_ok=True)
     population = mutants_of(given.files)
-    rows = (
-        [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()]
-        if given.output.exists()
-        else []
-    )
+    rows = [json.loads(line) for line in given.output.read_text(encoding="utf-8").splitlines()] if given.output.exists() else []
     done = {(row["mutant"], row["before"]): row["killed"] for row in rows}
     asked = sorted(population, key=lambda mutant: (mutant.name, mutant.before) not in done)[: given.runs]
     waiting = [mutant for mutant in asked if not done.get((mutant.name, mutant.before), False)]
@@ -564,13 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rows.append(row)
                 with given.output.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
-                print(
-                    "killed  " if row["killed"] else "SURVIVED",
-                    row["seconds"],
-                    mutant.name,
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print("killed  " if row["killed"] else "SURVIVED", row["seconds"], mutant.name, file=sys.stderr, flush=True)
     reasons = json.loads(given.reasons.read_text(encoding="utf-8")) if given.reasons and given.reasons.exists() else {}
     found = summed(rows, population, reasons)
     if given.summary:

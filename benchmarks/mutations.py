@@ -147,15 +147,11 @@ def changed(draw: st.DrawFn, seeds: Sequence[Any], most: int = 3) -> Any:
             other, name = places[draw(PLACE) % len(places)]
             container[key] = copy.deepcopy(other[name])  # as it is now: no tree is inside itself
         elif kind == 7:
-            container[key] = draw(st.sampled_from([lambda v: [v], lambda v: {"text": v}, lambda v: [v, v], str]))(
-                container[key]
-            )
+            container[key] = draw(st.sampled_from([lambda v: [v], lambda v: {"text": v}, lambda v: [v, v], str]))(container[key])
         elif isinstance(container, list):
             container.insert(key, copy.deepcopy(container[key]))
         elif kind == 8:
-            container[draw(st.sampled_from(["", "format", "text", "\ud800", "a b", "x" * 300, str(key) + " "]))] = (
-                container.pop(key)
-            )
+            container[draw(st.sampled_from(["", "format", "text", "\ud800", "a b", "x" * 300, str(key) + " "]))] = container.pop(key)
         elif isinstance(container[key], dict):
             container[key] = Twice(container[key])
     return tree

@@ -38,9 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     given = parser.parse_args(arguments)
     rows = [json.loads(line) for line in given.runs.read_text(encoding="utf-8").splitlines()]
-    by_epsilon = {
-        e: [r for r in rows if r["epsilon"] == e] for e in {r["epsilon"] for r in rows} - {"0", "free"}
-    }  # those have no SFT model
+    by_epsilon = {e: [r for r in rows if r["epsilon"] == e] for e in {r["epsilon"] for r in rows} - {"0", "free"}}  # those have no SFT model
     without = by_epsilon["inf"]
     accuracy = {e: float(np.mean([r["reward_model"]["accuracy"] for r in v])) for e, v in by_epsilon.items()}
     result = {}

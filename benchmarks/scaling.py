@@ -100,14 +100,7 @@ class Card:
 
 H200, H100 = Card(989e12, 4.8e12), Card(989e12, 3.35e12)
 # Name of a quantity -> which ratio of cards its price follows: the host's prices follow none.
-PRICED = {
-    "PFLOP": "flops",
-    "GB of activations": "bytes",
-    "GB of logits": "bytes",
-    "launches": "",
-    "numbers": "",
-    "weights of rows": "bytes",
-}
+PRICED = {"PFLOP": "flops", "GB of activations": "bytes", "GB of logits": "bytes", "launches": "", "numbers": "", "weights of rows": "bytes"}
 
 
 def forward(work: Work) -> dict[str, float]:
@@ -192,16 +185,12 @@ BUS = {8: 450e9, 64: 50e9}  # bytes/s of one device to the others: inside a node
 READ = 0.6  # of the memory's bytes/s, with which weights and keys are read while completions are written
 
 
-def scaled(
-    found: Mapping[str, Mapping[str, float]], devices: int, rank: int, wide: bool, engine: bool
-) -> dict[str, Any]:
+def scaled(found: Mapping[str, Mapping[str, float]], devices: int, rank: int, wide: bool, engine: bool) -> dict[str, Any]:
     """One update of the 7B model on `devices` H100s: 4,096 prompts of 256 tokens, 256 new ones each."""
     shape = replace(SHAPES["7B"], outputs=WIDE if wide else SHAPES["7B"].outputs)
     adapter, tensors = shape.adapter(rank), shape.layers * len(shape.outputs) * 2
     work = Work(shape, 4096 / devices, 256, 256, 16, min(512, 4096 // devices), adapter, tensors)
-    parts = {
-        part: seconds_of(part, work, found, H100) for part in ("reference", "forward", "backward", "clip", "noise")
-    }
+    parts = {part: seconds_of(part, work, found, H100) for part in ("reference", "forward", "backward", "clip", "noise")}
     parts["backward"] += parts["forward"]  # activations are computed again
     read = work.samplings * work.completion * (2 * shape.parameters + work.sampled_at_once * keys(work, 0.5))
     prompts = parts["forward"] * work.prompt / (work.prompt + work.completion)
@@ -251,18 +240,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     lines = [json.loads(line) for file in given.measured for line in file.read_text(encoding="utf-8").splitlines()]
-    lines = [
-        line
-        for line in lines
-        if line["variant"] == "private" and line["dtype"] == "bfloat16" and "H200" in line["card"]
-    ]
+    lines = [line for line in lines if line["variant"] == "private" and line["dtype"] == "bfloat16" and "H200" in line["card"]]
     ratios, found = checked(lines), prices(lines)
     print("Predicted over measured, by the prices of the other models\n")
     print(table(ratios, "ratio", ["model", "algorithm", "prompts", "completion_tokens"], 2))
     spread = np.abs(np.log([row["ratio"]["together"] for row in ratios]))
-    print(
-        f"\nall parts together: off by a factor of {math.exp(np.median(spread)):.2f} in the median, {math.exp(spread.max()):.2f} at most\n"
-    )
+    print(f"\nall parts together: off by a factor of {math.exp(np.median(spread)):.2f} in the median, {math.exp(spread.max()):.2f} at most\n")
     print("7B parameters on H100s, seconds of an update (on paper)\n")
     cases = [(8, 4, False, False), (8, 4, False, True), (8, 16, True, True), (64, 4, False, True), (64, 16, True, True)]
     rows = [scaled(found, *case) for case in cases]

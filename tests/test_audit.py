@@ -387,9 +387,7 @@ def texts_to_learn() -> ghosts.Subject:
 
 
 def attacked(folder, canaries: int = 100):
-    return black_box.attack_of(
-        black_box.train_and_score(texts_to_learn(), Canaries.draw(canaries), folder), DELTA, 0.99
-    )
+    return black_box.attack_of(black_box.train_and_score(texts_to_learn(), Canaries.draw(canaries), folder), DELTA, 0.99)
 
 
 def test_the_black_box_tells_members_where_there_is_no_noise(tmp_path, monkeypatch):
@@ -493,9 +491,7 @@ def test_what_is_found_is_shown_and_fails(tmp_path, monkeypatch, capsys, benchma
 def test_a_recipes_stage_is_audited_without_its_data(tmp_path, capsys):
     path = write_recipe(tmp_path, data={"declared_units": 60}, sft={"max_steps": 2, "max_length": 8})
     (tmp_path / "data.jsonl").write_text("")
-    done = call(
-        capsys, "audit", path, "--stage", "sft", "--canaries", 60, "--json", "--black_box", "--sft.micro_batch_size", 16
-    )
+    done = call(capsys, "audit", path, "--stage", "sft", "--canaries", 60, "--json", "--black_box", "--sft.micro_batch_size", 16)
     assert done.status == 0, done.err
     (stage,) = done.json["stages"]
     assert stage["stage"] == "sft" and stage["steps"] == 2 and stage["passed"]
@@ -565,10 +561,7 @@ def test_where_an_audit_finds_something_nothing_is_drawn(tmp_path, capsys, bench
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [
-        (["--target_epsilon", "inf"], "adds no noise"),
-        (["--sft.insecure_seed", "1"], "insecure_seed: it is not private"),
-    ],
+    [(["--target_epsilon", "inf"], "adds no noise"), (["--sft.insecure_seed", "1"], "insecure_seed: it is not private")],
 )
 def test_a_run_without_a_claim_is_not_audited(words, says, tmp_path, capsys):
     write_recipe(tmp_path, ppo=None)

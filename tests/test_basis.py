@@ -56,9 +56,7 @@ def test_the_gradient_is_of_all_rollouts_each_once(monkeypatch):
     policy, written, read = tiny_policy("llama"), [], []
     sample, logprobs = policy.sample, policy.completion_logprobs
     monkeypatch.setattr(policy, "sample", lambda *a, **k: written.append(sample(*a, **k)) or written[-1])
-    monkeypatch.setattr(
-        policy, "completion_logprobs", lambda r, *a, **k: read.append(r.input_ids) or logprobs(r, *a, **k)
-    )
+    monkeypatch.setattr(policy, "completion_logprobs", lambda r, *a, **k: read.append(r.input_ids) or logprobs(r, *a, **k))
     torch.manual_seed(0)
     ppo().setup(policy)
     assert len(read) == 2 and torch.equal(torch.cat(read), written[-1].input_ids)  # 64 rows, 32 at once
@@ -174,9 +172,7 @@ def test_a_sketch_is_of_all_that_was_added():
     single = Sketch(40, 3)
     single.add(one)
     found = single.leading(3)
-    assert found[0].abs().argmax() == 7 and torch.allclose(
-        found @ found.T, torch.eye(3, dtype=torch.float64), atol=1e-9
-    )
+    assert found[0].abs().argmax() == 7 and torch.allclose(found @ found.T, torch.eye(3, dtype=torch.float64), atol=1e-9)
 
 
 @pytest.mark.parametrize(("algorithm", "records"), [

@@ -146,9 +146,7 @@ def test_the_directions_of_a_chat_models_layers_are_of_its_own_chats(template, m
     writer, read = policy(template), []
     writer.asks_in_chats = True
     logprobs = writer.logprobs
-    monkeypatch.setattr(
-        writer, "logprobs", lambda ids, mask, after: read.append((ids, mask)) or logprobs(ids, mask, after)
-    )
+    monkeypatch.setattr(writer, "logprobs", lambda ids, mask, after: read.append((ids, mask)) or logprobs(ids, mask, after))
     adapter = AdapterConfig(r=2, freeze_a=True, init_a="activations", init_rows=6)
     torch.manual_seed(3)
     SFT(SFTConfig(adapter=adapter, max_length=200, micro_batch_size=4)).setup(writer)
@@ -270,14 +268,7 @@ def test_a_stages_own_text_is_of_the_kind_that_it_reads(tmp_path, capsys, monkey
         aligned(policy, **options)
 
     monkeypatch.setattr(basis, "align_to_activations", seen)
-    recipe = chat_recipe(
-        tmp_path,
-        sft={"max_length": 8, "max_steps": 1, "adapter": adapter},
-        sft_data=texts,
-        reward_model=None,
-        reward_model_data=None,
-        rloo={"reward": None},
-    )
+    recipe = chat_recipe(tmp_path, sft={"max_length": 8, "max_steps": 1, "adapter": adapter}, sft_data=texts, reward_model=None, reward_model_data=None, rloo={"reward": None})
     done = call(capsys, "run", recipe, "--json")
     assert done.status == 0, done.err
     assert kinds == [False]

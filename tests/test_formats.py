@@ -80,9 +80,7 @@ def test_an_old_statement_says_what_it_did(tmp_path, name):
     assert epsilon_of(stages, value["delta"]) == pytest.approx(float(expected["recomputed"]), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("private", 1), ("private", "yes"), ("assumptions", "none"), ("assumptions", [3])]
-)
+@pytest.mark.parametrize(("field", "value"), [("private", 1), ("private", "yes"), ("assumptions", "none"), ("assumptions", [3])])
 def test_a_statement_says_in_its_own_kinds(field, value, tmp_path):
     """What is private is true or false, and what is assumed is sentences: anything else is nothing that a run writes."""
     name = next(iter(STATEMENTS))

@@ -120,10 +120,7 @@ def test_no_path_of_this_machine_is_told(run, api, tmp_path, capsys):
 
 def test_a_base_that_nobody_else_has_is_refused_with_the_cure(run, api, capsys):
     said = call(capsys, "export", run, "--push_to_hub", "me/x").error
-    assert (
-        f"the base ./{Path(small_model()).name} is a folder of this machine" in said
-        and "--base_model USER/NAME" in said
-    )
+    assert f"the base ./{Path(small_model()).name} is a folder of this machine" in said and "--base_model USER/NAME" in said
     assert "no name of the Hub" in call(capsys, "export", run, "--push_to_hub", "me/x/y").error
     assert "no name of the Hub" in call(capsys, "export", run, "--push_to_hub", "me/x", "--base_model", "/org/b").error
     assert "say where the release goes" in call(capsys, "export", run).error

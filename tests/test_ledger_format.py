@@ -125,9 +125,7 @@ def test_a_ledger_that_is_refused_stays_as_it_was(change, is_old, written):
 def test_an_index_that_hides_a_row_is_found(written):
     content = written.read_bytes()
     with closing(sqlite3.connect(written)) as database:
-        (page,) = database.execute(
-            "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_intents_1'"
-        ).fetchone()
+        (page,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_intents_1'").fetchone()
         (size,) = database.execute("PRAGMA page_size").fetchone()
     place = (page - 1) * size + 3  # of the number of cells in the index
     assert content[place : place + 2] == b"\0\2"
@@ -166,9 +164,7 @@ def test_what_sqlite_cannot_read_is_one_sentence_that_quotes_nothing(written):
 
 def is_plain(path: Path) -> bool:
     """Whether a file is whole by itself: neither a log nor a journal beside it, and none asked for in its header."""
-    return path.read_bytes()[18:20] == b"\x01\x01" and [f for f in path.parent.iterdir() if f.stem == path.stem] == [
-        path
-    ]
+    return path.read_bytes()[18:20] == b"\x01\x01" and [f for f in path.parent.iterdir() if f.stem == path.stem] == [path]
 
 
 def test_a_row_is_one_write_and_the_file_is_whole_again_when_it_is_closed(tmp_path):

@@ -26,9 +26,7 @@ MARKER = "zebrafinch"
 SIZES = [167, 173, 179]  # of the drawn samples: numbers that nothing public here has
 KEYED = re.compile(rb'"[0-9a-f]{16}"')  # identities in privacy.json
 HOST, USER, SEED = "planted-host", "planted-user", 918273645
-DRAWN = re.compile(
-    rb' (?:[xy][12]?|c[xy]|r|d|width|height|viewBox|points|transform)="[^"]*"'
-)  # places in a chart, in SVG
+DRAWN = re.compile(rb' (?:[xy][12]?|c[xy]|r|d|width|height|viewBox|points|transform)="[^"]*"')  # places in a chart, in SVG
 NUMBER = re.compile(rb"-?\d+\.?\d*(?:[eE][-+]?\d+)?")
 REWARD = '''
 def exact(prompts, completions, **columns):
@@ -300,9 +298,7 @@ def planted(folder: Path, called: Called, secrets: Secrets) -> list[str]:
     words = spelled(folder, secrets)
     places = told(folder, called).items()
     found = [f"{place}: {word!r}" for place, content in places for word in words if word in content]
-    listed = [
-        (place, content) for place, content in places if place.endswith((".json", ".jsonl", ".md", "stdout", "stderr"))
-    ]
+    listed = [(place, content) for place, content in places if place.endswith((".json", ".jsonl", ".md", "stdout", "stderr"))]
     sizes = [(place, numbers(KEYED.sub(b'""', content))) for place, content in listed if "tokenizer" not in place]
     return found + [f"{place}: sample size {v}" for place, shown in sizes for v in SIZES if (shown == v).any()]
 

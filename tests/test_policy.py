@@ -311,9 +311,7 @@ def test_tensors_beside_the_matrices_and_other_kinds_of_adapter_are_refused(tmp_
         Policy.load(ModelConfig(str(folder)))
 
 
-@pytest.mark.parametrize(
-    "ranks", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}, {"rank_pattern": True}, {"r": "2"}, {"r": 0}]
-)
+@pytest.mark.parametrize("ranks", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}, {"rank_pattern": True}, {"r": "2"}, {"r": 0}])
 def test_ranks_that_no_tensor_has_take_no_memory(ranks, tmp_path, monkeypatch):
     folder = tmp_path / "adapter"
     public_adapter(tmp_path)

@@ -97,9 +97,7 @@ def test_a_value_that_moved_far_pays_for_where_it_was_clipped():
         "input_ids": ids, "attention_mask": ids, "completion_mask": one, "ref_logprobs": 0 * one, "scores": one[0],
         "old_logprobs": 0 * one, "old_values": 0 * one, "advantages": 0 * one, "returns": one,
     })  # fmt: skip
-    losses, _ = ppo(cliprange_value=0.2, vf_coef=1.0, max_completion_length=1).row_losses(
-        FixedPolicy(0 * one, one), rows
-    )
+    losses, _ = ppo(cliprange_value=0.2, vf_coef=1.0, max_completion_length=1).row_losses(FixedPolicy(0 * one, one), rows)
     assert losses.tolist() == pytest.approx([0.5 * 0.8**2])
 
 

@@ -274,12 +274,7 @@ def test_numbers_that_no_arithmetic_holds_are_no_statement(where, number, tmp_pa
     of = {"epsilon": value, "declared_units": stated}.get(where, stated["mechanisms"][0])
     of[where] = number
     (tmp_path / "privacy.json").write_text(json.dumps(value))
-    if (where, number) in (
-        ("epsilon", "inf"),
-        ("epsilon", 1e-200),
-        ("declared_units", 1e-200),
-        ("sampling_rate", 1e-200),
-    ):
+    if (where, number) in (("epsilon", "inf"), ("epsilon", 1e-200), ("declared_units", 1e-200), ("sampling_rate", 1e-200)):
         return  # these are numbers
     with pytest.raises(DPAlignError, match="not a privacy statement"):
         read_statement(tmp_path)

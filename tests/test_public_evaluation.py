@@ -337,9 +337,7 @@ def test_pairs_are_measured_while_a_model_learns_them(base, tmp_path):
         before, after = (line["measured"] for line in evaluations(folder))
         name = trainer.algorithm.name
         ended = {key: pytest.approx(value) for key, value in summary[name].items()}
-        apart = {
-            key: ended.pop(key) for key in ("shift", "outside", "own_texts") if key in ended
-        }  # said at the end alone
+        apart = {key: ended.pop(key) for key in ("shift", "outside", "own_texts") if key in ended}  # said at the end alone
         assert after == ended and len(apart) == (0 if trainer is DPDPOTrainer else 3)
         if trainer is DPDPOTrainer:  # the policy is its own reference before the first step
             assert before["nll"] == pytest.approx(math.log(2)) and before["accuracy"] == 0.5

@@ -183,7 +183,9 @@ def test_the_judge_solves_the_ridge_in_its_dual():
 
 
 def test_the_judge_reads_the_answer_of_a_chat(monkeypatch):
-    monkeypatch.setattr(raters, "_learned", lambda: Mock(scores=lambda texts: np.array([float(len(t)) for t in texts])))
+    monkeypatch.setattr(
+        raters, "_learned", lambda: Mock(scores=lambda texts: np.array([float(len(t)) for t in texts]))
+    )
     answer = [{"role": "assistant", "content": "Good."}]
     assert raters.judge([[{"role": "user", "content": "Well?"}]], [answer]) == [5.0] and words(answer) == "Good."
 

@@ -213,8 +213,7 @@ def vivid(count) -> list[dict]:
     """Pairs that a sentiment lexicon can tell apart, and words of the model's own."""
     said = [("great", "awful"), ("good", "bad"), ("w4 w5", "w8"), ("lovely", "horrible")]
     return [
-        record
-        | {"chosen": f"{record['chosen']} {said[i % 4][0]}", "rejected": f"{record['rejected']} {said[i % 4][1]}"}
+        record | {"chosen": f"{record['chosen']} {said[i % 4][0]}", "rejected": f"{record['rejected']} {said[i % 4][1]}"}
         for i, record in enumerate(judged(count, start=100))
     ]
 
@@ -307,10 +306,9 @@ def test_people_move_weights_by_their_vote_and_nothing_that_it_is_cast_in(layere
     one, two = weights_of(folder / "run"), weights_of(tmp_path / "run")
     same = [name for name in one if name.startswith("free.")]
     assert len(same) == 4 and all(torch.equal(one[name], two[name]) for name in same)
-    assert (
-        json.loads((folder / "run/reward_model/reward.json").read_text())["free"]
-        == json.loads((tmp_path / "run/reward_model/reward.json").read_text())["free"]
-    )
+    assert json.loads((folder / "run/reward_model/reward.json").read_text())["free"] == json.loads(
+        (tmp_path / "run/reward_model/reward.json").read_text()
+    )["free"]
     moved = (two["free"] - one["free"]) * 24**0.5
     assert 0 < float(moved.norm()) <= 2 + 1e-3
 

@@ -48,9 +48,7 @@ def test_columns_reach_the_reward():
 def test_a_function_is_not_given_what_it_does_not_take():
     """Another part of a mean reads them, or a model reads prompts with them; and who takes all is given all."""
     columns = {"grade": [3, 7], "tools": [None, None]}
-    assert Reward(lambda prompts, completions: [len(c) for c in completions], 0, 10)(
-        ["a", "b"], ["x", ""], columns
-    ).tolist() == [1, 0]
+    assert Reward(lambda prompts, completions: [len(c) for c in completions], 0, 10)(["a", "b"], ["x", ""], columns).tolist() == [1, 0]
     assert Reward(lambda prompts, completions, grade: grade, 0, 10)(["a", "b"], ["", ""], columns).tolist() == [3, 7]
     seen = Reward(lambda prompts, completions, **given: [len(given)] * len(prompts), 0, 10)
     assert seen(["a", "b"], ["", ""], columns).tolist() == [2, 2]

@@ -112,9 +112,7 @@ def test_rows_that_fill_a_micro_batch_up_add_exactly_zero(monkeypatch):
         trace = run_stage(sft(micro_batch_size=8, max_length=24), dataset([*FULL, *SHORT[:3]]), dtype=torch.float32)
         sums.append(trace.sums[0])
     assert torch.equal(*sums) and sums[0].norm() > 0.5
-    assert [len(grads[0]) for grads in of_nobody] == [0, 6, 0, 6] and not any(
-        g.any() for part in of_nobody for g in part
-    )
+    assert [len(grads[0]) for grads in of_nobody] == [0, 6, 0, 6] and not any(g.any() for part in of_nobody for g in part)
 
 
 def test_a_phase_is_sampled_in_equal_parts_of_public_size():
@@ -261,18 +259,14 @@ def test_no_place_is_computed_by_another_function_however_many_threads_there_are
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for function, dtype, rows, width in product(
-            functions, (torch.float32, torch.bfloat16), (8, 64), (100, 384, 3072)
-        ):
+        for function, dtype, rows, width in product(functions, (torch.float32, torch.bfloat16), (8, 64), (100, 384, 3072)):
             inputs = 2 * torch.randn(1, 8, width, generator=torch.Generator().manual_seed(width)).to(dtype)
             given = inputs.expand(rows, 8, width).contiguous().requires_grad_()
             found = kernels.Activation(function)(given)
             found.sum().backward()
             assert torch.equal(found, found[:1].expand_as(found)), (function, dtype, rows, width)
             assert torch.equal(given.grad, given.grad[:1].expand_as(found)), (function, dtype, rows, width)
-            assert torch.allclose(
-                found.float(), function(inputs).float(), atol=1e-5 if dtype == torch.float32 else 0.02
-            )
+            assert torch.allclose(found.float(), function(inputs).float(), atol=1e-5 if dtype == torch.float32 else 0.02)
         for kind in ("gpt2", "llama"):
             policy = tiny_policy(kind)
             ids = torch.arange(3, 23).expand(1024, -1)

@@ -128,9 +128,7 @@ def test_run_sweep_from_python_goes_on_where_the_command_stopped(tmp_path, capsy
     assert private.before["pretrained"].reward == pretrained.reward, "one seed, one measurement"
     assert json.loads((out / "sweep.json").read_text()) == json.loads(dumps(result.to_json()))
     log, drawn = (out / "runs.jsonl").read_text(), ledger_rows(tmp_path)
-    monkeypatch.setattr(
-        sweep, "_in_fresh_process", None
-    )  # nothing is run again, neither by the function nor by the command
+    monkeypatch.setattr(sweep, "_in_fresh_process", None)  # nothing is run again, neither by the function nor by the command
     assert dumps(dpalign.run_sweep(recipe, **asked).to_json()) == dumps(result.to_json())
     assert call(capsys, "sweep", recipe, *words, "--json").json["rows"] == json.loads(dumps(result.rows))
     assert (out / "runs.jsonl").read_text() == log and ledger_rows(tmp_path) == drawn

@@ -171,11 +171,7 @@ def test_noise_that_no_arithmetic_holds_is_refused(sigma):
 def test_noise_too_small_for_the_grid_counts_as_none():
     assert epsilon([SampledGaussian(0.5, 1e12, 1)], DELTA) < 0.01
     assert 1e6 < epsilon([SampledGaussian(0.5, 2e-4, 1)], DELTA) < 1e9
-    for least in (
-        SampledGaussian(0.5, 1e-12, 1),
-        SampledGaussian(0.5, 1.0, 1, passes=10**9),
-        SampledGaussian(0.5, 1.0, 1, 1, 1e-4),
-    ):
+    for least in (SampledGaussian(0.5, 1e-12, 1), SampledGaussian(0.5, 1.0, 1, passes=10**9), SampledGaussian(0.5, 1.0, 1, 1, 1e-4)):
         assert epsilon([least], DELTA) == math.inf and set(true_positives([least])) == {1.0}
 
 
@@ -186,17 +182,12 @@ def halved(excess: Callable[[float], float], low: float, high: float, precision:
     return high
 
 
-@pytest.mark.parametrize(
-    ("falls", "most"),
-    [(lambda x: math.inf if x < -0.9 else math.exp(-x) - 1, 14), (lambda x: 1.0 if x < 0 else -1.0, 25)],
-)
+@pytest.mark.parametrize(("falls", "most"), [(lambda x: math.inf if x < -0.9 else math.exp(-x) - 1, 14), (lambda x: 1.0 if x < 0 else -1.0, 25)])
 def test_a_root_is_the_one_that_halving_finds(falls, most):
     """From the side that keeps the target, smooth or not. Mutants: the root itself, which may lie just before; the step after it."""
     asked = []
     step = 3 / 2**15  # of halving below
-    steps = [
-        -2.0 + place * step + 1e-13 for place in range(1000, 32000, 500)
-    ]  # the root found may lie before, and it after
+    steps = [-2.0 + place * step + 1e-13 for place in range(1000, 32000, 500)]  # the root found may lie before, and it after
     for end in [number / 100 for number in range(-190, 100)] + steps:
 
         def excess(x: float, end: float = end) -> float:
@@ -215,12 +206,7 @@ def test_a_root_is_the_one_that_halving_finds(falls, most):
 
 @pytest.mark.parametrize(
     ("target", "rate", "steps", "ratio", "sigma"),
-    [
-        (4, 512 / 4802, 34, 0, 1.08366),
-        (4, 0.1066, 34, 10, 1.08894),
-        (8, 0.5, 8, 5, 1.13336),
-        (2, 0.25, 12, 10, 2.14915),
-    ],
+    [(4, 512 / 4802, 34, 0, 1.08366), (4, 0.1066, 34, 10, 1.08894), (8, 0.5, 8, 5, 1.13336), (2, 0.25, 12, 10, 2.14915)],
 )
 def test_a_run_that_an_earlier_version_planned_goes_on(target, rate, steps, ratio, sigma):
     """Its settings are compared to 6 digits of these, which 0.1.0 found."""

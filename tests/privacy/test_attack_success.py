@@ -58,9 +58,7 @@ def test_it_is_what_the_best_test_reaches_and_never_less():
     assert min(above) >= 0
     assert max(above[: len(UNSAMPLED) * len(RATES)]) < 2e-3
     for q, sigma, _ in SAMPLED:
-        assert true_positives([SampledGaussian(q, sigma, 1)])[0] == pytest.approx(
-            of_a_sample(q, sigma, 0.001), rel=5e-3
-        )
+        assert true_positives([SampledGaussian(q, sigma, 1)])[0] == pytest.approx(of_a_sample(q, sigma, 0.001), rel=5e-3)
 
 
 def without_delta(loss: Any) -> Any:
@@ -118,9 +116,7 @@ def test_a_known_seed_bounds_nothing():
 
 
 def test_it_is_rounded_up():
-    said = attacks(
-        [{"false_positives": r, "true_positives": t} for r, t in ((0.001, 0.019301), (0.01, 0.1), (0.05, 0.3))]
-    )
+    said = attacks([{"false_positives": r, "true_positives": t} for r, t in ((0.001, 0.019301), (0.01, 0.1), (0.05, 0.3))])
     assert "wrong about 0.1% of" in said and "at most 1.94% of" in said and "(at 1% 10.00%, at 5% 30.00%)" in said
 
 

@@ -370,13 +370,7 @@ def test_one_lost_draw_is_paid_for_by_the_steps_that_are_left(tmp_path):
         algorithm = sft(noise_multiplier=None, target_epsilon=2.0, target_delta=1e-5, max_steps=4, save_steps=1)
         with suppress(Interrupted):
             Stage(
-                tiny_policy("gpt2"),
-                algorithm,
-                dataset(texts()),
-                folder=tmp_path,
-                run="run",
-                ledger=ledger,
-                report=report,
+                tiny_policy("gpt2"), algorithm, dataset(texts()), folder=tmp_path, run="run", ledger=ledger, report=report
             ).train()
     drawn = ledger.intents(run="run")
     assert [intent.step for intent in drawn] == [0, 1, 1, 2, 3] and [report.step for report in told] == [2, 3, 4]
@@ -391,6 +385,4 @@ def test_a_steps_metrics_are_those_of_its_first_pass(tmp_path):
         tiny_policy("gpt2"), algorithm, dataset(prompts()), folder=tmp_path, run="run", ledger=Ledger(":memory:"),
         report=told.append,
     ).train()  # fmt: skip
-    assert [sorted(report.metrics or ()) for report in told] == 2 * [
-        sorted(metric.name for metric in algorithm.metrics)
-    ]
+    assert [sorted(report.metrics or ()) for report in told] == 2 * [sorted(metric.name for metric in algorithm.metrics)]

@@ -287,9 +287,7 @@ def test_every_setting_is_honoured_or_refused():
     """A new one has to be put into one of the two."""
     known = {f.name for config in (PPOConfig, RLOOConfig, GRPOConfig, OfflineConfig) for f in fields(config)}
     assert known == HONOURED | set(OTHER) and not HONOURED & set(OTHER)
-    assert all(
-        set(OTHER) == set(config.of_private_prompts) for config in (PPOConfig, RLOOConfig, GRPOConfig, OfflineConfig)
-    )
+    assert all(set(OTHER) == set(config.of_private_prompts) for config in (PPOConfig, RLOOConfig, GRPOConfig, OfflineConfig))
 
 
 @pytest.mark.parametrize("name", OTHER)

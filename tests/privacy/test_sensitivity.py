@@ -273,9 +273,7 @@ class EveryColumn(PPO):
 
     def __init__(self, config, reward):
         own = reward.function
-        reward.function = lambda prompts, completions, **given: own(
-            prompts, completions, **given
-        )  # what it takes is hidden
+        reward.function = lambda prompts, completions, **given: own(prompts, completions, **given)  # what it takes is hidden
         super().__init__(config, reward)
 
     def encode(self, policy, record):
@@ -734,9 +732,7 @@ def test_no_gradient_and_no_noise_is_lost_in_the_sum():
 
 def test_a_norm_of_exactly_the_bound_is_kept_and_one_step_more_is_not():
     """C is what a unit may add: neither less nor more."""
-    mechanism = bare_mechanism(
-        GaussianMechanism, [torch.Size([2]), torch.Size([1])], max_grad_norm=1.0, noise_multiplier=1.0
-    )
+    mechanism = bare_mechanism(GaussianMechanism, [torch.Size([2]), torch.Size([1])], max_grad_norm=1.0, noise_multiplier=1.0)
     most = 1.0 / mechanism.grid  # a power of two
     assert most == int(most)
     one = torch.tensor([[most, 0.0], [0.0, 0.0], [most, 0.0], [math.nan, 0.0]])
