@@ -651,7 +651,7 @@ SMOKE = {
     "own_pairs.py --seeds 0 --output docs/results/own_pairs.runs.jsonl": Smoke("", check_own_pairs_table),
     "reward_head.py": Smoke("--seeds 1 --epsilons 4 --batch-size 8 --steps 2", check_reward_head, demo),
     "quickstart_seeds.py --seeds 3": Smoke(
-        f"--seeds 1 --output seeds.jsonl -- {STAGES} --model.name_or_path small --model.is_public true --ppo.adapter.init_a random --eval_prompts 8",
+        f"--seeds 1 --output seeds.jsonl -- {STAGES} --model.name_or_path small --model.is_public true --sft.adapter.init_rows 16 --ppo.adapter.init_a random --eval_prompts 8",
         check_quickstart_seeds, demo,
     ),
     "dpo_pairs.py --epsilons 4 inf --seeds 3 --at inf dpo.learning_rate=1e-2": Smoke(

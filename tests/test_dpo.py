@@ -17,7 +17,7 @@ from dpalign.algorithms.base import encode_units
 from dpalign.algorithms.dpo import encode_answers
 from dpalign.domains import check_settings
 from dpalign.errors import DPAlignError
-from dpalign.models import AdapterConfig, Policy
+from dpalign.models import AdapterConfig, ModelConfig, Policy
 from dpalign.models.bases import base_path
 from helpers import call, files_below, judged, ledger_rows, statement, write_jsonl, write_recipe
 from tiny import tiny_object, tiny_policy, tiny_tokenizer, words
@@ -156,11 +156,7 @@ def test_dpalign_dpo(tmp_path, capsys):
     assert "stage dpo is already done" in again.err
     release = tmp_path / "run" / "release"
     base = base_path(release)
-    policy = Policy.load(
-        type(
-            "Named", (), {"name_or_path": base, "dtype": "float32", "trust_remote_code": False, "quantization": "none"}
-        )()
-    )
+    policy = Policy.load(ModelConfig(base, dtype="float32"))
     assert PeftModel.from_pretrained(policy.model, release).peft_config["default"].r == 4
     alone = call(capsys, "dpo", recipe, "--output_dir", tmp_path / "alone", "--json").json
     assert [s["stage"] for s in alone["stages"]] == ["dpo"]
