@@ -79,20 +79,6 @@ class World:
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites the tensors, of the same shapes everywhere, by those of the first process."""
 
-    def keep(self, parts: Sequence[Tensor], wait: Callable[[], None]) -> int:
-        """Has this process's parts of some tensors handed out; each is as long as the others' of the same tensor.
-
-        wait: called when this process begins to wait for the others.
-
-        Returns:
-            The number of the first tensor; every process keeps the same ones in the same order.
-        """
-        raise NotImplementedError("one process has no parts")
-
-    def whole(self, number: int) -> Tensor:
-        """All parts of a tensor that is kept, one after the other."""
-        raise NotImplementedError("one process has no parts")
-
     def forget(self) -> None:
         """Nothing that was kept is asked for any more; called by all processes at once."""
 
@@ -185,6 +171,13 @@ class Processes(World):
                 _put_back(alike, flat)
 
     def keep(self, parts: Sequence[Tensor], wait: Callable[[], None]) -> int:
+        """Has this process's parts of some tensors handed out; each is as long as the others' of the same tensor.
+
+        wait: called when this process begins to wait for the others.
+
+        Returns:
+            The number of the first tensor; every process keeps the same ones in the same order.
+        """
         self._meet()
         first = len(self._kept)
         self._kept += parts
@@ -196,6 +189,7 @@ class Processes(World):
         self._kept, self._waits = [], []
 
     def whole(self, number: int) -> Tensor:
+        """All parts of a tensor that is kept, one after the other."""
         while True:
             gathered, tensor = self._round(number)
             if gathered == number:

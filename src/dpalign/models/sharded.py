@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import DPAlignError
-from ..world import World, check_alike, joined
+from ..world import Processes, World, check_alike, joined
 
 AT_ONCE = 2  # blocks that are held whole: the one that computes, and the one before it
 ALIGNED = 64  # bytes, as torch's own tensors begin at a multiple of them
@@ -74,14 +74,15 @@ class Shards:
     """
 
     def __init__(self, base: PreTrainedModel, kind: Sharding, device: str | torch.device, world: World) -> None:
-        self.kind, self._world, self._holding, self._wide = kind, world, 0, 0
+        self.kind, self._holding, self._wide = kind, 0, 0
         self._gathered: OrderedDict[int, Tensor] = OrderedDict()  # block to bytes, the last used one last
         self._places: dict[int, Place] = {}  # by the address of a placeholder
         self._placeholders: list[Tensor] = []  # whose addresses are nobody else's while they are here
         self.kept = self.total = 0  # bytes of these weights in this process, and in all
-        if world.size == 1:
+        if not isinstance(world, Processes):
             base.to(device)  # type: ignore[arg-type]
             return
+        self._world = world
         blocks = _blocks(base)
         spread = {id(p) for block in blocks for p in block}
         own = checksums(base, spread)  # the rest is compared when a stage begins, with what is new
