@@ -19,6 +19,7 @@ from ..launched import place
 from ..printable import printable
 from ..settings.models import TINY_REVIEW_LM
 from .sharded import is_placeholder
+from .whole import recognise
 
 T = TypeVar("T")
 # Above every model there is: a damaged configuration would otherwise build layers for hours.
@@ -150,6 +151,7 @@ def load_adapter(base: Any, folder: str, **options: Any) -> Any:
     expected = {name.replace(".earlier.", ".") for name, _ in model.named_parameters() if ".lora_" in name}
     refuse_missing(folder, expected - saved)
     check_weights(model, f"the release {folder}")
+    recognise(model, "earlier")
     model.peft_config["earlier"].base_model_name_or_path = base.name_or_path  # where it lies, however it is called
     return model
 

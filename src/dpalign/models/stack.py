@@ -32,6 +32,7 @@ from .lora import check_adapter_folder, check_layers
 from .objects import SAVE_IT, Given, check_adapter, take_weights
 from .quantized import prepare, quantization_config
 from .sharded import Shards, shard, shards_of
+from .whole import WholeLinear, widen
 
 RELEASE_ADAPTER = "default"
 
@@ -60,6 +61,7 @@ class AdapterStack(nn.Module):
         self.model: Any = base  # a PreTrainedModel, and a PeftModel once there is an adapter
         self.tokenizer = tokenizer
         self.adapters: list[str] = []
+        self._trained: tuple[str, ...] = ()  # matrices of the newest, or their names in their layers
         self.shards: Shards | None = shards_of(base)  # of a base that the processes of a run hold together
         self.quantization: dict[str, Any] = {}  # what its base was loaded with, for BitsAndBytesConfig
         constant_kernels(base)
@@ -72,17 +74,19 @@ class AdapterStack(nn.Module):
     # Stages ------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, config: AdapterConfig) -> None:
-        """Adds a trainable adapter on top of the frozen earlier ones; B is zero, so nothing changes yet."""
-        self._add(name, self._lora(config))
-        self._trained = () if config.r == 0 else ("lora_B",) if config.freeze_a else ("lora_A", "lora_B")
+        """Adds a trainable adapter on top of the frozen earlier ones; it is zero, so nothing changes yet."""
+        self._add(name, self._lora(config), whole=config.kind == "full")
+        if config.kind == "lora":
+            self._trained = () if config.r == 0 else ("lora_B",) if config.freeze_a else ("lora_A", "lora_B")
         self._activate(self.adapters)
         self.eval()
 
     def _lora(self, config: AdapterConfig) -> LoraConfig:
+        targets = config.target_modules
         return LoraConfig(
             r=max(1, config.r),
             lora_alpha=config.lora_alpha if config.lora_alpha is not None else 2 * max(1, config.r),
-            target_modules=config.target_modules,
+            target_modules="all-linear" if config.kind == "full" and targets is None else targets,
             exclude_modules=self.excluded,
             layers_to_transform=config.layers,
             lora_dropout=0.0,
@@ -91,7 +95,7 @@ class AdapterStack(nn.Module):
             task_type=self.task_type,
         )
 
-    def _add(self, name: str, lora: LoraConfig) -> None:
+    def _add(self, name: str, lora: LoraConfig, whole: bool = False) -> None:
         try:
             if isinstance(self.model, PeftModel):
                 self.model.add_adapter(name, lora)
@@ -100,6 +104,8 @@ class AdapterStack(nn.Module):
         except ValueError as error:
             raise DPAlignError(f"the adapter cannot be added: {str(error).splitlines()[0]}") from None
         check_layers(self.model, name)
+        if whole:
+            self._trained = widen(self.model, name)
         self.adapters.append(name)
 
     def checkpoint_activations(self, on: bool) -> None:
@@ -152,7 +158,8 @@ class AdapterStack(nn.Module):
     def copy_adapters(self, other: AdapterStack) -> None:
         """Takes over the adapters of a stack on the same body, frozen."""
         for name in other.adapters:
-            self._add(name, replace(other.model.peft_config[name], task_type=self.task_type))
+            whole = any(isinstance(m, WholeLinear) and name in m.whole for m in other.modules())
+            self._add(name, replace(other.model.peft_config[name], task_type=self.task_type), whole)
         theirs = dict(other.named_parameters())
         with torch.no_grad():
             for name, p in self.named_parameters():
@@ -241,14 +248,20 @@ class AdapterStack(nn.Module):
     def concatenated(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Of each layer the adapters that are on as one, of scale 1: A `(ranks, in)` and B `(out, ranks)`, float32.
 
-        Each layer has the ranks of its own stages' adapters; what it lacks to the most is zero.
+        Each layer has the ranks of its own stages' adapters; what it lacks to the most is zero, but beside whole
+        weights.
         """
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in self.model.base_model.model.named_modules() if self.adapters else ():
             stages = [a for a in self.adapters if a in layer.lora_A] if isinstance(layer, LoraLayer) else []
-            if stages:
+            if isinstance(layer, WholeLinear) and any(a in layer.whole for a in stages):
+                down, up = layer.as_one(stages)
+                found[name] = down.detach(), up.detach()
+            elif stages:
                 down = torch.cat([layer.lora_A[a].weight * layer.scaling[a] for a in stages])
                 found[name] = down.detach(), torch.cat([layer.lora_B[a].weight for a in stages], 1).detach()
+        if any(isinstance(m, WholeLinear) for m in self.modules()):
+            return found
         rank = max((len(down) for down, _ in found.values()), default=0)
         pad = nn.functional.pad
         return {
@@ -259,10 +272,14 @@ class AdapterStack(nn.Module):
     def _one_adapter(self, layers: dict[str, tuple[Tensor, Tensor]]) -> LoraConfig:
         """What peft calls adapters that are concatenated; with the layers' full names: stages may adapt different ones,
         which peft's own concatenation refuses."""
-        rank = len(next(iter(layers.values()))[0])
+        ranks = {name: len(down) for name, (down, _) in layers.items()}
+        most = max(ranks.values())
+        others = {name: rank for name, rank in ranks.items() if rank != most}
         return LoraConfig(
-            r=rank,
-            lora_alpha=rank,
+            r=most,
+            lora_alpha=most,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
             target_modules=list(layers),
             lora_dropout=0.0,
             bias="none",

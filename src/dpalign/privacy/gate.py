@@ -58,12 +58,17 @@ class Sample:
         self._released = 0
 
     def mechanism(
-        self, shapes: list[torch.Size], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        shapes: list[torch.Size],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        products: bool = False,
     ) -> GaussianMechanism:
         """For the gradients of the next pass over the sample, and with the first one the metrics block.
 
         Args:
-            shapes: of every trainable parameter. dtype: of the sums, at least float32.
+            shapes: of every trainable parameter. dtype: of the sums, at least float32. products: whether gradients of
+                some come as `Products`.
 
         Raises:
             DPAlignError: more passes than were journaled.
@@ -81,6 +86,7 @@ class Sample:
             metrics_noise_multiplier=ran.metrics_noise_multiplier,
             device=device,
             dtype=dtype,
+            products=products,
         )
 
     def measurement(self) -> GaussianMechanism:

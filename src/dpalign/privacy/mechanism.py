@@ -9,25 +9,31 @@ fix (C and sigma), and refused if the integers' norm is above C; the noise is ro
 and adding an integer commute, so the release is a post-processing of the Gaussian mechanism on an integer query of
 sensitivity at most C: the low bits of a float sum, which would tell D from D + x, are not there. And the sum does not
 depend on order, micro-batches or the number of processes. What remains is the noise's own arithmetic (float64).
+
+Of a whole weight matrix no unit's gradient is made (`products.py`): there the norm of a unit's integers is bounded
+before they are, on a grid that is 2^20 times finer, and the finer bits are cut off once the noise is added.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import DPAlignError
 from .entropy import SystemEntropy
+from .products import EXACT, ExactSum, Products, measure, rounded_inputs, scaled_slopes
 
 Clipping = Literal["automatic", "flat", "none"]
+UnitGradients: TypeAlias = Tensor | Products  # of some units in one parameter
 GRID = 2.0**-20  # of the noise: what rounding moves a release by is far below what the noise does
 FINE_GRID = 2.0**-40  # of C, where there is no noise to be compared with
 MARGIN = 1 - 2.0**-16  # a norm is computed in float32: without it half of all clipped gradients would be above C
+FINER = 20  # bits by which sums of products are finer than what is released
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class GaussianMechanism:
         metrics: declared ranges of the metrics block, possibly none.
         metrics_noise_multiplier: sigma_m of the metrics block.
         dtype: what norms are computed and gradients released in, float32 or float64.
+        products: whether gradients of some parameters come as `Products`.
 
     Raises:
         DPAlignError: a constant for which the bound would not hold.
@@ -72,6 +79,7 @@ class GaussianMechanism:
         metrics_noise_multiplier: float = math.inf,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        products: bool = False,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise DPAlignError(f"gradients are clipped in float32 or float64, not in {dtype}.")
@@ -87,7 +95,9 @@ class GaussianMechanism:
         self._entropy = entropy
         self.grid = 0.0 if clipping == "none" else grid_of(max_grad_norm, noise_multiplier)
         kind = dtype if clipping == "none" else torch.int64
+        self._finer = FINER if products and noise_multiplier > 0 else 0
         self._sums = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
+        self._exact = {place: ExactSum(total) for place, total in enumerate(self._sums)} if products else {}
         self.metrics_grid = grid_of(1.0, 0.0 if math.isinf(metrics_noise_multiplier) else metrics_noise_multiplier)
         self._metrics_sum = torch.zeros(len(metrics), dtype=torch.int64)
 
@@ -105,24 +115,32 @@ class GaussianMechanism:
             factors = self.max_grad_norm / (norms + self.gamma)
         return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
-    def add(self, grads: list[Tensor], metrics: Tensor | None = None) -> None:
+    def add(self, grads: Sequence[UnitGradients], metrics: Tensor | None = None) -> None:
         """Clips and adds the gradients of some units; no unit may come twice between two releases.
 
         Args:
-            grads: one `(units, *shape)` tensor per parameter, any floating dtype.
+            grads: one `(units, *shape)` tensor per parameter, any floating dtype, or `Products` that stand for one.
             metrics: `(units, len(self.metrics))` raw values, or None where none are released.
         """
+        dense = [g for g in grads if isinstance(g, Tensor)]
         if self.clipping == "none":
-            self._add_unclipped([g.to(self.dtype) for g in grads])
+            self._add_unclipped(grads)
+        elif len(dense) == len(grads):
+            self._add_integers(dense)
         else:
-            self._add_integers(grads)
+            self._add_products(grads)
         if metrics is not None:
             self.add_metrics(metrics)
 
-    def _add_unclipped(self, grads: list[Tensor]) -> None:
-        finite = torch.stack([g.flatten(1).isfinite().all(1) for g in grads]).all(0)
+    def _add_unclipped(self, grads: Sequence[UnitGradients]) -> None:
+        finite = torch.stack([_finite(g, self.dtype) for g in grads]).all(0)
         for g, total in zip(grads, self._sums, strict=True):
-            total += torch.where(_along(finite, g), g, 0.0).sum(0)
+            if isinstance(g, Tensor):
+                total += torch.where(_along(finite, g), g.to(self.dtype), 0.0).sum(0)
+                continue
+            for unit in torch.nonzero(finite).flatten().tolist():
+                for use in g.units[unit]:
+                    total.addmm_(use.slopes.to(self.dtype).T, use.inputs.to(self.dtype))
 
     def _add_integers(self, grads: list[Tensor]) -> None:
         most = self.max_grad_norm / self.grid  # the bound, counted in steps of the grid
@@ -142,6 +160,44 @@ class GaussianMechanism:
         squares = torch.stack([s.flatten(1).double().square().sum(1) for s in steps]).sum(0)
         return squares <= (self.max_grad_norm / self.grid) ** 2
 
+    def _add_products(self, grads: Sequence[UnitGradients]) -> None:
+        """As `_add_integers`, where the integers' norms are bounded before there are any: see `products.py`."""
+        whole = {place: g for place, g in enumerate(grads) if isinstance(g, Products)}
+        dense = {place: g.double() for place, g in enumerate(grads) if isinstance(g, Tensor)}
+        step, units, device = self.grid / 2**self._finer, len(grads[0]), self._sums[0].device
+        squares = torch.zeros(units, dtype=torch.float64, device=device)
+        for g in dense.values():
+            squares += g.flatten(1).square().sum(1)
+        found = {(place, unit): f for place, g in whole.items() for unit in range(units) if (f := g.factors(unit))}
+        measured = {key: measure(factors) for key, factors in found.items()}
+        rounding = torch.zeros_like(squares)
+        for (_, unit), m in measured.items():
+            squares[unit] += (m.norm / (m.input_scale * m.slope_scale)).square()
+            rounding[unit] += m.rounding.square()
+        norms, rounding = squares.sqrt(), rounding.sqrt()
+        most = self.max_grad_norm / step * (1 - 2.0**-20)  # in steps; what float64 makes of all of this is far less
+        factors = torch.minimum(self.clip_factors(norms) * (MARGIN / step), (most - rounding) / norms.clamp(min=1e-300))
+        factors = torch.where(torch.isfinite(norms) & torch.isfinite(rounding), factors, 0.0).clamp(min=0.0)
+        entries = {
+            (place, unit): factors[unit] / (m.input_scale * m.slope_scale) * m.entry + m.entry_rounding
+            for (place, unit), m in measured.items()
+        }
+        for (_, unit), entry in entries.items():
+            factors[unit] = torch.where(entry <= EXACT, factors[unit], 0.0)
+        for place, g in dense.items():
+            steps = towards_zero(torch.where(_along(factors > 0, g), g * _along(factors, g), 0.0))
+            self._sums[place] += steps.to(torch.int64).sum(0)
+        taken = set(torch.nonzero(factors > 0).flatten().tolist())
+        for place in whole:
+            here = [key for key in found if key[0] == place and key[1] in taken]
+            products = []
+            for key in here:
+                m, by = measured[key], factors[key[1]]
+                slopes = scaled_slopes(found[key].slopes, m.slope_scale).double()
+                slopes = slopes.mul_(by / (m.input_scale * m.slope_scale)).round_()
+                products.append((slopes, rounded_inputs(found[key].inputs, m.input_scale)))
+            self._exact[place].add(products, [float(entries[key]) for key in here])
+
     def add_metrics(self, metrics: Tensor) -> None:
         """Adds the `(units, len(self.metrics))` raw metrics of some units, where metrics are released."""
         if self.metrics:
@@ -152,20 +208,27 @@ class GaussianMechanism:
 
         Integers, so that they are the same whoever added which unit. The noise is still to come, and comes once.
         """
+        self._settle()
         add_up(self._sums)
         add_up([self._metrics_sum])
 
+    def _settle(self) -> None:
+        for exact in self._exact.values():
+            exact.settle()
+
     def release(self) -> tuple[list[Tensor], dict[str, float] | None]:
         """The noisy mean gradient, one tensor per parameter, and the noised metrics; then forgets the sums."""
+        self._settle()
         count = sum(total.numel() for total in self._sums)
         gradients: list[Tensor] = []
         noise = None if self.noise_multiplier == 0 else self._noise(count, self.noise_multiplier * self.max_grad_norm)
         start, unit = 0, self.grid or 1.0
+        step = unit / 2**self._finer
         for total in self._sums:
             noisy = total
             if noise is not None:
-                part = torch.round(noise[start : start + total.numel()] / unit).to(torch.int64)
-                noisy = total + part.view_as(total).to(total.device)
+                part = torch.round(noise[start : start + total.numel()] / step).to(torch.int64)
+                noisy = (total + part.view_as(total).to(total.device)) >> self._finer
             gradients.append((noisy.double() * (unit / self.divisor)).to(self.dtype))
             start += total.numel()
             total.zero_()
@@ -215,6 +278,15 @@ def towards_zero(values: Tensor) -> Tensor:
     whole = 2.0 ** (23 if values.dtype == torch.float32 else 52)
     below = (values.abs() - 0.5).clamp_(min=0)
     return below.add_(whole).sub_(whole).copysign_(values)
+
+
+def _finite(grads: UnitGradients, dtype: torch.dtype) -> Tensor:
+    """`(units,)` whether all of a unit's gradient in one parameter is finite."""
+    if isinstance(grads, Tensor):
+        return grads.to(dtype).flatten(1).isfinite().all(1)
+    found = [all(bool(part.isfinite().all()) for use in uses for part in use) for uses in grads.units]
+    device = next((use.slopes.device for uses in grads.units for use in uses), None)
+    return torch.tensor(found, dtype=torch.bool, device=device)
 
 
 def _along(values: Tensor, like: Tensor) -> Tensor:

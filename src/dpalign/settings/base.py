@@ -156,6 +156,10 @@ class TrainingConfig(StageConfig):
         if self.adapter.init_a not in self.inits:
             given, here = self.adapter.init_a, " or ".join(self.inits)
             raise DPAlignError(f"init_a {given} {NOT_HERE[given]}; here it may be {here}.")
+        plain = AdapterConfig(**{name: getattr(self.adapter, name) for name in ("kind", "target_modules", "layers")})
+        if self.adapter.kind == "full" and self.adapter != plain:
+            names = ", ".join(name for name, value in vars(self.adapter).items() if value != getattr(plain, name))
+            raise DPAlignError(f"adapter.kind full trains whole weights, which have no {names}: leave that out.")
 
     def schedule(self, stage: str, units: float) -> Schedule:
         if self.expected_batch_size > units:

@@ -42,14 +42,17 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """The LoRA adapter that a stage trains.
+    """The adapter that a stage trains.
 
     Args:
+        kind: `lora`, or `full`: the layers' whole weights (of a model in float32), released as LoRA of full rank;
+            embeddings, norms and biases stay as they are. Of the settings below it has target_modules and layers only.
         r: rank; 0 trains no adapter (a reward model's head alone). The noise of a private step grows with the square
             root of the number of trained weights.
         lora_alpha: scale of the update is lora_alpha / r; default 2 r.
         target_modules: layers to adapt by name ending, or `all-linear`; default: query and value projections
-            (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn).
+            (peft's default for the architecture; in GPT-2 they are fused with the key projection in c_attn), and all
+            linear layers where kind is full.
         layers: adapt only these layer indices; default all.
         freeze_a: train only the B matrices; halves the trained dimension.
         init_a: `random` (peft's); `synthetic_gradient` (stages that sample): the input directions of the reward's
@@ -58,6 +61,7 @@ class AdapterConfig:
         init_rows: texts that the policy writes for that; for `activations` a few hundred are enough.
     """
 
+    kind: Literal["lora", "full"] = "lora"
     r: int = within(4, "[0, 65536]")
     lora_alpha: int | None = within(None, "[1, 1000000]")
     target_modules: list[str] | str | None = None

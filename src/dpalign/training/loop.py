@@ -27,7 +27,8 @@ from ..privacy.context import own_context
 from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import PrivateStep, Sample, Share
 from ..privacy.ledger import Ledger
-from ..privacy.mechanism import GaussianMechanism
+from ..privacy.mechanism import GaussianMechanism, UnitGradients
+from ..privacy.products import added
 from ..privacy.refit import Budget, refit
 from ..settings.prompts import PromptedConfig
 from ..world import ALONE, LostProcess, World, check_alike
@@ -69,6 +70,7 @@ LATER_SETTINGS: dict[str, Any] = {
     "base": None,
     "written_texts": 128,
     "written_seed": 0,
+    "kind": "lora",
     "engine": {"url": None, "model": None, "is_trusted": False, "folder": None},
 }  # that version 0.1.0 did not have, and what they are for a run of that version
 # That older runs had and that changed nothing at these values.
@@ -139,7 +141,8 @@ class Worker:
     def _sum(self, sample: Sample, rows: Rows, positions: list[int]) -> GaussianMechanism:
         """A pass over a sample's units: those at `positions` are added here, and in the first process those of all."""
         algorithm = self.algorithm
-        mechanism = sample.mechanism([p.shape for p in self.gradients.parameters], self.model.device)
+        shapes, products = [p.shape for p in self.gradients.parameters], bool(self.gradients.whole)
+        mechanism = sample.mechanism(shapes, self.model.device, products=products)
         for units in micro_batches(rows, positions, algorithm.examples_at_once, algorithm.rows_at_once):
             self._accumulate(mechanism, rows, units)
         mechanism.combine(self.world.sum)
@@ -543,7 +546,7 @@ def is_due(every: int | None, step: int, minibatches: int, end: int) -> bool:
 
 def unit_gradients(
     model: AdapterStack, algorithm: Algorithm[Any, Any, Any], gradients: PerUnitGradients, rows: Rows, units: int
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[UnitGradients], torch.Tensor]:
     """Gradients `(units, *shape)` of every trainable, and raw metrics `(units, metrics)`, of at most `units` units.
 
     Computed with as many units and rows as a full micro-batch of `units` has. Where there are more rows, which are then
@@ -551,7 +554,7 @@ def unit_gradients(
     """
     size, example = algorithm.rows_per_example * units, algorithm.rows_per_example
     counts = torch.bincount(rows.unit, minlength=units + 1)  # the last one is of the rows that fill up, and dropped
-    grads: list[torch.Tensor] = []
+    grads: list[UnitGradients] = []
     means = torch.zeros(units, len(algorithm.metrics), device=rows.unit.device)
     for part in rows.split(size):
         filled = part.filled(size, example, unit=units)
@@ -560,7 +563,7 @@ def unit_gradients(
             losses, metrics = algorithm.row_losses(model, filled)
             unit_means(losses, filled.unit, places, counts[:places]).sum().backward()  # type: ignore[no-untyped-call]
         found = [g[:units] for g in gradients.grads()]
-        grads = [total.add_(g) for total, g in zip(grads, found, strict=True)] if grads else found
+        grads = [added(total, g) for total, g in zip(grads, found, strict=True)] if grads else found
         means = means + unit_means(metrics.detach(), filled.unit, places, counts[:places])[:units]
     rowless = counts[:units] == 0  # NaN adds zero, as it would alone
     return grads, means.masked_fill(rowless.unsqueeze(1), torch.nan)

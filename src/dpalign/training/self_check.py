@@ -34,6 +34,8 @@ from ..models.quantized import rounds_activations
 from ..privacy.accountant import SampledGaussian
 from ..privacy.entropy import SystemEntropy
 from ..privacy.gate import PrivateStep, Sample
+from ..privacy.mechanism import UnitGradients
+from ..privacy.products import Factors, Products
 from ..rewards import Reward
 from ..settings.base import TrainingConfig
 from ..settings.rollouts import ScoredConfig
@@ -155,13 +157,13 @@ class SelfCheck:
             clipping=config.clipping,
             clipping_gamma=config.clipping_gamma,
         )
-        shapes = [p.shape for p in self.gradients.parameters]
-        mechanism = Sample(step, [], SystemEntropy()).mechanism(shapes, model.device, torch.float64)
+        shapes, products = [p.shape for p in self.gradients.parameters], bool(self.gradients.whole)
+        mechanism = Sample(step, [], SystemEntropy()).mechanism(shapes, model.device, torch.float64, products)
         clipped = []
         for part in self._parts(rows, len(taken)):
             grads = self._located(partial(self._gradients, rows, part))
             mechanism.add(grads)
-            flat = torch.cat([g.flatten(1) for g in grads], 1).double()
+            flat = torch.cat([_compact(g) for g in grads], 1)
             factors = mechanism.clip_factors(flat.norm(dim=1)).unsqueeze(1)
             clipped.append(torch.where(factors > 0, flat * factors, 0.0))
         total = torch.cat([g.flatten() for g in mechanism.release()[0]])
@@ -172,10 +174,14 @@ class SelfCheck:
         algorithm = self.algorithm
         return list(micro_batches(rows, list(range(units)), algorithm.examples_at_once, algorithm.rows_at_once))
 
-    def _gradients(self, rows: Rows, part: list[int]) -> list[Tensor]:
-        batch = rows.of(part)
+    def _gradients(self, rows: Rows, part: list[int]) -> list[UnitGradients]:
+        batch, gradients = rows.of(part), self.gradients
         if len(batch.unit) == 0:
-            return [p.new_zeros(len(part), *p.shape) for p in self.gradients.parameters]
+            nothing: list[list[Factors]] = [[] for _ in part]
+            return [
+                Products(p.shape, nothing) if id(p) in gradients.whole else p.new_zeros(len(part), *p.shape)
+                for p in gradients.parameters
+            ]
         grads, _ = unit_gradients(self.model, self.algorithm, self.gradients, batch, self.algorithm.examples_at_once)
         return [g[: len(part)] for g in grads]
 
@@ -382,6 +388,19 @@ def _on_trial(
                 for p in head.parameters():
                     if id(p) in kept:  # else it was added on trial, and the stage will begin with another one
                         p.copy_(kept[id(p)])
+
+
+def _compact(grads: UnitGradients) -> Tensor:
+    """`(units, numbers)` float64 that change where a unit's gradient does, with the norm that it has.
+
+    Of `Products` what they are along one direction of random signs: the norm is that of the whole in the mean, and a
+    change that is not seen lies across the direction.
+    """
+    if isinstance(grads, Tensor):
+        return grads.flatten(1).double()
+    signs = torch.randint(2, (grads.shape[1],), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    device = next((use.inputs.device for uses in grads.units for use in uses), torch.device("cpu"))
+    return grads.along((2 * signs - 1).to(device))
 
 
 def group_of(config: Any) -> int:

@@ -1,0 +1,186 @@
+"""Gradients of whole weight matrices, clipped and summed without any one of them being made.
+
+A unit's gradient in a weight is the sum over its positions of slope x input, and that of many units is one matrix
+product. For a sum whose low bits tell nothing it has to be one of integers, and a unit's integers have to have a norm
+of at most C. So the factors are rounded instead of the products: inputs to integers of some 10 bits, slopes, once they
+are clipped, to integers on the grid that this leaves. Integers below 2^53 are exact in float64, and so is their matrix
+product. How large the norm can be is bounded before: that of slopes x rounded inputs from the products of positions
+with each other (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679), with a bound of its own rounding,
+and what rounding the slopes can add. Everything that is done to a unit here is done to it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PRECISION = 2.0**9  # root mean square of a unit's rounded inputs
+LARGEST = 2.0**21  # of them, so that float32 holds them exactly
+EXACT = 2.0**52  # sums of float64 integers stay below: half of what it holds
+ROUNDS = 2.0**-24  # relative error of one float32 operation
+ROOM = 0.01  # of a squared norm: by more than that float32's error bound may not raise it
+SLACK = 2.0**-60  # products so small that float32 has none of them
+
+
+class Factors(NamedTuple):
+    """Of one unit in one weight: inputs `(positions, in)` and slopes of the loss `(positions, out)`."""
+
+    inputs: Tensor
+    slopes: Tensor
+
+
+class Products:
+    """Gradients of some units in one weight matrix, in the place of a `(units, out, in)` tensor.
+
+    Args:
+        shape: `(out, in)`.
+        units: of each its factors, one pair for every use of the weight.
+    """
+
+    def __init__(self, shape: torch.Size, units: Sequence[list[Factors]]) -> None:
+        self.shape, self.units = shape, list(units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, some: slice) -> Products:
+        return Products(self.shape, self.units[some])
+
+    def factors(self, unit: int) -> Factors | None:
+        """All uses of one unit, one below the other; None if it has none."""
+        uses = self.units[unit]
+        if len(uses) < 2:
+            return uses[0] if uses else None
+        return Factors(torch.cat([use.inputs for use in uses]), torch.cat([use.slopes for use in uses]))
+
+    def dense(self) -> Tensor:
+        """`(units, out, in)`, float64: for tests, and where nothing is private."""
+        total = torch.zeros(len(self.units), *self.shape, dtype=torch.float64)
+        for row, uses in zip(total, self.units, strict=True):
+            for use in uses:
+                row += (use.slopes.double().T @ use.inputs.double()).cpu()
+        return total
+
+    def along(self, direction: Tensor) -> Tensor:
+        """`(units, out)`: the gradients times a direction `(in,)`, float64."""
+        zero = torch.zeros(self.shape[0], dtype=torch.float64, device=direction.device)
+        return torch.stack(
+            [sum(((f.inputs.double() @ direction) @ f.slopes.double() for f in uses), zero) for uses in self.units]
+        )
+
+
+def added(total: Tensor | Products, more: Tensor | Products) -> Tensor | Products:
+    """The gradients of the same units from other rows too; a tensor is changed in place."""
+    if isinstance(total, Tensor):
+        assert isinstance(more, Tensor)
+        return total.add_(more)
+    assert isinstance(more, Products)
+    return Products(total.shape, [ours + theirs for ours, theirs in zip(total.units, more.units, strict=True)])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one unit's rounded products in one weight can be at most; all are float64 scalars.
+
+    With slopes multiplied by c and rounded, the integers have a norm of at most c * norm + rounding, and no sum of them
+    over positions is above c * entry + entry_rounding.
+
+    input_scale: what inputs are multiplied by before they are rounded. slope_scale: by which slopes are at most 1.
+    """
+
+    input_scale: Tensor
+    slope_scale: Tensor
+    norm: Tensor
+    rounding: Tensor
+    entry: Tensor
+    entry_rounding: Tensor
+
+
+def rounded_inputs(inputs: Tensor, scale: Tensor) -> Tensor:
+    """Integers, in float32."""
+    return (inputs.float() * scale.float()).round_()
+
+
+def scaled_slopes(slopes: Tensor, scale: Tensor) -> Tensor:
+    return slopes.float() * scale.float()
+
+
+def measure(factors: Factors) -> Measured:
+    """Bounds of one unit's products; NaN or infinite if a factor is."""
+    inputs, slopes = factors.inputs.float(), factors.slopes.float()
+    size, largest = inputs.square().mean().sqrt(), inputs.abs().amax()
+    input_scale = torch.minimum(PRECISION / size.clamp(min=1e-30), LARGEST / largest.clamp(min=1e-30)).double()
+    slope_scale = (1 / slopes.abs().amax().clamp(min=1e-30)).double()
+    a, g = rounded_inputs(inputs, input_scale), scaled_slopes(slopes, slope_scale)
+    lengths = a.double().norm(dim=1)  # of each position
+    steps = g.double().norm(dim=1)
+    here, top = (steps > 0).double(), a.abs().amax(1).double()
+    return Measured(
+        input_scale,
+        slope_scale,
+        norm_bound(a, g, float_bound=(lengths * steps).sum()),
+        # A slope moves by half a step at most, and by nothing where it is zero; the rest is float64's own rounding.
+        0.5001 * slopes.shape[1] ** 0.5 * (lengths * here).sum(),
+        (g.abs().amax(1).double() * top).sum(),
+        0.5001 * (top * here).sum(),
+    )
+
+
+def norm_bound(a: Tensor, g: Tensor, float_bound: Tensor) -> Tensor:
+    """At least the norm of `g.T @ a`, whatever float32 makes of the sums that it takes.
+
+    A sum of d products in float32, in any order, is off by at most d * 2^-24 / (1 - d * 2^-24) of the sum of their
+    absolute values (Higham 2002, section 3.1), and those are at most the product of two lengths.
+
+    Args:
+        a: `(positions, in)`. g: `(positions, out)`. float_bound: sum over positions of |a| |g|.
+    """
+    positions, width = a.shape[0], a.shape[1] + g.shape[1]
+    if positions * width > a.shape[1] * g.shape[1]:  # the matrix is smaller than products of positions with each other
+        made = (g.T @ a).double().square().sum().sqrt()
+        return made * (1 + 2.0**-30) + _error(positions) * float_bound + SLACK
+    if positions * _error(width) > ROOM:
+        a, g = a.double(), g.double()
+    error = _error(width) if a.dtype == torch.float32 else 2.0**-30
+    squared = ((a @ a.T).double() * (g @ g.T).double()).sum()
+    return (squared + (error + 2.0**-30) * float_bound.square()).clamp(min=0).sqrt() + SLACK
+
+
+def _error(terms: int) -> float:
+    return terms * ROUNDS / (1 - terms * ROUNDS) * (1 + ROUNDS)
+
+
+class ExactSum:
+    """A sum of integer matrix products: in float64 as long as that is exact, and else in `whole`, int64."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+        self._pending: Tensor | None = None
+        self._bound = 0.0  # no entry of `_pending` is above
+
+    def add(self, factors: list[tuple[Tensor, Tensor]], bounds: list[float]) -> None:
+        """Adds products `slopes.T @ inputs`, of which no sum over positions is above its bound (at most EXACT)."""
+        if sum(bounds) > EXACT:
+            for one, bound in zip(factors, bounds, strict=True):
+                self._add(*one, bound)
+        elif factors:
+            slopes, inputs = (torch.cat(parts) for parts in zip(*factors, strict=True))
+            self._add(slopes, inputs, sum(bounds))
+
+    def _add(self, slopes: Tensor, inputs: Tensor, bound: float) -> None:
+        if self._bound + bound > EXACT:
+            self.settle()
+        if self._pending is None:
+            self._pending = torch.zeros(self.whole.shape, dtype=torch.float64, device=self.whole.device)
+        self._pending.addmm_(slopes.T, inputs.double())
+        self._bound += bound
+
+    def settle(self) -> None:
+        """Moves everything into `whole`."""
+        if self._pending is not None:
+            self.whole += self._pending.to(torch.int64)
+        self._pending, self._bound = None, 0.0
