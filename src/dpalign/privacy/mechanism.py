@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import DPAlignError
 from .entropy import SystemEntropy
-from .products import EXACT, ExactSum, Products, measure, rounded_inputs, scaled_slopes
+from .products import EXACT, ExactSum, Products, measure
 
 Clipping = Literal["automatic", "flat", "none"]
 UnitGradients: TypeAlias = Tensor | Products  # of some units in one parameter
@@ -178,25 +178,21 @@ class GaussianMechanism:
         most = self.max_grad_norm / step * (1 - 2.0**-20)  # in steps; what float64 makes of all of this is far less
         factors = torch.minimum(self.clip_factors(norms) * (MARGIN / step), (most - rounding) / norms.clamp(min=1e-300))
         factors = torch.where(torch.isfinite(norms) & torch.isfinite(rounding), factors, 0.0).clamp(min=0.0)
-        entries = {
-            (place, unit): factors[unit] / (m.input_scale * m.slope_scale) * m.entry + m.entry_rounding
+        bounds = {
+            (place, unit): factors[unit] / (m.input_scale * m.slope_scale) * m.terms + m.rounding
             for (place, unit), m in measured.items()
         }
-        for (_, unit), entry in entries.items():
-            factors[unit] = torch.where(entry <= EXACT, factors[unit], 0.0)
+        for (_, unit), bound in bounds.items():
+            factors[unit] = torch.where(bound <= EXACT, factors[unit], 0.0)
         for place, g in dense.items():
             steps = towards_zero(torch.where(_along(factors > 0, g), g * _along(factors, g), 0.0))
             self._sums[place] += steps.to(torch.int64).sum(0)
         taken = set(torch.nonzero(factors > 0).flatten().tolist())
         for place in whole:
             here = [key for key in found if key[0] == place and key[1] in taken]
-            products = []
-            for key in here:
-                m, by = measured[key], factors[key[1]]
-                slopes = scaled_slopes(found[key].slopes, m.slope_scale).double()
-                slopes = slopes.mul_(by / (m.input_scale * m.slope_scale)).round_()
-                products.append((slopes, rounded_inputs(found[key].inputs, m.input_scale)))
-            self._exact[place].add(products, [float(entries[key]) for key in here])
+            self._exact[place].add_all(
+                [(found[key], measured[key], factors[key[1]]) for key in here], [float(bounds[key]) for key in here]
+            )
 
     def add_metrics(self, metrics: Tensor) -> None:
         """Adds the `(units, len(self.metrics))` raw metrics of some units, where metrics are released."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ PRECISION = 2.0**9  # root mean square of a unit's rounded inputs
 LARGEST = 2.0**21  # of them, so that float32 holds them exactly
 EXACT = 2.0**52  # sums of float64 integers stay below: half of what it holds
 ROUNDS = 2.0**-24  # relative error of one float32 operation
-ROOM = 0.01  # of a squared norm: by more than that float32's error bound may not raise it
-SLACK = 2.0**-60  # products so small that float32 has none of them
+ROOM = 0.03  # of a squared norm: by more than that float32's error bound may not raise it
+SMALLEST = 2.0**-36  # of a position's slopes, beside which the products that float32 has no numbers for are nothing
 
 
 class Factors(NamedTuple):
@@ -86,8 +87,8 @@ def added(total: Tensor | Products, more: Tensor | Products) -> Tensor | Product
 class Measured:
     """What one unit's rounded products in one weight can be at most; all are float64 scalars.
 
-    With slopes multiplied by c and rounded, the integers have a norm of at most c * norm + rounding, and no sum of them
-    over positions is above c * entry + entry_rounding.
+    With slopes multiplied by c and rounded, the integers have a norm of at most c * norm + rounding, and the absolute
+    values of the terms of any one of them add up to at most c * terms + rounding.
 
     input_scale: what inputs are multiplied by before they are rounded. slope_scale: by which slopes are at most 1.
     """
@@ -96,8 +97,7 @@ class Measured:
     slope_scale: Tensor
     norm: Tensor
     rounding: Tensor
-    entry: Tensor
-    entry_rounding: Tensor
+    terms: Tensor
 
 
 def rounded_inputs(inputs: Tensor, scale: Tensor) -> Tensor:
@@ -112,46 +112,53 @@ def scaled_slopes(slopes: Tensor, scale: Tensor) -> Tensor:
 def measure(factors: Factors) -> Measured:
     """Bounds of one unit's products; NaN or infinite if a factor is."""
     inputs, slopes = factors.inputs.float(), factors.slopes.float()
-    size, largest = inputs.square().mean().sqrt(), inputs.abs().amax()
-    input_scale = torch.minimum(PRECISION / size.clamp(min=1e-30), LARGEST / largest.clamp(min=1e-30)).double()
-    slope_scale = (1 / slopes.abs().amax().clamp(min=1e-30)).double()
+    size = torch.linalg.vector_norm(inputs) / inputs.numel() ** 0.5
+    input_scale = torch.minimum(PRECISION / size.clamp(min=1e-30), LARGEST / _largest(inputs)).double()
+    slope_scale = (1 / _largest(slopes)).double()
     a, g = rounded_inputs(inputs, input_scale), scaled_slopes(slopes, slope_scale)
-    lengths = a.double().norm(dim=1)  # of each position
-    steps = g.double().norm(dim=1)
-    here, top = (steps > 0).double(), a.abs().amax(1).double()
-    return Measured(
-        input_scale,
-        slope_scale,
-        norm_bound(a, g, float_bound=(lengths * steps).sum()),
-        # A slope moves by half a step at most, and by nothing where it is zero; the rest is float64's own rounding.
-        0.5001 * slopes.shape[1] ** 0.5 * (lengths * here).sum(),
-        (g.abs().amax(1).double() * top).sum(),
-        0.5001 * (top * here).sum(),
-    )
+    norm, lengths, steps = norm_bound(a, g)
+    # A slope moves by half a step at most; the rest is float64's own rounding.
+    rounding = 0.5001 * slopes.shape[1] ** 0.5 * lengths.sum()
+    return Measured(input_scale, slope_scale, norm, rounding, (lengths * steps).sum())
 
 
-def norm_bound(a: Tensor, g: Tensor, float_bound: Tensor) -> Tensor:
-    """At least the norm of `g.T @ a`, whatever float32 makes of the sums that it takes.
+def _largest(values: Tensor) -> Tensor:
+    low, high = torch.aminmax(values)
+    return torch.maximum(-low, high).clamp(min=1e-30)
+
+
+def norm_bound(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """At least the norm of `g.T @ a`, whatever float32 makes of the sums that it takes; and of each row of both.
 
     A sum of d products in float32, in any order, is off by at most d * 2^-24 / (1 - d * 2^-24) of the sum of their
     absolute values (Higham 2002, section 3.1), and those are at most the product of two lengths.
 
     Args:
-        a: `(positions, in)`. g: `(positions, out)`. float_bound: sum over positions of |a| |g|.
+        a: `(positions, in)` integers. g: `(positions, out)`, none above 1.
     """
     positions, width = a.shape[0], a.shape[1] + g.shape[1]
     if positions * width > a.shape[1] * g.shape[1]:  # the matrix is smaller than products of positions with each other
+        lengths, steps = _lengths(a.square().sum(1), g.square().sum(1), width)
         made = (g.T @ a).double().square().sum().sqrt()
-        return made * (1 + 2.0**-30) + _error(positions) * float_bound + SLACK
+        return made * (1 + 2.0**-30) + _error(positions) * (lengths * steps).sum(), lengths, steps
     if positions * _error(width) > ROOM:
         a, g = a.double(), g.double()
-    error = _error(width) if a.dtype == torch.float32 else 2.0**-30
-    squared = ((a @ a.T).double() * (g @ g.T).double()).sum()
-    return (squared + (error + 2.0**-30) * float_bound.square()).clamp(min=0).sqrt() + SLACK
+    of_inputs, of_slopes = a @ a.T, g @ g.T
+    lengths, steps = _lengths(of_inputs.diagonal(), of_slopes.diagonal(), width)
+    error = _error(width) if a.dtype == torch.float32 else 0.0
+    squared = torch.mul(of_inputs.double(), of_slopes.double()).sum()
+    above = (error + 2.0**-30) * (lengths * steps).sum().square()  # the second for sums in float64
+    return (squared + above).clamp(min=0).sqrt(), lengths, steps
 
 
 def _error(terms: int) -> float:
     return terms * ROUNDS / (1 - terms * ROUNDS) * (1 + ROUNDS)
+
+
+def _lengths(of_inputs: Tensor, of_slopes: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """`(positions,)`: at least the lengths of inputs and slopes whose squares are given, summed in float32."""
+    lengths, steps = (squares.double().sqrt() * (1 + _error(terms)) for squares in (of_inputs, of_slopes))
+    return lengths, steps + SMALLEST
 
 
 class ExactSum:
@@ -162,21 +169,32 @@ class ExactSum:
         self._pending: Tensor | None = None
         self._bound = 0.0  # no entry of `_pending` is above
 
-    def add(self, factors: list[tuple[Tensor, Tensor]], bounds: list[float]) -> None:
-        """Adds products `slopes.T @ inputs`, of which no sum over positions is above its bound (at most EXACT)."""
-        if sum(bounds) > EXACT:
-            for one, bound in zip(factors, bounds, strict=True):
-                self._add(*one, bound)
-        elif factors:
-            slopes, inputs = (torch.cat(parts) for parts in zip(*factors, strict=True))
-            self._add(slopes, inputs, sum(bounds))
+    def add_all(self, units: list[tuple[Factors, Measured, Tensor]], bounds: list[float]) -> None:
+        """Adds the rounded products of some units, each with its measure, its multiplier in steps and its bound."""
+        if sum(bounds) > EXACT and len(units) > 1:
+            for unit, bound in zip(units, bounds, strict=True):
+                self.add_all([unit], [bound])
+            return
+        if not units:
+            return
+        ends = list(accumulate(len(factors.inputs) for factors, _, _ in units))
+        out, width = self.whole.shape
+        slopes = torch.empty(ends[-1], out, dtype=torch.float64, device=self.whole.device)
+        inputs = torch.empty(ends[-1], width, dtype=torch.float64, device=self.whole.device)
+        for (factors, m, by), end in zip(units, ends, strict=True):
+            rows = slice(end - len(factors.inputs), end)
+            slopes[rows] = scaled_slopes(factors.slopes, m.slope_scale)
+            slopes[rows] *= by / (m.input_scale * m.slope_scale)
+            inputs[rows] = rounded_inputs(factors.inputs, m.input_scale)
+        self.add(slopes.round_(), inputs, sum(bounds))
 
-    def _add(self, slopes: Tensor, inputs: Tensor, bound: float) -> None:
+    def add(self, slopes: Tensor, inputs: Tensor, bound: float) -> None:
+        """Adds `slopes.T @ inputs`, float64 integers, the terms of which add up to at most `bound` (at most EXACT)."""
         if self._bound + bound > EXACT:
             self.settle()
         if self._pending is None:
             self._pending = torch.zeros(self.whole.shape, dtype=torch.float64, device=self.whole.device)
-        self._pending.addmm_(slopes.T, inputs.double())
+        self._pending.addmm_(slopes.T, inputs)
         self._bound += bound
 
     def settle(self) -> None:
