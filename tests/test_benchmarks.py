@@ -42,6 +42,14 @@ def fixed_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=next(highest)))
 
 
+def fixed_peaks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for three: 200 KiB for the private one, 100 without privacy, and 400 for Opacus."""
+    highest = iter([500, 700, 700, 800, 500, 900])
+    monkeypatch.setattr(subprocess, "run", run_here)
+    module = importlib.import_module("private_step")
+    monkeypatch.setattr(module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=next(highest)))
+
+
 def known_peaks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The children's peaks: 500 KiB when an update begins, and so many more of each, in the order in which they run."""
     more = iter([more for update in (100, 16, 80, 30, 12, 20) for more in (1, update, update)])
@@ -226,6 +234,14 @@ def one_line(out: str) -> dict:
 def check_private_step(out: str, folder: Path) -> None:
     found = one_line(out)
     assert set(found) == {"time_ratio", "memory_ratio"} and found["time_ratio"] > 0 and found["memory_ratio"] == 2
+
+
+def check_full_finetuning(out: str, folder: Path) -> None:
+    found = one_line(out)
+    times = ["time_ratio", "time_ratio_opacus", "time_over_opacus", "noise_seconds"]
+    assert set(found) == {"trained", "memory_ratio", "memory_ratio_opacus", "memory_over_opacus", *times}
+    assert found["trained"] == 12 * 32 * 32 and min(found.values()) > 0
+    assert (found["memory_ratio"], found["memory_ratio_opacus"], found["memory_over_opacus"]) == (2, 4, 0.5)
 
 
 def check_memory_flat(out: str, folder: Path) -> None:
@@ -608,6 +624,7 @@ STAGES = (
 )
 SMOKE = {
     "private_step.py --json": Smoke(f"{GPT2} --rows 3 --tokens 6 --pairs 2", check_private_step, fixed_memory),
+    "full_finetuning.py --json": Smoke(f"{GPT2} --rows 3 --tokens 6 --micro 2 --rounds 2", check_full_finetuning, fixed_peaks),
     "memory_flat.py --json": Smoke(
         "--layers 1 --hidden 32 --drawn 3 6 --records 2 --tokens 4 --vocab 512 --at_once 1", check_memory_flat, known_peaks
     ),

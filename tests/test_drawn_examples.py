@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from dpalign.algorithms import SFT, SFTConfig
-from dpalign.algorithms.base import encode_units
+from dpalign.algorithms.base import Rows, encode_units
+from dpalign.data.text import Encoded, kept
 from dpalign.privacy.ledger import Ledger
 from dpalign.training import Stage
 from dpalign.training.examples import Examples
@@ -68,3 +70,22 @@ def test_a_stage_encodes_who_is_drawn_and_nobody_else(tmp_path, policy, monkeypa
     stage.train()
     who = {f"q{unit}" for sample in drawn for unit in sample.units}
     assert set(algorithm.encoded) == who and len(algorithm.encoded) == len(who) < 40
+
+
+def test_token_ids_are_one_object_for_all_texts():
+    """An int of python takes 28 bytes, and of a drawn unit all of its tokens are kept."""
+    first, second = kept([5000, 7, 5000]), kept([int("5000"), 7000])
+    assert (first, second) == ([5000, 7, 5000], [5000, 7000])
+    assert first[0] is first[2] is second[0]
+    assert Encoded([int("5000")] * 2, [True, False]).cut(1).ids[0] is first[0]
+
+
+def test_rows_are_narrow_while_they_are_kept_and_wide_where_they_are_read():
+    rows = Rows(torch.tensor([0, 1, 1]), {"ids": torch.tensor([[7], [2**31 - 1], [0]]), "mask": torch.ones(3, 1)})
+    narrow = rows.kept()
+    assert (narrow.tensors["ids"].dtype, narrow.tensors["mask"].dtype) == (torch.int32, torch.float32)
+    for units in ([0, 1], [1]):
+        one, two = rows.of(units), narrow.of(units)
+        assert torch.equal(one.unit, two.unit) and one.unit.dtype == two.unit.dtype
+        for name, tensor in one.tensors.items():
+            assert torch.equal(tensor, two.tensors[name]) and tensor.dtype == two.tensors[name].dtype

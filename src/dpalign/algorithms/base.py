@@ -140,7 +140,10 @@ class Rows:
     tensors: dict[str, Tensor]
 
     def of(self, units: list[int]) -> Rows:
-        """The rows of `units`, counted anew in that order; a unit that is named twice has its rows twice."""
+        """The rows of `units`, counted anew in that order; a unit that is named twice has its rows twice.
+
+        Integers are as wide as models take them.
+        """
         device = self.unit.device
         wanted = torch.tensor(units, dtype=torch.int64, device=device)
         counts = torch.bincount(self.unit, minlength=max(units, default=0) + 1)  # rows of each unit
@@ -149,7 +152,12 @@ class Rows:
         unit = torch.arange(len(units), device=device).repeat_interleave(lengths)
         place = torch.arange(len(unit), device=device) - (lengths.cumsum(0) - lengths)[unit]  # among its unit's rows
         rows = order[firsts[wanted][unit] + place]
-        return Rows(unit, {name: tensor[rows] for name, tensor in self.tensors.items()})
+        return Rows(unit, {name: _wide(tensor[rows]) for name, tensor in self.tensors.items()})
+
+    def kept(self) -> Rows:
+        """The same for as long as a phase lasts: integers, which are token ids, masks and counts, in 32 bits."""
+        narrow = {n: t.to(torch.int32) if t.dtype == torch.int64 else t for n, t in self.tensors.items()}
+        return Rows(self.unit, narrow)
 
     def split(self, size: int) -> list[Rows]:
         """These rows in their order, at most `size` of them in each part."""
@@ -165,6 +173,10 @@ class Rows:
         rows = torch.cat([torch.arange(count, device=device), more])
         units = torch.cat([self.unit, torch.full_like(more, unit)])
         return Rows(units, {name: tensor[rows] for name, tensor in self.tensors.items()})
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
 
 
 def micro_batches(rows: Rows, units: list[int], most_units: int, most_rows: int) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data.load import Record
-from ..data.text import Text, cut_length, encode_prompt_text, encode_text, joined, read_text, template_options
+from ..data.text import Text, cut_length, encode_prompt_text, encode_text, joined, kept, read_text, template_options
 from ..engines import Local
 from ..errors import DPAlignError, TooLongError
 from ..models import Policy
@@ -61,7 +61,7 @@ def read_prompt(tokenizer: Tokenizer, record: Record, config: SamplingConfig) ->
     said: Text = str(tokenizer.decode(ids, skip_special_tokens=True)) if text is None else text
     # The declared columns and no others: a key that only one record has must not change the call of the reward.
     columns = {name: record.get(name) for name in given_columns(config.reward)}
-    return Prompt(ids, said, columns or None, None if text is None else template_options(record) or None)
+    return Prompt(kept(ids), said, columns or None, None if text is None else template_options(record) or None)
 
 
 def columns_of(prompts: Sequence[Prompt], config: SamplingConfig) -> dict[str, list[Any]]:

@@ -129,11 +129,13 @@ def _compute(stage: RecipeStage, turns: float, parameters: float | None) -> dict
     """What so many turns of a unit cost."""
     each = stage.kind.tokens(stage.config)
     trained, read = turns * each.trained, turns * each.read
+    adapter = getattr(stage.config, "adapter", None)
+    passes = 6 if adapter is not None and adapter.kind == "full" else 4  # a forward pass is 2
     return {
         "tokens_trained": trained,
         "tokens_read": read,
-        # Forward 2, and 2 more for activations' gradients: the frozen base needs no weight gradients.
-        "flops": None if parameters is None else parameters * (4 * trained + 2 * read),
+        # Forward 2, and 2 more for activations' gradients; weights' gradients, 2 more, only where these are trained.
+        "flops": None if parameters is None else parameters * (passes * trained + 2 * read),
     }
 
 

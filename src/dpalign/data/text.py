@@ -40,8 +40,16 @@ class Encoded:
         return self.learned.index(True) if True in self.learned else len(self.ids)
 
     def cut(self, length: int) -> Encoded:
-        """The first `length` tokens."""
-        return Encoded(self.ids[:length], self.learned[:length])
+        """The first `length` tokens, to be kept."""
+        return Encoded(kept(self.ids[:length]), self.learned[:length])
+
+
+def kept(ids: list[int]) -> list[int]:
+    """The same ids, each one object for all texts: a token of the many that are kept then takes 8 bytes."""
+    return [_IDS.setdefault(token, token) for token in ids]
+
+
+_IDS: dict[int, int] = {}
 
 
 # What is encoded --------------------------------------------------------------------------------------

@@ -172,15 +172,14 @@ class GaussianMechanism:
         measured = {key: measure(factors) for key, factors in found.items()}
         rounding = torch.zeros_like(squares)
         for (_, unit), m in measured.items():
-            squares[unit] += (m.norm / (m.input_scale * m.slope_scale)).square()
+            squares[unit] += (m.norm / m.scale).square()
             rounding[unit] += m.rounding.square()
         norms, rounding = squares.sqrt(), rounding.sqrt()
         most = self.max_grad_norm / step * (1 - 2.0**-20)  # in steps; what float64 makes of all of this is far less
         factors = torch.minimum(self.clip_factors(norms) * (MARGIN / step), (most - rounding) / norms.clamp(min=1e-300))
         factors = torch.where(torch.isfinite(norms) & torch.isfinite(rounding), factors, 0.0).clamp(min=0.0)
         bounds = {
-            (place, unit): factors[unit] / (m.input_scale * m.slope_scale) * m.terms + m.rounding
-            for (place, unit), m in measured.items()
+            (place, unit): factors[unit] / m.scale * m.terms + m.rounding for (place, unit), m in measured.items()
         }
         for (_, unit), bound in bounds.items():
             factors[unit] = torch.where(bound <= EXACT, factors[unit], 0.0)

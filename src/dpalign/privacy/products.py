@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 PRECISION = 2.0**9  # root mean square of a unit's rounded inputs
-LARGEST = 2.0**21  # of them, so that float32 holds them exactly
 EXACT = 2.0**52  # sums of float64 integers stay below: half of what it holds
 ROUNDS = 2.0**-24  # relative error of one float32 operation
 ROOM = 0.03  # of a squared norm: by more than that float32's error bound may not raise it
-SMALLEST = 2.0**-36  # of a position's slopes, beside which the products that float32 has no numbers for are nothing
+SMALLEST = 2.0**-40  # of a position's slopes: beside it the products that float32 has no numbers for are nothing
 
 
 class Factors(NamedTuple):
@@ -90,11 +89,10 @@ class Measured:
     With slopes multiplied by c and rounded, the integers have a norm of at most c * norm + rounding, and the absolute
     values of the terms of any one of them add up to at most c * terms + rounding.
 
-    input_scale: what inputs are multiplied by before they are rounded. slope_scale: by which slopes are at most 1.
+    scale: what inputs are multiplied by before they are rounded.
     """
 
-    input_scale: Tensor
-    slope_scale: Tensor
+    scale: Tensor
     norm: Tensor
     rounding: Tensor
     terms: Tensor
@@ -105,26 +103,14 @@ def rounded_inputs(inputs: Tensor, scale: Tensor) -> Tensor:
     return (inputs.float() * scale.float()).round_()
 
 
-def scaled_slopes(slopes: Tensor, scale: Tensor) -> Tensor:
-    return slopes.float() * scale.float()
-
-
 def measure(factors: Factors) -> Measured:
     """Bounds of one unit's products; NaN or infinite if a factor is."""
     inputs, slopes = factors.inputs.float(), factors.slopes.float()
-    size = torch.linalg.vector_norm(inputs) / inputs.numel() ** 0.5
-    input_scale = torch.minimum(PRECISION / size.clamp(min=1e-30), LARGEST / _largest(inputs)).double()
-    slope_scale = (1 / _largest(slopes)).double()
-    a, g = rounded_inputs(inputs, input_scale), scaled_slopes(slopes, slope_scale)
-    norm, lengths, steps = norm_bound(a, g)
+    scale = (PRECISION * inputs.numel() ** 0.5 / torch.linalg.vector_norm(inputs).clamp(min=1e-30)).double()
+    norm, lengths, steps = norm_bound(rounded_inputs(inputs, scale), slopes)
     # A slope moves by half a step at most; the rest is float64's own rounding.
     rounding = 0.5001 * slopes.shape[1] ** 0.5 * lengths.sum()
-    return Measured(input_scale, slope_scale, norm, rounding, (lengths * steps).sum())
-
-
-def _largest(values: Tensor) -> Tensor:
-    low, high = torch.aminmax(values)
-    return torch.maximum(-low, high).clamp(min=1e-30)
+    return Measured(scale, norm, rounding, (lengths * steps).sum())
 
 
 def norm_bound(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +120,7 @@ def norm_bound(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absolute values (Higham 2002, section 3.1), and those are at most the product of two lengths.
 
     Args:
-        a: `(positions, in)` integers. g: `(positions, out)`, none above 1.
+        a: `(positions, in)` integers. g: `(positions, out)`.
     """
     positions, width = a.shape[0], a.shape[1] + g.shape[1]
     if positions * width > a.shape[1] * g.shape[1]:  # the matrix is smaller than products of positions with each other
@@ -183,9 +169,8 @@ class ExactSum:
         inputs = torch.empty(ends[-1], width, dtype=torch.float64, device=self.whole.device)
         for (factors, m, by), end in zip(units, ends, strict=True):
             rows = slice(end - len(factors.inputs), end)
-            slopes[rows] = scaled_slopes(factors.slopes, m.slope_scale)
-            slopes[rows] *= by / (m.input_scale * m.slope_scale)
-            inputs[rows] = rounded_inputs(factors.inputs, m.input_scale)
+            torch.mul(factors.slopes.double(), by / m.scale, out=slopes[rows])
+            inputs[rows] = rounded_inputs(factors.inputs, m.scale)
         self.add(slopes.round_(), inputs, sum(bounds))
 
     def add(self, slopes: Tensor, inputs: Tensor, bound: float) -> None:

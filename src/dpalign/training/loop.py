@@ -136,7 +136,7 @@ class Worker:
         self.model.finish_stage()
 
     def _rows(self, work: Work) -> Rows:
-        return rows_of_units(self.algorithm, self.model, work.examples, work.coins)
+        return rows_of_units(self.algorithm, self.model, work.examples, work.coins).kept()
 
     def _sum(self, sample: Sample, rows: Rows, positions: list[int]) -> GaussianMechanism:
         """A pass over a sample's units: those at `positions` are added here, and in the first process those of all."""
