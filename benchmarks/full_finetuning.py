@@ -2,8 +2,8 @@
 
     python benchmarks/full_finetuning.py --json
 
-All three train the weights of every linear layer of the same GPT-2's blocks (random weights; embeddings, norms and biases
-are frozen) with the same language-modelling loss and AdamW, `--micro` rows in a forward and backward pass:
+All three train the weights of every linear layer of the same GPT-2's blocks (distilgpt2's shape, random weights; embeddings,
+norms and biases are frozen) with the same language-modelling loss and AdamW, `--micro` rows in a forward and backward pass:
 
 private      `adapter.kind: full`: sums of integer products (`privacy/products.py`), noise, the loop's own code;
 non-private  ordinary autograd: gradients of the micro-batches add up. No clip, no noise;
@@ -164,10 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--vocab", type=int, default=8000)
-    parser.add_argument("--rows", type=int, default=256, help="of a step")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--vocab", type=int, default=50257)
+    parser.add_argument("--rows", type=int, default=64, help="of a step")
     parser.add_argument("--micro", type=int, default=16, help="rows of a forward and backward pass")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
