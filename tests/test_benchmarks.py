@@ -238,7 +238,7 @@ def check_private_step(out: str, folder: Path) -> None:
 
 def check_full_finetuning(out: str, folder: Path) -> None:
     found = one_line(out)
-    times = ["time_ratio", "time_ratio_opacus", "time_over_opacus", "noise_seconds"]
+    times = ["time_ratio", "time_ratio_opacus", "sum_ratio", "time_over_opacus", "noise_seconds"]
     assert set(found) == {"trained", "memory_ratio", "memory_ratio_opacus", "memory_over_opacus", *times}
     assert found["trained"] == 12 * 32 * 32 and min(found.values()) > 0
     assert (found["memory_ratio"], found["memory_ratio_opacus"], found["memory_over_opacus"]) == (2, 4, 0.5)

@@ -12,16 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpalign.algorithms.base import unit_means
+from dpalign.algorithms import SFT, SFTConfig
+from dpalign.algorithms.base import encode_units, micro_batches, unit_means
 from dpalign.errors import DPAlignError
 from dpalign.gradients import PerUnitGradients
 from dpalign.models import AdapterConfig, ModelConfig, Policy
 from dpalign.models.whole import WholeLinear
+from dpalign.privacy.entropy import SystemEntropy
+from dpalign.privacy.mechanism import GaussianMechanism
 from dpalign.privacy.products import Products
+from dpalign.training.loop import unit_gradients
 from helpers import call, in_fresh_process, reviews, statement, write_jsonl, write_recipe
 from test_gradients import GROUPS, ONE_ROW_EACH, UNITS, one_by_one, row_losses, some_rollouts, trainable
 from test_resume import kill_after
-from tiny import tiny_folder, tiny_policy
+from tiny import tiny_folder, tiny_policy, words
 
 FULL = AdapterConfig(kind="full")
 
@@ -52,6 +56,29 @@ def logits(policy: Policy, seed: int = 2) -> Tensor:
     rollouts = some_rollouts(3, seed)
     with torch.no_grad():
         return policy(rollouts.input_ids, rollouts.attention_mask, rollouts.input_ids.shape[1])[0]
+
+
+def mechanism_of(gradients: PerUnitGradients) -> GaussianMechanism:
+    return GaussianMechanism(
+        [p.shape for p in gradients.parameters],
+        max_grad_norm=1.0,
+        noise_multiplier=1.0,
+        divisor=1.0,
+        entropy=SystemEntropy(),
+        products=True,
+    )
+
+
+def summed(held: GaussianMechanism) -> list[Tensor]:
+    held._settle()
+    return held._sums
+
+
+ONE = [{"text": words(40, 50)}]
+LONG, SHORT = [[{"text": words(40, i)}] for i in range(7)], [[{"text": "w1 w2"}] for _ in range(6)]
+PERSON = [{"text": words(i + 3, i)} for i in range(3)]
+COMPANIES = {"first": [ONE, *LONG], "end": [*LONG, ONE], "last": [*LONG, *SHORT[:2], ONE], "alone": [ONE]}
+COMPANIES |= {"persons": [PERSON, ONE, PERSON, *LONG], "short": [*SHORT[:3], ONE, *SHORT[3:]]}
 
 
 # Gradients ----------------------------------------------------------------------------------------------------------
@@ -247,34 +274,47 @@ def test_processes_make_the_same_sum():
     """Integers: what two processes add of one sample is what one adds."""
     policy, rollouts = whole_policy("gpt2", head=False), some_rollouts(UNITS)
     gradients = PerUnitGradients(policy)
-
-    def held():
-        from dpalign.privacy.entropy import SystemEntropy
-        from dpalign.privacy.mechanism import GaussianMechanism
-
-        return GaussianMechanism(
-            [p.shape for p in gradients.parameters],
-            max_grad_norm=1.0,
-            noise_multiplier=1.0,
-            divisor=1.0,
-            entropy=SystemEntropy(),
-            products=True,
-        )
-
     with gradients.collect(ONE_ROW_EACH, UNITS):
         row_losses(policy, rollouts).sum().backward()
-    grads, alone, first, second = gradients.grads(), held(), held(), held()
+    grads, alone, first, second = gradients.grads(), *(mechanism_of(gradients) for _ in range(3))
     alone.add(grads)
     first.add([g[slice(0, 1)] for g in grads])
     second.add([g[slice(1, UNITS)] for g in grads])
-    second._settle()
 
     def add_up(sums):
         if sums is first._sums:
-            for ours, theirs in zip(sums, second._sums, strict=True):
+            for ours, theirs in zip(sums, summed(second), strict=True):
                 ours += theirs
 
     first.combine(add_up)
-    alone._settle()
-    assert all(torch.equal(a, b) for a, b in zip(alone._sums, first._sums, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(summed(alone), first._sums, strict=True))
     assert sum(bool(total.any()) for total in alone._sums) == len(alone._sums)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_who_shares_a_micro_batch_moves_no_integer_of_a_unit(kind):
+    """Of whole weights and a micro-batch of eight: the same person's integers, wherever and beside whom they are."""
+    policy, algorithm = tiny_policy(kind), SFT(SFTConfig(adapter=FULL, micro_batch_size=8, max_length=24))
+    algorithm.setup(policy)
+    move(policy)
+    gradients, found = PerUnitGradients(policy), {}
+    for name, units in COMPANIES.items():
+        rows = algorithm.rows(policy, encode_units(algorithm, policy, units), None)
+        for part in micro_batches(rows, list(range(len(units))), algorithm.examples_at_once, algorithm.rows_at_once):
+            if units.index(ONE) not in part:
+                continue
+            grads, _ = unit_gradients(policy, algorithm, gradients, rows.of(part), algorithm.examples_at_once)
+            place = part.index(units.index(ONE))
+            held = mechanism_of(gradients)
+            held.add([g[slice(place, place + 1)] for g in grads])
+            alone = torch.cat([total.flatten() for total in summed(held)])
+            beside = mechanism_of(gradients)
+            beside.add(grads)
+            others = mechanism_of(gradients)
+            others.add([g[slice(0, place)] for g in grads])
+            others.add([g[slice(place + 1, None)] for g in grads])
+            both = zip(summed(beside), summed(others), strict=True)
+            assert torch.equal(torch.cat([(a - b).flatten() for a, b in both]), alone)
+            found[name] = alone
+    assert set(found) == set(COMPANIES) and all(torch.equal(f, found["alone"]) for f in found.values())
+    assert found["alone"].double().norm() > 0.9 * 2**40 / 2
