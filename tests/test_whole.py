@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -193,6 +194,30 @@ def test_a_release_is_plain_peft_and_is_read_as_whole_weights(tmp_path):
     mask = rollouts.attention_mask.bool()
     for found in (logits(policy), logits(again)):
         assert torch.allclose(found[mask], theirs[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [FULL, AdapterConfig(r=2, target_modules="all-linear")], ids=["full", "lora"])
+def test_a_gate_of_one_number_keeps_its_gap(config):
+    """What makes a sigmoid take its numbers one by one, also where the gate is adapted."""
+    policy = tiny_policy("qwen2_moe")
+    policy.add_adapter("stage", config)
+    policy.add_adapter("second", config)
+    gates = [m for m in policy.modules() if isinstance(m, LoraLayer) and m.out_features == 1]
+    assert gates and all(gate(torch.randn(2, 5, gate.in_features)).stride()[-2] == 2 for gate in gates)
+
+
+def test_on_a_base_in_parts_a_release_stays_an_adapter(tmp_path, monkeypatch):
+    """Whose layers have no weight of their own to be added to."""
+    folder = tiny_folder("llama", tmp_path / "base")
+    policy = Policy.load(ModelConfig(str(folder), is_public=True, dtype="float32"))
+    policy.add_adapter("sft", FULL)
+    move(policy)
+    policy.save_adapter(tmp_path / "release", str(folder))
+    monkeypatch.setattr("dpalign.models.whole.is_placeholder", lambda weight: True)
+    again = Policy.load(ModelConfig(str(tmp_path / "release"), is_public=True, dtype="float32"))
+    assert not layers(again) and torch.allclose(logits(again), logits(policy), atol=1e-4)
+    with pytest.raises(DPAlignError, match=r"in parts: set model\.dtype"):
+        again.add_adapter("second", FULL)
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpalign.errors import DPAlignError
 from dpalign.privacy import products
 from dpalign.privacy.entropy import SeededEntropy, SystemEntropy
 from dpalign.privacy.mechanism import FINER, GRID, GaussianMechanism, MetricRange
@@ -326,3 +327,89 @@ def test_without_noise_all_bits_are_kept():
     assert held._finer == 0
     held.add(some_units(1))
     assert sums(held)[0] % 2**10 or sums(held)[1] % 2**10
+
+
+# What an independent reader found -----------------------------------------------------------------------------------
+
+
+def held_total(factors: Factors | None, shape: torch.Size, **changes) -> GaussianMechanism:
+    found = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "divisor": 1.0, "entropy": SystemEntropy(), "products": True}
+    held = GaussianMechanism([shape, torch.Size((3,))], **found | changes)
+    held.add([Products(shape, [[] if factors is None else [factors]]), torch.zeros(1, 3)])
+    held._settle()
+    return held
+
+
+@pytest.mark.parametrize("factors", [None, Factors(torch.zeros(2, 7), torch.ones(2, 5)), Factors(torch.ones(2, 7), torch.zeros(2, 5))])
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+def test_a_gradient_of_zero_adds_zero_without_a_stability_constant(factors, clipping):
+    """Places of a micro-batch without a unit, too: one times infinity would be the smallest integer there is."""
+    held = held_total(factors, torch.Size((5, 7)), clipping=clipping, gamma=0.0)
+    assert not any(total.any() for total in held._sums)
+
+
+def test_two_rows_whose_product_is_beyond_float32_are_not_taken_for_nothing():
+    """Opposite slopes, each just short enough to be squared; tiny inputs keep everything else small."""
+    largest, generator = torch.finfo(torch.float32).max, torch.Generator().manual_seed(0)
+    inputs = torch.zeros(2, 64)
+    inputs[:, 0], inputs[1, 1] = 6e-19, 6e-19
+    overflown = 0
+    for _ in range(2000):
+        v = torch.randn(64, generator=generator, dtype=torch.float64)
+        w = -v * (1 + 1e-4 * torch.randn(64, generator=generator, dtype=torch.float64))
+        room = 1 - 6e-7 * float(torch.rand((), generator=generator))
+        slopes = torch.stack([x / x.norm() * largest**0.5 * room for x in (v, w)]).float()
+        gram = slopes @ slopes.T
+        if not gram.diagonal().isfinite().all() or gram.isfinite().all():
+            continue
+        overflown += 1
+        held = held_total(Factors(inputs, slopes), torch.Size((64, 64)), clipping="automatic", gamma=0.01)
+        assert not any(total.any() for total in held._sums)
+    assert overflown
+
+
+@pytest.mark.parametrize("shape", [(7, 64, 257), (9, 128, 33), (5, 64, 30), (3, 64, 50), (6, 31, 17)])
+def test_where_a_unit_lies_in_memory_moves_no_integer(shape):
+    """Rows of a micro-batch begin at addresses of all kinds."""
+    positions, width, out = shape
+    generator = torch.Generator().manual_seed(0)
+    inputs, slopes = (torch.randn(1, positions, size, generator=generator).repeat(8, 1, 1) for size in (width, out))
+    found = [held_total(Factors(inputs[row], slopes[row]), torch.Size((out, width)))._sums[0] for row in range(8)]
+    assert all(torch.equal(total, found[0]) for total in found)
+
+
+def test_the_smallest_noise_leaves_room_in_the_sum():
+    """64 units that agree, at a noise multiplier of a millionth: the sum is theirs, and not what is left of it modulo 2^64."""
+    unit = Factors(torch.ones(1, 7), torch.ones(1, 5) * 100)
+    held = held_total(None, torch.Size((5, 7)), noise_multiplier=1e-6)
+    for _ in range(64):
+        held.add([Products(torch.Size((5, 7)), [[unit]]), torch.zeros(1, 3)])
+    assert 0.99 * 64 < float(held.release()[0][0].norm()) < 1.01 * 64
+    assert held_total(None, torch.Size((5, 7)), noise_multiplier=0.3)._finer == FINER
+
+
+def test_autocast_around_it_changes_nothing():
+    grads, plain, inside = some_units(3), mechanism(), mechanism()
+    plain.add(grads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside.add(grads)
+    assert sums(plain) == sums(inside)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_products_of_fewer_bits_are_refused(kind, monkeypatch):
+    """As a variable of the environment makes them on some GPUs."""
+    real = Tensor.__matmul__
+
+    def coarse(a: Tensor, b: Tensor) -> Tensor:
+        if a.dtype != kind:
+            return real(a, b)
+        bits = 11 if kind == torch.float32 else 25
+        mantissa, exponent = torch.frexp(a)
+        a = torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+        return real(a, b)
+
+    mechanism()
+    monkeypatch.setattr(Tensor, "__matmul__", coarse)
+    with pytest.raises(DPAlignError, match=rf"products of {str(kind)[6:]} matrices are computed with fewer bits"):
+        mechanism()

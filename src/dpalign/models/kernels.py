@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import ACT2CLS, FastGELUActivation, NewGELUActivation, XIELUActivation
@@ -59,6 +60,13 @@ def constant_kernels(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None:
         head.register_forward_pre_hook(_contiguous)
+
+
+def keep_apart(model: nn.Module) -> None:
+    """The same for the adapted ones among such layers, whose sum closes the gap again."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and module.out_features == 1 and _apart not in module._forward_hooks.values():
+            module.register_forward_hook(_apart)
 
 
 class Activation(nn.Module):

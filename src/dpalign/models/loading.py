@@ -18,6 +18,7 @@ from ..files import is_missing
 from ..launched import place
 from ..printable import printable
 from ..settings.models import TINY_REVIEW_LM
+from .kernels import keep_apart
 from .sharded import is_placeholder
 from .whole import recognise
 
@@ -151,6 +152,7 @@ def load_adapter(base: Any, folder: str, **options: Any) -> Any:
     expected = {name.replace(".earlier.", ".") for name, _ in model.named_parameters() if ".lora_" in name}
     refuse_missing(folder, expected - saved)
     check_weights(model, f"the release {folder}")
+    keep_apart(model)
     recognise(model, "earlier")
     model.peft_config["earlier"].base_model_name_or_path = base.name_or_path  # where it lies, however it is called
     return model

@@ -26,7 +26,7 @@ from ..errors import DPAlignError
 from ..settings.models import AdapterConfig, ModelConfig
 from . import embedded
 from .bases import base_path
-from .kernels import constant_kernels
+from .kernels import constant_kernels, keep_apart
 from .loading import check_configuration, check_tokenizer, check_weights, loaded
 from .lora import check_adapter_folder, check_layers
 from .objects import SAVE_IT, Given, check_adapter, take_weights
@@ -104,6 +104,7 @@ class AdapterStack(nn.Module):
         except ValueError as error:
             raise DPAlignError(f"the adapter cannot be added: {str(error).splitlines()[0]}") from None
         check_layers(self.model, name)
+        keep_apart(self.model)
         if whole:
             self._trained = widen(self.model, name)
         self.adapters.append(name)

@@ -105,7 +105,10 @@ def recognise(model: PeftModel, adapter: str) -> None:
     """Has a loaded adapter's layers compute with whole weights where that is what they are."""
     for _, layer in _adapted(model, adapter):
         a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
-        if type(layer) is not Linear or layer.scaling[adapter] != 1 or layer.get_base_layer().weight.dtype != a.dtype:
+        weight = layer.get_base_layer().weight
+        if type(layer) is not Linear or layer.scaling[adapter] != 1:
+            continue
+        if weight.dtype != a.dtype or is_placeholder(weight):  # the sum has to be one of float32, and to be here
             continue
         identity = torch.eye(min(_shape(layer)), dtype=a.dtype, device=a.device)
         if torch.equal(b if _holding(layer) == "lora_A" else a, identity):

@@ -25,15 +25,17 @@ import torch
 from torch import Tensor
 
 from ..errors import DPAlignError
+from .context import own_context
 from .entropy import SystemEntropy
-from .products import EXACT, ExactSum, Products, measure
+from .products import EXACT, ExactSum, Products, check_arithmetic, measure
 
 Clipping = Literal["automatic", "flat", "none"]
 UnitGradients: TypeAlias = Tensor | Products  # of some units in one parameter
 GRID = 2.0**-20  # of the noise: what rounding moves a release by is far below what the noise does
 FINE_GRID = 2.0**-40  # of C, where there is no noise to be compared with
 MARGIN = 1 - 2.0**-16  # a norm is computed in float32: without it half of all clipped gradients would be above C
-FINER = 20  # bits by which sums of products are finer than what is released
+FINER = 20  # bits by which sums of products are finer than what is released,
+FINEST = 42  # and those of C, at most: a million units of it are less than int64 holds
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,14 @@ class GaussianMechanism:
         self._entropy = entropy
         self.grid = 0.0 if clipping == "none" else grid_of(max_grad_norm, noise_multiplier)
         kind = dtype if clipping == "none" else torch.int64
-        self._finer = FINER if products and noise_multiplier > 0 else 0
+        self._finer = 0
+        if products and noise_multiplier > 0:
+            self._finer = max(0, min(FINER, FINEST - math.ceil(math.log2(max_grad_norm / self.grid))))
         self._sums = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
         self._exact = {place: ExactSum(total) for place, total in enumerate(self._sums)} if products else {}
+        if products and clipping != "none":
+            with own_context():
+                check_arithmetic(device)
         self.metrics_grid = grid_of(1.0, 0.0 if math.isinf(metrics_noise_multiplier) else metrics_noise_multiplier)
         self._metrics_sum = torch.zeros(len(metrics), dtype=torch.int64)
 
@@ -122,13 +129,13 @@ class GaussianMechanism:
             grads: one `(units, *shape)` tensor per parameter, any floating dtype, or `Products` that stand for one.
             metrics: `(units, len(self.metrics))` raw values, or None where none are released.
         """
-        dense = [g for g in grads if isinstance(g, Tensor)]
         if self.clipping == "none":
             self._add_unclipped(grads)
-        elif len(dense) == len(grads):
-            self._add_integers(dense)
+        elif self._exact:
+            with own_context():  # bounds before sums rest on what a product of matrices is
+                self._add_products(grads)
         else:
-            self._add_products(grads)
+            self._add_integers([g for g in grads if isinstance(g, Tensor)])
         if metrics is not None:
             self.add_metrics(metrics)
 
@@ -177,7 +184,8 @@ class GaussianMechanism:
         norms, rounding = squares.sqrt(), rounding.sqrt()
         most = self.max_grad_norm / step * (1 - 2.0**-20)  # in steps; what float64 makes of all of this is far less
         factors = torch.minimum(self.clip_factors(norms) * (MARGIN / step), (most - rounding) / norms.clamp(min=1e-300))
-        factors = torch.where(torch.isfinite(norms) & torch.isfinite(rounding), factors, 0.0).clamp(min=0.0)
+        bounded = torch.isfinite(norms) & torch.isfinite(rounding) & torch.isfinite(factors)  # none is, of a norm of 0
+        factors = torch.where(bounded, factors, 0.0).clamp(min=0.0)
         bounds = {
             (place, unit): factors[unit] / m.scale * m.terms + m.rounding for (place, unit), m in measured.items()
         }

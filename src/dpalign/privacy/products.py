@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import DPAlignError
+
 PRECISION = 2.0**9  # root mean square of a unit's rounded inputs
 EXACT = 2.0**52  # sums of float64 integers stay below: half of what it holds
 ROUNDS = 2.0**-24  # relative error of one float32 operation
@@ -103,9 +105,23 @@ def rounded_inputs(inputs: Tensor, scale: Tensor) -> Tensor:
     return (inputs.float() * scale.float()).round_()
 
 
+def check_arithmetic(device: torch.device | str) -> None:
+    """Raises DPAlignError where products of matrices have fewer bits than their numbers: the bounds would not hold."""
+    for dtype, most in ((torch.float32, 2**12), (torch.float64, 2**26)):
+        odd = torch.arange(most - 127, most, 2, device=device)
+        numbers = torch.zeros(64, 64, dtype=dtype, device=device)
+        numbers[:, 0] = odd  # one product each: exact in the dtype's own precision, and not with a bit less
+        if not torch.equal((numbers @ numbers.T).long(), odd.unsqueeze(1) * odd):
+            raise DPAlignError(
+                f"products of {str(dtype)[6:]} matrices are computed with fewer bits here (NVIDIA_TF32_OVERRIDE, say), "
+                "and the bound on whole weights' gradients would not hold: switch that off, or train LoRA."
+            )
+
+
 def measure(factors: Factors) -> Measured:
     """Bounds of one unit's products; NaN or infinite if a factor is."""
-    inputs, slopes = factors.inputs.float(), factors.slopes.float()
+    # Copies: what a kernel makes of a row may depend on where it lies in memory, and so on who shares the micro-batch.
+    inputs, slopes = (part.to(torch.float32, copy=True) for part in factors)
     scale = (PRECISION * inputs.numel() ** 0.5 / torch.linalg.vector_norm(inputs).clamp(min=1e-30)).double()
     norm, lengths, steps = norm_bound(rounded_inputs(inputs, scale), slopes)
     # A slope moves by half a step at most; the rest is float64's own rounding.
@@ -134,7 +150,8 @@ def norm_bound(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     error = _error(width) if a.dtype == torch.float32 else 0.0
     squared = torch.mul(of_inputs.double(), of_slopes.double()).sum()
     above = (error + 2.0**-30) * (lengths * steps).sum().square()  # the second for sums in float64
-    return (squared + above).clamp(min=0).sqrt(), lengths, steps
+    bound = torch.where(squared.isfinite(), squared, torch.inf) + above  # two rows' product may be beyond float32
+    return bound.clamp(min=0).sqrt(), lengths, steps
 
 
 def _error(terms: int) -> float:
