@@ -117,6 +117,12 @@ RUN = {
         {" --sft.max_steps 16": "", " --ppo.max_steps 32": "", " --ppo.adapter.init_rows 512": "", "256": "16"},
         "runs/stronger/release",
     ),
+    "dpalign sft recipes/quickstart.yaml --data.path demo:movie-snippets/private --data.eval_path demo:movie-snippets/public --sft.adapter "
+    "'{kind: full, r: 4, freeze_a: false, init_a: random, init_rows: 1024}' --sft.learning_rate 3e-3 --sft.micro_batch_size 64 "
+    "--model.dtype float32 --output_dir runs/whole": Small(
+        "--model.name_or_path little --model.is_public true --eval_prompts 4 --sft.expected_batch_size 4 --sft.max_steps 1 --sft.micro_batch_size 4",
+        leaves="runs/whole/release",
+    ),
     # Plans
     "dpalign plan --units 12500 --batch_size 512 --steps 60 --epsilon 4": Small(
         "--units 100 --batch_size 20 --steps 2 --json", says="noise_multiplier"

@@ -329,6 +329,21 @@ def test_without_noise_all_bits_are_kept():
     assert sums(held)[0] % 2**10 or sums(held)[1] % 2**10
 
 
+def test_a_multiplier_leaves_room_for_what_rounding_adds(monkeypatch):
+    """On a grid so coarse that slopes are half a step: without that room the unit would be above C."""
+    monkeypatch.setattr("dpalign.privacy.mechanism.FINER", 0)
+    unit = Factors(torch.ones(400, 64), torch.ones(400, 4))
+    above = 0
+    for sigma in (0.25, 0.5, 1.0):
+        held = held_total(unit, torch.Size((4, 64)), noise_multiplier=sigma, clipping="flat")
+        most = 1 / held.grid
+        assert sum(int(v) ** 2 for v in held._sums[0].flatten().tolist()) <= most**2
+        m = measure(unit)
+        slopes = (unit.slopes.double() * (most / float(m.norm))).round()
+        above += float((slopes.T @ rounded_inputs(unit.inputs, m.scale).double()).norm()) > most
+    assert above
+
+
 # What an independent reader found -----------------------------------------------------------------------------------
 
 
