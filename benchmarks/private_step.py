@@ -62,6 +62,15 @@ def row_losses(policy: Policy, ids: Tensor) -> Tensor:
     return nll.mean(1)
 
 
+def take(mechanism: GaussianMechanism, gradients: PerUnitGradients, optimizer: torch.optim.Optimizer) -> None:
+    """A step along the noisy mean of what the mechanism has summed."""
+    noisy, _ = mechanism.release()
+    for p, gradient in zip(gradients.parameters, noisy, strict=True):
+        p.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def private_step(args: argparse.Namespace) -> Step:
     policy = build_policy(args)
     gradients = PerUnitGradients(policy)
@@ -80,11 +89,7 @@ def private_step(args: argparse.Namespace) -> Step:
             row_losses(policy, ids).sum().backward()
         with torch.no_grad():
             mechanism.add(gradients.grads())
-        noisy, _ = mechanism.release()
-        for p, gradient in zip(gradients.parameters, noisy, strict=True):
-            p.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take(mechanism, gradients, optimizer)
 
     return step
 

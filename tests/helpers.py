@@ -68,8 +68,9 @@ def small_model() -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = Path(embedded.resolve(embedded.TINY_REVIEW_LM))
-    folder = Path(tempfile.mkdtemp(prefix="dpalign-small-model-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    around = tempfile.mkdtemp(prefix="dpalign-small-model-")
+    atexit.register(shutil.rmtree, around, ignore_errors=True)
+    folder = Path(around) / "small-model"  # a statement names it: no letter of that is drawn
     sizes = {
         "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
         "max_position_embeddings": 512, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,

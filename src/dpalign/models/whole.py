@@ -39,13 +39,14 @@ class WholeLinear(Linear):
 
     def _with_whole(self, adapters: list[str], x: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
-        trained = [m for m in map(self.holder, adapters) if m.weight.requires_grad and torch.is_grad_enabled()]
+        x = x.contiguous()  # as the base's own hook has it, of an output layer
         weight = base.weight.T if self.fan_in_fan_out else base.weight
         for adapter in adapters:
-            own = self.holder(adapter).weight
-            weight = weight + (own.detach() if trained and _collector(trained[0]) else own)
-        if trained and (collector := _collector(trained[0])) is not None:
-            out: Tensor = collector.product(x, weight.detach(), base.bias, trained[0].weight)
+            weight = weight + self.holder(adapter).weight
+        newest = self.holder(adapters[-1])  # no other one is trained
+        collector = _collector(newest) if newest.weight.requires_grad and torch.is_grad_enabled() else None
+        if collector is not None:
+            out: Tensor = collector.product(x, weight.detach(), base.bias, newest.weight)
             return out
         return nn.functional.linear(x, weight, base.bias)
 

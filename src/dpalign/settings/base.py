@@ -158,8 +158,11 @@ class TrainingConfig(StageConfig):
             raise DPAlignError(f"init_a {given} {NOT_HERE[given]}; here it may be {here}.")
         plain = AdapterConfig(**{name: getattr(self.adapter, name) for name in ("kind", "target_modules", "layers")})
         if self.adapter.kind == "full" and self.adapter != plain:
-            names = ", ".join(name for name, value in vars(self.adapter).items() if value != getattr(plain, name))
-            raise DPAlignError(f"adapter.kind full trains whole weights, which have no {names}: leave that out.")
+            unused = {name: getattr(plain, name) for name, v in vars(self.adapter).items() if v != getattr(plain, name)}
+            raise DPAlignError(
+                f"adapter.kind full trains whole weights, which have no {', '.join(unused)}: leave that out, or set "
+                f"what a recipe has to {', '.join(f'{name} {value}' for name, value in unused.items())}."
+            )
 
     def schedule(self, stage: str, units: float) -> Schedule:
         if self.expected_batch_size > units:
