@@ -333,8 +333,9 @@ def rejected(checks) -> set[str]:
     return {check.name for check in checks if not check.passed}
 
 
-def test_the_real_step_passes(subject, tmp_path):
-    checks = check_step(step_of(subject), tmp_path)
+@pytest.mark.parametrize("products", [False, True])
+def test_the_real_step_passes(subject, tmp_path, products):
+    checks = check_step(step_of(subject), tmp_path, products)
     assert not rejected(checks) and len(checks) == 11
 
 

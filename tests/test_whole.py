@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +23,10 @@ from dpalign.models import AdapterConfig, ModelConfig, Policy
 from dpalign.models.whole import WholeLinear
 from dpalign.privacy.entropy import SystemEntropy
 from dpalign.privacy.mechanism import GaussianMechanism
-from dpalign.privacy.products import Products
+from dpalign.privacy.products import Products, measure
 from dpalign.training.loop import unit_gradients
 from helpers import call, in_fresh_process, reviews, statement, write_jsonl, write_recipe
+from test_chats import chat_recipe
 from test_gradients import GROUPS, ONE_ROW_EACH, UNITS, one_by_one, row_losses, some_rollouts, trainable
 from test_resume import kill_after
 from tiny import tiny_folder, tiny_policy, words
@@ -293,6 +296,26 @@ def test_another_private_stage_on_such_a_release(finished, tmp_path, capsys):
     done = call(capsys, "run", path, "--json")
     assert done.status == 0, done.err
     assert {stage["stage"] for stage in statement(tmp_path / "run")["stages"]} >= {"sft", "ppo"}
+
+
+def test_an_audit_sees_a_norm_that_is_measured_too_small(tmp_path, capsys, monkeypatch):
+    def halved(factors):
+        found = measure(factors)
+        return replace(found, norm=found.norm / 2)
+
+    monkeypatch.setattr("dpalign.privacy.mechanism.measure", halved)
+    path = write_recipe(tmp_path, sft={"adapter": {"kind": "full", "r": None}}, ppo=None)
+    done = call(capsys, "audit", path, "--canaries", 20)
+    assert done.status == 1 and re.search(r"step +│ clip +│ [12]\.\d+ +│ 1 ", done.out)
+
+
+def test_reward_model_and_rl_of_whole_weights_on_chats(tmp_path, capsys):
+    """Preferences of people, a reward model, and a stage that learns from it, whose completions are read in chats."""
+    stage = {"adapter": {"kind": "full", "r": None}}
+    done = call(capsys, "run", chat_recipe(tmp_path, sft=stage, reward_model=stage, rloo=stage), "--json").json
+    assert done["epsilon"] <= 2 and {s["stage"] for s in statement(tmp_path / "run")["stages"]} == {"sft", "reward_model", "rloo"}
+    scores = load_file(tmp_path / "run" / "reward_model" / "adapter_model.safetensors")
+    assert all(bool(t.any()) for t in scores.values()) and len(scores) == 15  # of seven layers, and the head
 
 
 def test_processes_make_the_same_sum():

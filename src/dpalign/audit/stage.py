@@ -47,7 +47,7 @@ def audit_stage(
     for name in (STEP, RUN, EMPTY, OUTSIDE):
         (folder / name).mkdir(parents=True)
     tell("the step on known inputs")
-    of_step = check_step(step_of(subject), folder / STEP)
+    of_step = check_step(step_of(subject), folder / STEP, subject.config.adapter.kind == "full")
     tell("a run on nobody")
     of_nobody = nobody(subject, canaries, folder / EMPTY)
     tell(f"a run with {canaries} canaries")

@@ -12,27 +12,33 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
+from torch import Tensor
 
 from ..privacy.gate import Gate, PrivateStep, Sample
 from ..privacy.ledger import Ledger
 from ..privacy.mechanism import grid_of
 from ..privacy.parts import Part
+from ..privacy.products import Factors, Products
 from .checks import Check, noise_scale, noise_shape, normal, uncorrelated
 
 SHAPES = [torch.Size([32, 64]), torch.Size([2048])]
+POSITIONS = 4  # that a unit's gradient in the matrix is a sum over, where it comes as factors
 RELEASES = 12  # of noise alone, before a restart and again behind it
 UNITS, DRAWS = 1000, 200  # for the sampler: at least so many draws
 LARGE = 1e6  # a gradient that has to be clipped, as a multiple of C
 AT_ONCE = 256  # units that are added together
 
 
-def check_step(step: PrivateStep, folder: Path) -> list[Check]:
+def check_step(step: PrivateStep, folder: Path, products: bool = False) -> list[Check]:
     """Everything that is checked of one private step; its ledger lies in `folder`.
+
+    Args:
+        products: whether gradients of whole weights come as their factors, as `adapter.kind: full` has them.
 
     Raises:
         DPAlignError: the ledger cannot be written.
     """
-    noise = _noise(step, folder)
+    noise = _noise(step, folder, products)
     sigma = step.mechanism.noise_multiplier
     standard = noise * step.divisor / (sigma * step.max_grad_norm)
     checks = [
@@ -44,7 +50,7 @@ def check_step(step: PrivateStep, folder: Path) -> list[Check]:
             standard.reshape(2 * len(standard), -1),
         ),
         _grid(step, noise),
-        _clip(step, folder),
+        _clip(step, folder, products),
         *_sampler(step, folder),
     ]
     return checks + (_metrics(step, folder) if math.isfinite(step.mechanism.metrics_noise_multiplier) else [])
@@ -70,12 +76,12 @@ def _samples(step: PrivateStep, folder: Path, stage: str, steps: int, attempt: i
         ledger.close()
 
 
-def _noise(step: PrivateStep, folder: Path) -> np.ndarray:
+def _noise(step: PrivateStep, folder: Path, products: bool) -> np.ndarray:
     """`(releases, coordinates)` float64 of samples to which nothing was added, half of them after a restart."""
     found = []
     for attempt in (0, 1):
         for sample in _samples(step, folder, "noise", RELEASES, attempt):
-            gradients, _ = sample.mechanism(SHAPES, dtype=torch.float64).release()
+            gradients, _ = sample.mechanism(SHAPES, dtype=torch.float64, products=products).release()
             found.append(torch.cat([g.flatten() for g in gradients]).numpy())
     return np.stack(found)
 
@@ -87,18 +93,18 @@ def _grid(step: PrivateStep, noise: np.ndarray) -> Check:
     return Check("grid", "furthest an output lies from the grid, in its steps", furthest, 0.0, float(furthest < 1e-3))
 
 
-def _clip(step: PrivateStep, folder: Path) -> Check:
+def _clip(step: PrivateStep, folder: Path, products: bool) -> Check:
     """Units whose gradients all point one way, across two tensors, and are far too large; some are not finite."""
     sigma, (sample,) = step.mechanism.noise_multiplier, _samples(step, folder, "clip", 1)
-    mechanism = sample.mechanism(SHAPES, dtype=torch.float64)
+    mechanism = sample.mechanism(SHAPES, dtype=torch.float64, products=products)
     direction = [torch.ones(shape, dtype=torch.float64) for shape in SHAPES]
     length = math.sqrt(sum(d.numel() for d in direction))
     scale = LARGE * (step.max_grad_norm + step.clipping_gamma) / length
     times = min(256, max(2, math.ceil(40 * sigma / AT_ONCE)))
     for _ in range(times):
-        mechanism.add([scale * d.expand(AT_ONCE, *d.shape) for d in direction])
+        mechanism.add(_gradients(scale, AT_ONCE, products))
     for broken in (math.inf, -math.inf, math.nan):
-        mechanism.add([broken * d.expand(1, *d.shape) for d in direction])
+        mechanism.add(_gradients(broken, 1, products))
     gradients, _ = mechanism.release()
     along = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True)) / length
     units = AT_ONCE * times
@@ -106,6 +112,16 @@ def _clip(step: PrivateStep, folder: Path) -> Check:
     beyond = max(0.0, abs(found - 1) - 1e-3)  # automatic clipping and the grid take off less than that
     what = "what a unit adds, over C, along a direction across tensors"
     return normal("clip", what, 1 + beyond if found > 1 else 1 - beyond, 1.0, sigma / units)
+
+
+def _gradients(scale: float, units: int, products: bool) -> list[Tensor | Products]:
+    """Of so many units that are the same: `scale` everywhere."""
+    matrix, vector = (torch.full((units, *shape), scale, dtype=torch.float64) for shape in SHAPES)
+    if not products:
+        return [matrix, vector]
+    slopes = torch.full((POSITIONS, SHAPES[0][0]), scale / POSITIONS, dtype=torch.float64)
+    factors = Factors(torch.ones(POSITIONS, SHAPES[0][1], dtype=torch.float64), slopes)
+    return [Products(SHAPES[0], [[factors]] * units), vector]
 
 
 def _sampler(step: PrivateStep, folder: Path) -> list[Check]:
