@@ -2,11 +2,12 @@
 
     python benchmarks/full_finetuning.py --json
 
-All three train the weights of every linear layer of the same GPT-2's blocks (distilgpt2's shape, random weights; embeddings,
-norms and biases are frozen) with the same language-modelling loss and AdamW, `--micro` rows in a forward and backward pass:
+All train the weights of every linear layer of the same GPT-2's blocks (distilgpt2's shape, random weights; embeddings,
+norms and biases are frozen) with AdamW, `--micro` rows in a forward and backward pass:
 
-private      `adapter.kind: full`: sums of integer products (`privacy/products.py`), noise, the loop's own code;
-non-private  ordinary autograd: gradients of the micro-batches add up. No clip, no noise;
+private      `adapter.kind: full`: SFT's loss, sums of integer products (`privacy/products.py`), noise, as the loop has them;
+plain        transformers' model and torch's cross entropy, ordinary autograd: gradients of the micro-batches add up;
+own          as `private` with the gradients of ordinary autograd: no unit's own, no clip, no noise;
 opacus       `GradSampleModuleFastGradientClipping`: norms in a first backward pass, the clipped sum in a second one,
              Gaussian noise by torch. Its sum is one of float32 numbers, and its noise comes from torch's generator.
 
@@ -28,10 +29,12 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from models import gpt2, word_tokenizer
-from private_step import Step, peak_of_steps, row_losses, seconds, take
+from private_step import Step, peak_of_steps, seconds, take
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -42,7 +45,7 @@ from dpalign.privacy.entropy import SystemEntropy
 from dpalign.privacy.mechanism import GaussianMechanism
 
 CLIP, SIGMA, GAMMA = 1.0, 1.0, 0.01
-KINDS = ("private", "plain", "opacus")
+KINDS = ("private", "plain", "own", "opacus")
 
 
 def base(args: argparse.Namespace) -> PreTrainedModel:
@@ -69,9 +72,20 @@ def losses(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
-def private_step(args: argparse.Namespace, spent: dict[str, list[float]] | None = None) -> Step:
+def whole_policy(args: argparse.Namespace) -> Policy:
     policy = Policy(base(args).eval(), word_tokenizer(args.vocab))
     policy.add_adapter("sft", AdapterConfig(kind="full"))
+    return policy
+
+
+def policy_losses(policy: Policy, ids: Tensor) -> Tensor:
+    """The same as `losses`, as SFT computes it: the logits of a few positions at a time."""
+    logprobs, _ = policy.logprobs(ids[:, :-1], torch.ones_like(ids[:, 1:]), ids[:, 1:])
+    return -logprobs.mean(1)
+
+
+def private_step(args: argparse.Namespace, spent: dict[str, list[float]] | None = None) -> Step:
+    policy = whole_policy(args)
     gradients = PerUnitGradients(policy)
     optimizer = torch.optim.AdamW(gradients.parameters)
 
@@ -87,7 +101,7 @@ def private_step(args: argparse.Namespace, spent: dict[str, list[float]] | None 
         began = time.perf_counter()
         for part in ids.split(args.micro):
             with gradients.collect(torch.arange(len(part)), len(part)):
-                row_losses(policy, part).sum().backward()
+                policy_losses(policy, part).sum().backward()
             with torch.no_grad():
                 mechanism.add(gradients.grads())
         summed = time.perf_counter()
@@ -100,12 +114,19 @@ def private_step(args: argparse.Namespace, spent: dict[str, list[float]] | None 
 
 
 def plain_step(args: argparse.Namespace) -> Step:
-    model = with_linear_layers(args)
+    return autograd_step(args, with_linear_layers(args), losses)
+
+
+def own_step(args: argparse.Namespace) -> Step:
+    return autograd_step(args, whole_policy(args), policy_losses)
+
+
+def autograd_step(args: argparse.Namespace, model: Any, losses_of: Callable[[Any, Tensor], Tensor]) -> Step:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def step(ids: Tensor) -> None:
         for part in ids.split(args.micro):
-            (losses(model, part).sum() / len(ids)).backward()
+            (losses_of(model, part).sum() / len(ids)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -143,7 +164,7 @@ def opacus_step(args: argparse.Namespace) -> Step:
     return step
 
 
-STEPS = {"private": private_step, "plain": plain_step, "opacus": opacus_step}
+STEPS = {"private": private_step, "plain": plain_step, "own": own_step, "opacus": opacus_step}
 
 
 def peaks(arguments: list[str]) -> dict[str, float]:
@@ -178,10 +199,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     memory, spent = peaks(given), {"sum": [], "noise": []}
-    steps = {"private": private_step(args, spent), "plain": plain_step(args), "opacus": opacus_step(args)}
+    steps = {kind: STEPS[kind](args) for kind in KINDS[1:]} | {"private": private_step(args, spent)}
     for step in steps.values():
         seconds(step, ids[: args.micro])  # warm-up
-    spent["sum"].clear()
+    for part in spent.values():
+        part.clear()
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for number in range(args.rounds):
         for kind in KINDS if number % 2 == 0 else reversed(KINDS):
@@ -190,6 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = {
         "trained": trained,
         "time_ratio": _ratio(times["private"], times["plain"]),
+        "time_ratio_own": _ratio(times["private"], times["own"]),
         "time_ratio_opacus": _ratio(times["opacus"], times["plain"]),
         "sum_ratio": _ratio(spent["sum"], times["plain"]),
         "time_over_opacus": _ratio(times["private"], times["opacus"]),

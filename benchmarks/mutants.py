@@ -45,10 +45,10 @@ PACKAGES = ("privacy", "gradients", "training", "algorithms")
 TESTS = [
     "privacy/accounting", "privacy/attack_success", "privacy/composition", "privacy/contained", "privacy/context",
     "privacy/fields", "privacy/gate", "privacy/loop", "privacy/noise", "privacy/own_pairs", "privacy/own_text", "privacy/parts",
-    "privacy/private_evaluation", "privacy/sampling", "privacy/self_check", "privacy/sensitivity", "privacy/trainables",
+    "privacy/products", "privacy/private_evaluation", "privacy/sampling", "privacy/self_check", "privacy/sensitivity", "privacy/trainables",
     "privacy/who_is_who", "alignment", "anchor", "basis", "callbacks", "dpo", "drawn_examples", "formats", "gradients", "grpo",
     "head", "ledger_format", "new_algorithm", "nist", "offline", "optimizer", "ppo", "reward_model", "reward_query", "rloo",
-    "rows", "trajectories", "resume", "recompute", "many_processes", "written_rewards", "policy", "evaluate", "plan", "data",
+    "rows", "trajectories", "resume", "recompute", "many_processes", "written_rewards", "policy", "evaluate", "plan", "data", "whole",
 ]  # fmt: skip
 TIMED = ("tests/test_plan.py::test_calibration_is_quick",)  # a bound in seconds, which a busy machine misses without any change
 COMPARED = {

@@ -206,6 +206,14 @@ def test_parts_of_many_have_their_own_noise():
     assert float(stats.kstest(parts_of_many(LastPartForgotten())[-1], "norm").pvalue) < 1e-6
 
 
+def test_a_normal_is_half_the_sum_of_four():
+    """Those of two pairs, written out; both radii are drawn before both angles."""
+    count, drawn = 1000, SeededEntropy(3)
+    radii, angles = np.sqrt(-2 * np.log(drawn.uniforms(2 * count))), 2 * np.pi * drawn.uniforms(2 * count)
+    four = [radii[half] * turn(angles[half]) for half in (slice(count), slice(count, None)) for turn in (np.cos, np.sin)]
+    assert np.allclose(SeededEntropy(3).normals(count), sum(four) / 2, atol=1e-13)
+
+
 def test_what_is_long_is_a_keystream_of_aes_256():
     """Known answer of NIST's AESAVS (VarKey, 256 bits, the first): a block of zeros, which is the counter's first."""
     drawn = []

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import DPAlignError
 from .context import own_context
-from .entropy import SystemEntropy
+from .entropy import AT_ONCE, SystemEntropy
 from .products import EXACT, ExactSum, Products, check_arithmetic, measure
 
 Clipping = Literal["automatic", "flat", "none"]
@@ -100,7 +100,8 @@ class GaussianMechanism:
         self._finer = 0
         if products and noise_multiplier > 0:
             self._finer = max(0, min(FINER, FINEST - math.ceil(math.log2(max_grad_norm / self.grid))))
-        self._sums = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
+        self._flat = torch.zeros(sum(shape.numel() for shape in shapes), dtype=kind, device=device)
+        self._sums = _views(self._flat, shapes)
         self._exact = {place: ExactSum(total) for place, total in enumerate(self._sums)} if products else {}
         if products and clipping != "none":
             with own_context():
@@ -222,20 +223,15 @@ class GaussianMechanism:
     def release(self) -> tuple[list[Tensor], dict[str, float] | None]:
         """The noisy mean gradient, one tensor per parameter, and the noised metrics; then forgets the sums."""
         self._settle()
-        count = sum(total.numel() for total in self._sums)
-        gradients: list[Tensor] = []
-        noise = None if self.noise_multiplier == 0 else self._noise(count, self.noise_multiplier * self.max_grad_norm)
-        start, unit = 0, self.grid or 1.0
-        step = unit / 2**self._finer
-        for total in self._sums:
-            noisy = total
-            if noise is not None:
-                part = torch.round(noise[start : start + total.numel()] / step).to(torch.int64)
-                noisy = (total + part.view_as(total).to(total.device)) >> self._finer
-            gradients.append((noisy.double() * (unit / self.divisor)).to(self.dtype))
-            start += total.numel()
-            total.zero_()
-        return gradients, self._release_metrics()
+        unit, released = self.grid or 1.0, torch.empty_like(self._flat, dtype=self.dtype)
+        for sums, out in zip(torch.split(self._flat, AT_ONCE), torch.split(released, AT_ONCE), strict=True):
+            if self.noise_multiplier > 0:
+                noise = self._noise(len(sums), self.noise_multiplier * self.max_grad_norm)
+                sums += torch.round(noise / (unit / 2**self._finer)).to(sums)
+                sums >>= self._finer
+            out.copy_(sums.double() * (unit / self.divisor))
+        self._flat.zero_()
+        return _views(released, [total.shape for total in self._sums]), self._release_metrics()
 
     def _release_metrics(self) -> dict[str, float] | None:
         total = self._metrics_sum.clone()
@@ -281,6 +277,12 @@ def towards_zero(values: Tensor) -> Tensor:
     whole = 2.0 ** (23 if values.dtype == torch.float32 else 52)
     below = (values.abs() - 0.5).clamp_(min=0)
     return below.add_(whole).sub_(whole).copysign_(values)
+
+
+def _views(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    """Its parts, one behind the other, in these shapes."""
+    parts = torch.split(flat, [shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _finite(grads: UnitGradients, dtype: torch.dtype) -> Tensor:

@@ -186,7 +186,7 @@ class ExactSum:
         inputs = torch.empty(ends[-1], width, dtype=torch.float64, device=self.whole.device)
         for (factors, m, by), end in zip(units, ends, strict=True):
             rows = slice(end - len(factors.inputs), end)
-            torch.mul(factors.slopes.double(), by / m.scale, out=slopes[rows])
+            slopes[rows].copy_(factors.slopes).mul_(by / m.scale)
             inputs[rows] = rounded_inputs(factors.inputs, m.scale)
         self.add(slopes.round_(), inputs, sum(bounds))
 
