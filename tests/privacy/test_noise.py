@@ -206,6 +206,48 @@ def test_parts_of_many_have_their_own_noise():
     assert float(stats.kstest(parts_of_many(LastPartForgotten())[-1], "norm").pvalue) < 1e-6
 
 
+class SameForEveryPart(SystemEntropy):
+    """As where a release draws once and adds that to each part of its sums."""
+
+    def __init__(self) -> None:
+        self._first = super().normals(AT_ONCE)
+
+    def normals(self, count: int) -> np.ndarray:
+        return self._first[:count]
+
+
+LONG = [torch.Size(s) for s in ((AT_ONCE - 1000,), (2, 1000), (AT_ONCE // 4, 5))]  # over two ends of parts, one of them a tensor's own
+
+
+def long_release(entropy: SystemEntropy) -> tuple[list[torch.Tensor], np.ndarray]:
+    """The tensors of a release of several parts without gradients, and the same, one behind the other."""
+    mechanism = GaussianMechanism(LONG, max_grad_norm=1.0, noise_multiplier=1.0, divisor=1.0, entropy=entropy, dtype=torch.float64)
+    released, _ = mechanism.release()
+    return released, torch.cat([r.flatten() for r in released]).numpy()
+
+
+def test_a_long_release_has_noise_of_its_own_everywhere():
+    released, flat = long_release(SystemEntropy())
+    parts = [flat[start : start + 1000] for start in (*range(0, len(flat), AT_ONCE), len(flat) - 1000)]
+    assert [r.shape for r in released] == LONG and len(parts) == 4 and largest_correlation(parts) < 6
+    assert min(float(stats.kstest(part, "norm").pvalue) for part in parts) > 1e-6
+    repeated = long_release(SameForEveryPart())[1]
+    assert largest_correlation([repeated[:1000], repeated[AT_ONCE : AT_ONCE + 1000]]) > 20
+
+
+def test_a_long_release_adds_noise_to_what_is_there():
+    """With known coins: what is released with gradients and without differs by the gradients alone, each in its place."""
+    torch.manual_seed(0)
+    grads = [torch.randn(1, *shape, dtype=torch.float64) for shape in LONG]
+    norm = float(torch.cat([g.flatten() for g in grads]).norm())
+    mechanism = GaussianMechanism(
+        LONG, max_grad_norm=1.0, noise_multiplier=1.0, divisor=1.0, entropy=SeededEntropy(1), dtype=torch.float64, gamma=0.0
+    )
+    mechanism.add(grads)
+    for found, noise, g in zip(mechanism.release()[0], long_release(SeededEntropy(1))[0], grads, strict=True):
+        assert float((found - noise - g[0] / norm).abs().max()) <= 2 * mechanism.grid + 2e-5 * float(g.abs().max()) / norm
+
+
 def test_a_normal_is_half_the_sum_of_four():
     """Those of two pairs, written out; both radii are drawn before both angles."""
     count, drawn = 1000, SeededEntropy(3)

@@ -1,9 +1,8 @@
 """Randomness that the guarantee rests on: bytes from the operating system, or under a key from it, used once.
 
 The operating system makes a few hundred million bytes a second, and a normal takes 32 of them. What is long is
-therefore the keystream of AES-256 in counter mode under a key that the operating system draws for this call alone, as
-in NIST SP 800-90A's CTR_DRBG, seeded anew for each request. No key is stored or logged, so no stream can be repeated by
-a resume or shared by two steps or processes.
+therefore the keystream of AES-256 in counter mode under a key that the operating system draws for this call alone. No
+key is stored or logged, so no stream can be repeated by a resume or shared by two steps or processes.
 
 A seeded source exists for debugging; whatever used it is marked NOT PRIVATE.
 """
@@ -49,8 +48,9 @@ class SystemEntropy:
     def normals(self, count: int) -> np.ndarray:
         """`(count,)` float64 standard normals.
 
-        Each is half the sum of the four Box-Muller normals of two pairs, which blunts attacks on the grid of floats of
-        a single one (Holohan and Braghin 2021, arXiv 2107.10138). Those of a pair add up to sqrt(2) r sin(a + pi/4).
+        Each is half the sum of the four Box-Muller normals of two pairs of radius r and angle a. Those of a pair add up
+        to sqrt(2) r sin(a + pi/4), so that it is two independent normals over sqrt(2), and a function of four uniforms:
+        harder to attack by the grid of floats than one (Holohan and Braghin 2021, arXiv 2107.10138).
         """
         normals = np.empty(count)
         for start in range(0, count, AT_ONCE):

@@ -123,6 +123,7 @@ class GaussianMechanism:
             factors = self.max_grad_norm / (norms + self.gamma)
         return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
 
+    @torch.no_grad()
     def add(self, grads: Sequence[UnitGradients], metrics: Tensor | None = None) -> None:
         """Clips and adds the gradients of some units; no unit may come twice between two releases.
 
