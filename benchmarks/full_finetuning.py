@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--rows", type=int, default=64, help="of a step")
+    parser.add_argument("--rows", type=int, default=256, help="of a step")
     parser.add_argument("--micro", type=int, default=16, help="rows of a forward and backward pass")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
