@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..audit import Audit, Subject, audit_stage
 from ..data.text import Text
 from ..errors import DPAlignError, FoundError
 from ..files import write_json
@@ -20,7 +19,6 @@ from ..models import Policy, RewardModel
 from ..models.loading import device_of
 from ..plan import Plan, PlannedStage
 from ..recipe import Recipe
-from ..reporting.audits import print_audit
 from ..reporting.html import AUDIT, read_json
 from ..reporting.progress import Reporter
 from ..rewards import Reward
@@ -28,6 +26,9 @@ from ..rewards.learned import own_texts
 from ..rewards.load import load_reward
 from ..settings.rewards import RELEASED, RewardConfig
 from ..version import __version__
+
+if TYPE_CHECKING:
+    from ..audit import Audit, Subject  # imports scipy.stats, which takes most of a second: not before it is needed
 
 WRITTEN = 64  # units that the audit writes itself, at most
 
@@ -42,6 +43,9 @@ def audits_of(
     as_json: bool = False,
 ) -> list[Audit]:
     """Of one subject after the other, shown as they end; the ledgers are temporary ones."""
+    from ..audit import audit_stage
+    from ..reporting.audits import print_audit
+
     audits = []
     for subject in subjects:
         with (
@@ -121,6 +125,8 @@ def subjects_of(plan: Plan, only: str | None = None) -> list[Subject]:
 
 
 def _subject(recipe: Recipe, stage: PlannedStage) -> Subject:
+    from ..audit import Subject
+
     config: Any = stage.config
     models = Models.load(recipe)
     rewards = {

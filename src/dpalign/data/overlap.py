@@ -66,10 +66,12 @@ def hash_texts(
 ) -> Texts:
     """Of the columns that a stage reads, as far as a record has them; of an answer to a prompt, the prompt alone."""
     columns, key = list(dict.fromkeys((PROMPT, *columns))), ledger.key("texts")
-    hashes, owners = bytearray(), array("q")
+    hashes, owners, keyed = bytearray(), array("q"), hashlib.blake2b(digest_size=SIZE, key=key)
     for number, record in enumerate(records):
         for text in _texts(record, columns):
-            hashes += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=SIZE, key=key).digest()
+            one = keyed.copy()
+            one.update(text.encode("utf-8", "surrogatepass"))
+            hashes += one.digest()
             owners.append(number)
     found = np.frombuffer(hashes, dtype=f"S{SIZE}")
     order = np.argsort(found, kind="stable")

@@ -24,6 +24,7 @@ from ..errors import DPAlignError
 from ..privacy.entropy import SystemEntropy
 from ..settings.models import ModelConfig
 from . import embedded
+from .cache import roomy_cache
 from .head import Head, by_position, held_together
 from .kernels import chunks
 from .loading import load_adapter, refuse_missing
@@ -295,8 +296,13 @@ class Policy(AdapterStack):
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
         processors.append(DrawToken(coins))
+        cache = roomy_cache(self.model, prompt_ids.device, prompt_ids.shape[1] + max_new_tokens)
         sequences = self.model.generate(
-            input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config, logits_processor=processors
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=config,
+            logits_processor=processors,
+            **({} if cache is None else {"past_key_values": cache}),
         )
         completions = sequences[:, prompt_ids.shape[1] :]
         missing = max_new_tokens - completions.shape[1]  # generation stops early once every row has ended
