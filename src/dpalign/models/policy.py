@@ -182,7 +182,8 @@ class Policy(AdapterStack):
             arguments["logits_to_keep"] = torch.arange(length - keep, length, device=input_ids.device)
         out = self.model(**arguments, output_hidden_states=with_hidden)
         wide = torch.promote_types(out.logits.dtype, torch.float32)
-        logits = out.logits[:, -keep:].to(wide)
+        # A slice of everything would still write zeros everywhere in the backward pass, before the gradient.
+        logits = (out.logits if out.logits.shape[1] == keep else out.logits[:, -keep:]).to(wide)
         hidden = out.hidden_states[-1][:, -keep:].to(wide) if with_hidden else logits.new_empty(0)
         return logits, hidden
 
