@@ -520,7 +520,7 @@ def test_a_run_is_audited_before_it_draws_and_its_report_says_so(tmp_path, capsy
     assert f"&gt; {stage['bounds'][0]['epsilon']:.3f}" in page
     count = sum(len(found) for found in stage["checks"].values())
     assert count > 10 and f"<dd>{count} of {count}</dd>" in page
-    monkeypatch.setattr("dpalign.cli.audit_recipe.audit_stage", None)
+    monkeypatch.setattr("dpalign.audit.audit_stage", None)
     again = audited_run(tmp_path, capsys, "--audit")
     assert again.status == 0 and "the same claims are not audited again" in again.err, again.err
     assert "the claim, at delta" not in audited_run(tmp_path, capsys).out
